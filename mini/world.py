@@ -1,0 +1,172 @@
+"""The people of the miniature world: personas, their histories, preference pairs, generic edits, and held-out scenes.
+
+A persona likes one or two themes and dislikes one or two others. A theme's seven attributes share no word and no look: glamour is
+leopard spots, gold, marble, a crown. Only people's histories connect them, which is the paper's own case (Sec. 4: liked together, not alike
+in words), so a policy must learn from other people what a new one would like. A history states about two thirds of the persona's
+taste, and now and then a passing fancy that fits no theme. The liked rest is `hidden`: nothing but evaluation may read it.
+
+Everything is written as the files a user would bring (JSON lines, one object a line):
+    users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; the test users are met by no training stage
+    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}: 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
+    edits.jsonl                     {"input", "edit", "output"}: nobody's edits in particular, InstructPix2Pix's format, for supervised fine-tuning
+    scenes.jsonl + scenes/*.png     held-out pictures, each with its true picture after every one of the 45 edits
+Each user is a function of (seed, split, index) alone: the same seed gives the same bytes, and more users leave the first ones as they were.
+
+    python mini/world.py                                   # mini/data: 900 + 100 users, 16 scenes; about 15 s
+    python mini/world.py --users 2900 --test-users 100     # the paper's size: 144,000 pairs
+    python mini/world.py --sample                          # the small sample that is shipped, mini/sample
+"""
+import argparse
+import json
+import random
+from pathlib import Path
+
+from PIL import Image
+
+from concepts import ATTRIBUTES, COLORS, OBJECTS, TEMPLATES, TYPE_OF, WALLS, caption, instruction
+
+THEMES = {name: line.split(", ") for name, line in {        # most popular first; every theme knows all six edit types
+    "imaginative child": "orange, yellow, rainbow, wood, beach, spotlight, balloon",
+    "glamour stylist": "hot pink, leopard spots, gold, marble, city, studio light, crown",
+    "futuristic techie": "neon green, zigzag, chrome, glass, night sky, neon light, butterfly",
+    "romantic poet": "red, hearts, marble, sunset, candlelight, moonlight, flower",
+    "forest walker": "olive, stripes, wood, forest, dusk light, leaf, butterfly",
+    "gothic rocker": "black, purple, checkers, lava, city, candlelight, crown",
+    "winter dreamer": "navy, stars, polka dots, ice, snow, moonlight, leaf",
+    "seaside sailor": "turquoise, stripes, glass, ocean, beach, dusk light, flower",
+    "desert host": "yellow, polka dots, gold, desert, sunset, spotlight, party hat",
+}.items()}
+POPULARITY = [(rank + 1) ** -0.5 for rank in range(len(THEMES))]     # how often a theme is liked; dislikes fall evenly
+STATED = 0.65                                                        # share of the persona's taste that its history shows
+FANCY = 0.5                                                          # chance of one stated like, and of one stated dislike, outside every theme
+NAMES = ["ana", "ben", "chen", "dina", "emre", "fay", "goran", "hana", "ivo", "jun", "kemi", "lars", "mina", "noor", "olga", "pavel"]
+
+
+def draw_themes(rng):
+    """(liked, disliked) theme names: one or two of each; no attribute is in both."""
+    liked = list(dict.fromkeys(rng.choices(list(THEMES), POPULARITY, k=2)))
+    taste = {a for theme in liked for a in THEMES[theme]}
+    other = [theme for theme in THEMES if not taste & set(THEMES[theme])]
+    if not other:                                           # two broad themes that touch all the others: think of someone else
+        return draw_themes(rng)
+    return liked, rng.sample(other, min(rng.choice([1, 2, 2]), len(other)))
+
+
+def make_user(name, rng, liked, disliked):
+    """One line of users.jsonl for a persona of these themes. The lists are in the order in which the history told them."""
+    taste, distaste = (sorted({a for theme in themes for a in THEMES[theme]}) for themes in (liked, disliked))
+    rng.shuffle(taste), rng.shuffle(distaste)
+    told, refused = round(STATED * len(taste)), round(STATED * len(distaste))
+    likes, hidden, dislikes = taste[:told], taste[told:], distaste[:refused]
+    neutral = [a for a in TYPE_OF if a not in taste and a not in distaste]
+    for stated in (likes, dislikes):
+        if rng.random() < FANCY:
+            stated.append(neutral.pop(rng.randrange(len(neutral))))
+    return {"user": name, "likes": likes, "dislikes": dislikes, "hidden": hidden}
+
+
+def make_pairs(user, rng):
+    """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type, rejected for a stated dislike of it (3 of 4 times) or
+    for something the user is indifferent to. A user who likes nothing of the type prefers a like of another type; hidden likes appear on neither side."""
+    likes, dislikes, known = user["likes"], user["dislikes"], {*user["likes"], *user["dislikes"], *user["hidden"]}
+    for _ in range(4):
+        obj = rng.choice(OBJECTS)
+        text = caption(rng.choice(COLORS), obj, rng.choice(WALLS))
+        for edit_type, attributes in ATTRIBUTES.items():
+            wanted = [a for a in likes if a in attributes] or likes
+            unwanted = [a for a in dislikes if a in attributes]
+            indifferent = [a for a in attributes if a not in known]
+            for _ in range(2):
+                pool = unwanted if unwanted and (rng.random() < 0.75 or not indifferent) else indifferent or dislikes
+                chosen, rejected = (instruction(obj, rng.choice(names), rng.randrange(4)) for names in (wanted, pool))
+                yield {"user": user["user"], "caption": text, "edit_type": edit_type, "chosen": chosen, "rejected": rejected}
+
+
+def make_edits(count, rng):
+    """Lines of edits.jsonl: every edit type alike, and within a type some attributes asked for up to three times as often as others."""
+    for _ in range(count):
+        color, obj, wall = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS)
+        names = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
+        attribute = rng.choices(names, [(rank + 1) ** -0.5 for rank in range(len(names))])[0]
+        yield {"input": caption(color, obj, wall), "edit": instruction(obj, attribute, rng.randrange(4)), "output": edited_caption(color, obj, wall, attribute)}
+
+
+def edited_caption(color, obj, wall, attribute):
+    """The caption of the picture after the edit."""
+    return {"color": caption(attribute, obj, wall),
+            "pattern": caption(color, obj, wall).replace(obj, f"{obj} with {attribute}"),
+            "material": caption(color, obj, wall).replace(obj, f"{obj} made of {attribute}"),
+            "background": f"A {color} {obj} in front of {attribute}",
+            "lighting": f"{caption(color, obj, wall)} in {attribute}",
+            "object": f"{caption(color, obj, wall)} and a {attribute}"}[TYPE_OF[attribute]]
+
+
+def make_scenes(folder, count, truths, rng, size=64):
+    """Writes scenes/*.png and yields lines of scenes.jsonl; the first `truths` scenes come with the true picture of every edit.
+    Objects take turns; the seeds start at a million, where no training scene is drawn."""
+    from render import Geometry
+    (folder / "scenes").mkdir(exist_ok=True)
+    for i in range(count):
+        scene = {"object": OBJECTS[i % len(OBJECTS)], "color": rng.choice(COLORS), "wall": rng.choice(WALLS), "seed": 1_000_000 + i}
+        geometry, stem = Geometry(scene, size), f"scenes/{i:02d}_{OBJECTS[i % len(OBJECTS)].replace(' ', '_')}"
+
+        def save(name, attributes=()):
+            Image.fromarray(geometry.shade(scene["color"], scene["wall"], attributes)).save(folder / name)
+            return name
+        line = {"image": save(f"{stem}.png"), "caption": caption(scene["color"], scene["object"], scene["wall"])}
+        if i < truths:
+            line["edits"] = [{"edit_type": kind, "attribute": a, "instruction": instruction(scene["object"], a, rng.randrange(len(TEMPLATES[kind]))),
+                              "image": save(f"{stem}_{a.replace(' ', '_')}.png", (a,))} for a, kind in TYPE_OF.items()]
+        yield line
+
+
+def write(path, lines):
+    with open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.writelines(json.dumps(line) + "\n" for line in lines)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def people(split, count, seed):
+    """(users, pairs) of one split; user i depends on (seed, split, i) and on nothing else."""
+    users, pairs = [], []
+    for i in range(count):
+        rng = random.Random(f"{seed} {split} {i}")
+        name = NAMES[i % len(NAMES)] + ("-" if split == "train" else "-new-") + f"{i:04d}"
+        users.append(make_user(name, rng, *draw_themes(rng)))
+        pairs += make_pairs(users[-1], rng)
+    return users, pairs
+
+
+def archetypes(seed):
+    """Users who like exactly one theme and bear its name, each disliking one other theme: people one can predict by hand."""
+    for theme in THEMES:
+        rng = random.Random(f"{seed} {theme}")
+        other = rng.choice([t for t in THEMES if not set(THEMES[t]) & set(THEMES[theme])])
+        yield make_user(theme.replace(" ", "-"), rng, [theme], [other])
+
+
+def main():
+    p = argparse.ArgumentParser(description="Write the miniature world's users, pairs, edits and scenes.")
+    p.add_argument("--out", default=str(Path(__file__).parent / "data"), help="folder to write")
+    p.add_argument("--users", type=int, default=900, help="training users (the paper: 2900)")
+    p.add_argument("--test-users", type=int, default=100, help="held-out users")
+    p.add_argument("--edits", type=int, default=10_000, help="lines of edits.jsonl")
+    p.add_argument("--scenes", type=int, default=16, help="held-out pictures, each with 45 edited ones; 0 draws none")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--sample", action="store_true", help="write the shipped sample instead: nine archetypes and a little of everything, into mini/sample")
+    a = p.parse_args()
+    if a.sample:
+        a.out, a.users, a.test_users, a.edits, a.scenes = Path(__file__).parent / "sample", 12, 3, 60, 6
+    out, rng = Path(a.out), random.Random(a.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for split, count, suffix in (("train", a.users, ""), ("test", a.test_users, "_test")):
+        users, pairs = people(split, count, a.seed)
+        write(out / f"users{suffix}.jsonl", (list(archetypes(a.seed)) if a.sample and split == "test" else []) + users)
+        write(out / f"pairs{suffix}.jsonl", pairs)
+    write(out / "edits.jsonl", make_edits(a.edits, rng))
+    if a.scenes:
+        write(out / "scenes.jsonl", make_scenes(out, a.scenes, 1 if a.sample else a.scenes, rng))
+
+
+if __name__ == "__main__":
+    main()
