@@ -1,0 +1,612 @@
+"""FLUX.1 in plain torch: two text encoders, a 16-channel autoencoder, the transformer, and an Euler sampler for its rectified flow.
+
+    prompt --CLIP--> pooled --+-- timestep, guidance --> modulation of every block (shift, scale, gate)
+    prompt --T5----> txt -----|------------------------> [txt, img] attend to each other: double blocks, then single blocks --> velocity
+    picture --VAE--> latent --+- pack 2x2 -> img tokens
+
+Conventions: t = 1 is noise.  x_t = (1-t) x_0 + t eps,  v = eps - x_0,  Euler: x += (t_next - t) v.
+RoPE couples neighbouring pairs (2i, 2i+1), not halves as Qwen's does. Positions, timesteps and RoPE tables stay fp32 whatever the weights are.
+Shapes: B batch, T text tokens, L image tokens, D width, H heads, d head width; C, h, w channels, height, width of a latent.
+Sizes come from each folder's config.json (dev, schnell, the miniature); parameter names are the public checkpoints'. Try it: python flux.py
+"""
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qwen import load_checkpoint, read_json
+
+
+class Pretrained(nn.Module):
+    """A module built from a checkpoint's config dict; `kind` is what config.json must call it."""
+    kind = ""
+
+    @staticmethod
+    def rename(name):
+        return name
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """`path`: the folder of one part, e.g. FLUX.1-dev/transformer. ValueError when its config.json is of another kind or a tensor does not fit."""
+        config = read_json(Path(path) / "config.json")
+        found = config.get("_class_name") or config.get("model_type")
+        if found != cls.kind:
+            raise ValueError(f"{path} holds a {found!r}, {cls.__name__} reads {cls.kind!r}")
+        with torch.device("meta"):
+            model = cls(config)
+        load_checkpoint(model, path, cls.rename)
+        return model.to(device, dtype).eval()
+
+
+def choose(name, value, allowed):
+    """allowed[value], or a ValueError that names the setting, its value and what would have been read."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; only {', '.join(map(repr, allowed))} can be read")
+    return allowed[value]
+
+
+def split_heads(x, heads):
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                                 # (B, T, H*d) -> (B, H, T, d)
+
+
+def merge_heads(x):
+    return x.transpose(1, 2).flatten(2)                                                 # (B, H, T, d) -> (B, T, H*d)
+
+
+# ---- the prompt: tokens, CLIP, T5 --------------------------------------------------------------------------------------------
+class TextTokenizer:
+    """Prompts -> ids of one fixed length, cut or padded: CLIP's from vocab.json + merges.txt, or any tokenizer.json."""
+    def __init__(self, backend, length, pad):
+        self.backend = backend
+        backend.enable_truncation(length)
+        backend.enable_padding(length=length, pad_id=backend.token_to_id(pad), pad_token=pad)
+
+    @classmethod
+    def load(cls, path):
+        """`path`: the folder `tokenizer` (CLIP) or `tokenizer_2` (T5). The length is model_max_length in its tokenizer_config.json (77 and 512)."""
+        path = Path(path)
+        config = read_json(path / "tokenizer_config.json")
+        pad = config["pad_token"]
+        backend = Tokenizer.from_file(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else clip_bpe(path)
+        return cls(backend, config["model_max_length"], pad["content"] if isinstance(pad, dict) else pad)
+
+    def __call__(self, prompts):
+        return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])  # (B, T)
+
+
+def clip_bpe(path):
+    """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"), unk_token=end, end_of_word_suffix="</w>"))
+    bpe.add_special_tokens([AddedToken(start, normalized=False), AddedToken(end, normalized=False)])
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.post_processor = processors.RobertaProcessing((end, bpe.token_to_id(end)), (start, bpe.token_to_id(start)), trim_offsets=False, add_prefix_space=False)
+    return bpe
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, width, heads, hidden, activation):
+        super().__init__()
+        self.heads, self.activation = heads, activation
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+
+    def forward(self, x):                                                               # (B, T, D)
+        attn, h = self.self_attn, self.layer_norm1(x)
+        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        x = x + attn.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
+
+
+class CLIPText(Pretrained):
+    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text token."""
+    kind = "clip_text_model"
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.end = config["hidden_size"], config["eos_token_id"]
+        activation = choose("hidden_act", config["hidden_act"], {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu})
+        layers = [CLIPLayer(width, config["num_attention_heads"], config["intermediate_size"], activation) for _ in range(config["num_hidden_layers"])]
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(config["vocab_size"], width),
+                                         "position_embedding": nn.Embedding(config["max_position_embeddings"], width)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
+            "final_layer_norm": nn.LayerNorm(width)})
+
+    @staticmethod
+    def rename(name):                   # transformers 5 saves the same tensors without the prefix
+        return name if name.startswith("text_model.") else "text_model." + name
+
+    def forward(self, ids):
+        model = self.text_model
+        x = model.embeddings.token_embedding(ids) + model.embeddings.position_embedding.weight[:ids.shape[1]]  # (B, T, D)
+        for layer in model.encoder.layers:
+            x = layer(x)
+        # The public config says eos_token_id 2, which is wrong: there, and only there, the end is the highest id. Padding repeats it: take the first.
+        end = ids.argmax(1) if self.end == 2 else (ids == self.end).int().argmax(1)     # (B,)
+        return model.final_layer_norm(x[torch.arange(len(ids)), end])                   # (B, D)
+
+
+class T5Norm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
+
+    def forward(self, x):               # rounded to the weights' type before the product, as T5 does
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class T5Layer(nn.Module):
+    def __init__(self, width, heads, head_dim, hidden, buckets, eps):
+        super().__init__()
+        self.heads = heads
+        linears = {name: nn.Linear(width, heads * head_dim, bias=False) for name in "qkv"} | {"o": nn.Linear(heads * head_dim, width, bias=False)}
+        bias = {"relative_attention_bias": nn.Embedding(buckets, heads)} if buckets else {}    # only the first layer has one
+        gated = {name: nn.Linear(width, hidden, bias=False) for name in ("wi_0", "wi_1")} | {"wo": nn.Linear(hidden, width, bias=False)}
+        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": nn.ModuleDict(linears | bias), "layer_norm": T5Norm(width, eps)}),
+                                    nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": T5Norm(width, eps)})])
+
+    def forward(self, x, bias):                                                         # (B, T, D), (1, H, T, T)
+        attn, mlp = self.layer[0].SelfAttention, self.layer[1].DenseReluDense
+        h = self.layer[0].layer_norm(x)
+        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.q, attn.k, attn.v))
+        x = x + attn.o(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))  # T5 does not divide by sqrt(d)
+        h = self.layer[1].layer_norm(x)
+        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
+
+
+def t5_buckets(length, buckets, max_distance, device=None):
+    """Distance key - query -> bucket: exact when near, logarithmic when far, one half of the buckets for each direction -> (T, T)."""
+    at = torch.arange(length, device=device)
+    distance, half = at[None, :] - at[:, None], buckets // 2
+    exact, far = half // 2, distance.abs()
+    log = exact + (torch.log(far.clamp_min(1) / exact) / math.log(max_distance / exact) * (half - exact)).long()
+    return (distance > 0) * half + torch.where(far < exact, far, log.clamp_max(half - 1))
+
+
+class T5(Pretrained):
+    """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was trained."""
+    kind = "t5"
+
+    def __init__(self, config):
+        super().__init__()
+        choose("feed_forward_proj", config["feed_forward_proj"], {"gated-gelu": None})
+        width, eps = config["d_model"], config["layer_norm_epsilon"]
+        self.buckets, self.max_distance = config["relative_attention_num_buckets"], config.get("relative_attention_max_distance", 128)
+        sizes = width, config["num_heads"], config["d_kv"], config["d_ff"]
+        self.shared = nn.Embedding(config["vocab_size"], width)
+        self.encoder = nn.ModuleDict({"block": nn.ModuleList([T5Layer(*sizes, 0 if i else self.buckets, eps) for i in range(config["num_layers"])]),
+                                      "final_layer_norm": T5Norm(width, eps)})
+
+    @staticmethod
+    def rename(name):                   # some files hold the embedding a second time, under this name
+        return None if name == "encoder.embed_tokens.weight" else name
+
+    def forward(self, ids):
+        x = self.shared(ids)                                                            # (B, T, D)
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        bias = table(t5_buckets(ids.shape[1], self.buckets, self.max_distance, ids.device)).permute(2, 0, 1)[None]  # (1, H, T, T)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+@torch.no_grad()
+def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
+    """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder.
+
+    Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the transformer works. CLIP reads the first 77 tokens, T5 512."""
+    def run(encoder, part):
+        ids = TextTokenizer.load(Path(path) / f"tokenizer{part}")(prompts).to(device)
+        model = encoder.load(Path(path) / f"text_encoder{part}", device, dtype)
+        return torch.cat([model(rows) for rows in ids.split(batch)])
+    return run(T5, "_2"), run(CLIPText, "")
+
+
+# ---- the picture: autoencoder ------------------------------------------------------------------------------------------------
+class ResBlock(nn.Module):
+    def __init__(self, inner, outer, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, inner, eps=1e-6), nn.Conv2d(inner, outer, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, outer, eps=1e-6), nn.Conv2d(outer, outer, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
+
+    def forward(self, x):                                                               # (B, inner, h, w) -> (B, outer, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class PixelAttention(nn.Module):
+    """Every pixel attends to every pixel, with one head."""
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)                          # (B, h*w, C)
+        q, k, v = (proj(pixels)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])                        # (B, C, h, w)
+
+
+class Resample(nn.Module):
+    """Half or twice the height and width."""
+    def __init__(self, width, down):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2) if down else nn.Conv2d(width, width, 3, padding=1)
+        self.down = down
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, then a change of resolution (`last` has none)."""
+    def __init__(self, inner, outer, depth, groups, down, last):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(inner if i == 0 else outer, outer, groups) for i in range(depth)])
+        self.sampler = None if last else "downsamplers" if down else "upsamplers"
+        if self.sampler:
+            setattr(self, self.sampler, nn.ModuleList([Resample(outer, down)]))
+
+    def forward(self, x):
+        for block in self.resnets:
+            x = block(x)
+        return getattr(self, self.sampler)[0](x) if self.sampler else x
+
+
+class Middle(nn.Module):
+    def __init__(self, width, groups, attention):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
+class Coder(nn.Module):
+    """One half of the autoencoder: levels then middle (encoder), or middle then levels (decoder)."""
+    def __init__(self, config, inner, outer, down):
+        super().__init__()
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        widths = widths if down else widths[::-1]
+        self.conv_in = nn.Conv2d(inner, widths[0], 3, padding=1)
+        levels = nn.ModuleList([Level(widths[max(i - 1, 0)], width, config["layers_per_block"] + (not down), groups, down, last=i == len(widths) - 1)
+                                for i, width in enumerate(widths)])
+        self.down_blocks, self.up_blocks = (levels, None) if down else (None, levels)
+        self.mid_block = Middle(config["block_out_channels"][-1], groups, config.get("mid_block_add_attention", True))
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], outer, 3, padding=1)
+
+    def forward(self, x):
+        stages = [*self.down_blocks, self.mid_block] if self.down_blocks else [self.mid_block, *self.up_blocks]
+        x = self.conv_in(x)
+        for stage in stages:
+            x = stage(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(Pretrained):
+    """The autoencoder. Latents are shifted and scaled to about unit size: z = (encoder - shift) * scale."""
+    kind = "AutoencoderKL"
+
+    def __init__(self, config):
+        super().__init__()
+        choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})     # Stable Diffusion's autoencoders have one
+        channels = config["latent_channels"]
+        self.scale, self.shift, self.factor = config["scaling_factor"], config["shift_factor"], 2 ** (len(config["block_out_channels"]) - 1)
+        self.encoder = Coder(config, config["in_channels"], 2 * channels, down=True)
+        self.decoder = Coder(config, channels, config["out_channels"], down=False)
+
+    def moments(self, image):
+        """The posterior's (mean, log-variance) before shift and scale: what an autoencoder's training needs."""
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, image, generator=None):
+        """image (B, 3, H, W) in [-1, 1] -> latent (B, 16, H/8, W/8): the posterior's mean, or a sample when a generator is given."""
+        mean, logvar = self.moments(image)
+        if generator is not None:
+            mean = mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(mean.device)
+        return (mean - self.shift) * self.scale
+
+    def decode(self, latent):
+        """latent (B, 16, h, w) -> image (B, 3, 8h, 8w), nominally in [-1, 1]; not clamped."""
+        return self.decoder(latent / self.scale + self.shift)
+
+
+def pack(latent):
+    """(B, C, h, w) -> (B, h/2 * w/2, 4C): every 2x2 patch is a token, inner order (channel, dy, dx)."""
+    B, C, h, w = latent.shape
+    if h % 2 or w % 2:
+        raise ValueError(f"a latent of {h} x {w} cannot be cut into 2 x 2 patches: picture sides must be multiples of twice the autoencoder's factor (FLUX.1: 16)")
+    return latent.reshape(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
+
+
+def unpack(tokens, h, w):
+    """The inverse of pack: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
+    B, _, width = tokens.shape
+    return tokens.reshape(B, h // 2, w // 2, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, width // 4, h, w)
+
+
+def image_ids(h, w, device=None):
+    """Positions (0, y, x) of the tokens of an h x w latent -> (h/2 * w/2, 3). Text stands at (0, 0, 0)."""
+    y, x = torch.meshgrid(torch.arange(h // 2, device=device), torch.arange(w // 2, device=device), indexing="ij")
+    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
+
+
+# ---- the transformer ---------------------------------------------------------------------------------------------------------
+def rope_table(ids, axes, theta=10000.0):
+    """Positions (T, 3) -> cos, sin (T, d/2) in fp32: axis k turns axes[k]/2 of the pairs, at speeds theta^(-2i/axes[k])."""
+    angles = [ids[:, k, None].float() * theta ** -(torch.arange(0, dim, 2, device=ids.device) / dim) for k, dim in enumerate(axes)]
+    angles = torch.cat(angles, dim=1)                                                   # (T, d/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """Turn every neighbouring pair of x (B, H, T, d) by its position's angles."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # (B, H, T, d/2) each
+    cos, sin = rope
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def modulate(x, shift, scale):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """(timestep, guidance, pooled text) embedding (B, D) -> `count` vectors of shifts, scales and gates (B, count, D)."""
+    def __init__(self, dim, count):
+        super().__init__()
+        self.linear, self.count = nn.Linear(dim, count * dim), count
+
+    def forward(self, temb):
+        return self.linear(F.silu(temb)).unflatten(-1, (self.count, -1))
+
+
+class Attention(nn.Module):
+    """Joint attention over [text, image]. `text` adds the text's own projections (double blocks); `out` an output projection for the image.
+
+    `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable or module that maps the image tokens' queries
+    (B, H, L, d), normalised and not rotated, to an addition of the same shape to their attention output, before the output projection."""
+    def __init__(self, dim, heads, head_dim, text, eps=1e-6):
+        super().__init__()
+        inner, self.heads, self.image_prompt = heads * head_dim, heads, None
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        if text:
+            self.norm_added_q, self.norm_added_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
+            self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(inner, dim)]), nn.Linear(inner, dim)
+
+    def project(self, x):
+        """Image tokens (or the single blocks' whole sequence) -> q, k, v (B, H, L, d)."""
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
+        return self.norm_q(q), self.norm_k(k), v
+
+    def project_text(self, x):
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        return self.norm_added_q(q), self.norm_added_k(k), v
+
+    def forward(self, q, k, v, rope, T):
+        """q, k, v (B, H, T+L, d), the first T of them text -> (B, T+L, H*d)."""
+        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        if self.image_prompt is not None:
+            out = torch.cat([out[:, :, :T], out[:, :, T:] + self.image_prompt(q[:, :, T:])], dim=2)
+        return merge_heads(out)
+
+
+class GELULinear(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.proj = nn.Linear(dim, hidden)
+
+    def forward(self, x):
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(GELULinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # names net.0.proj and net.2
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text each have their own weights and meet in the attention."""
+    modulations = 12                    # shift, scale, gate of attention, the same of the MLP; for the image, then for the text
+
+    def __init__(self, dim, heads, head_dim):
+        super().__init__()
+        self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
+        self.attn = Attention(dim, heads, head_dim, text=True)
+        self.ff, self.ff_context = FeedForward(dim), FeedForward(dim)
+
+    def modulation(self, temb):
+        return torch.cat([self.norm1(temb), self.norm1_context(temb)], dim=1)           # (B, 12, D)
+
+    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), 2 x (T+L, d/2)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *text = modulation[:, :, None].unbind(1)        # (B, 1, D) each
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = text
+        T = txt.shape[1]
+        words, pixels = self.attn.project_text(modulate(txt, t_shift, t_scale)), self.attn.project(modulate(img, shift, scale))
+        out = self.attn(*(torch.cat(pair, dim=2) for pair in zip(words, pixels)), rope, T)                  # (B, T+L, H*d)
+        img = img + gate * self.attn.to_out[0](out[:, T:])
+        img = img + mlp_gate * self.ff(modulate(img, mlp_shift, mlp_scale))
+        txt = txt + t_gate * self.attn.to_add_out(out[:, :T])
+        txt = txt + t_mlp_gate * self.ff_context(modulate(txt, t_mlp_shift, t_mlp_scale))
+        return img, txt
+
+
+class SingleBlock(nn.Module):
+    """Image and text as one sequence; attention and MLP side by side, one output projection for both."""
+    modulations = 3                     # shift, scale, gate
+
+    def __init__(self, dim, heads, head_dim):
+        super().__init__()
+        self.norm = Modulation(dim, 3)
+        self.attn = Attention(dim, heads, head_dim, text=False)
+        self.proj_mlp, self.proj_out = nn.Linear(dim, 4 * dim), nn.Linear(5 * dim, dim)
+
+    def modulation(self, temb):
+        return self.norm(temb)                                                          # (B, 3, D)
+
+    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 3, D), 2 x (T+L, d/2)
+        shift, scale, gate = modulation[:, :, None].unbind(1)
+        T, x = txt.shape[1], torch.cat([txt, img], dim=1)                               # (B, T+L, D)
+        h = modulate(x, shift, scale)
+        attended = self.attn(*self.attn.project(h), rope, T)
+        x = x + gate * self.proj_out(torch.cat([attended, F.gelu(self.proj_mlp(h), approximate="tanh")], dim=2))
+        return x[:, T:], x[:, :T]
+
+
+class Embedder(nn.Module):
+    def __init__(self, inner, dim):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(inner, dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+def sinusoid(x, dim=256):
+    """(B,) -> (B, dim) in fp32: cosines, then sines, of 1000 x at speeds 10000^(-i / (dim/2))."""
+    angles = 1000 * x.float()[:, None] * torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, device=x.device))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimeTextEmbed(nn.Module):
+    """timestep (B,) in [0, 1], guidance (B,) or None, pooled (B, P) -> temb (B, D). ValueError when the guidance is missing, or has no embedding."""
+    def __init__(self, dim, pooled_dim, guidance):
+        super().__init__()
+        self.timestep_embedder, self.text_embedder = Embedder(256, dim), Embedder(pooled_dim, dim)
+        self.guidance_embedder = Embedder(256, dim) if guidance else None
+
+    def forward(self, timestep, guidance, pooled):
+        if (guidance is None) != (self.guidance_embedder is None):
+            raise ValueError("this checkpoint has a guidance embedding: guidance is needed" if guidance is None else "this checkpoint has no guidance embedding: guidance must be None")
+        temb = self.timestep_embedder(sinusoid(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
+        return temb if guidance is None else temb + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
+
+
+def add_residual(x, residuals, i, blocks):
+    """A ControlNet's residuals are spread over `blocks` blocks in runs of ceil(blocks / residuals)."""
+    return x + residuals[i // math.ceil(blocks / len(residuals))].to(x.dtype) if len(residuals) else x
+
+
+class Flux(Pretrained):
+    """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0.
+
+    forward = modulation (from timestep, guidance, pooled) + rope (from positions) + velocity (from pixels and text);
+    a sampler computes the first two once for all its steps. `checkpointing = True` trades time for memory in training."""
+    kind = "FluxTransformer2DModel"
+
+    def __init__(self, config):
+        super().__init__()
+        heads, head_dim, self.axes = config["num_attention_heads"], config["attention_head_dim"], config["axes_dims_rope"]
+        if sum(self.axes) != head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}")
+        dim, self.guided, self.checkpointing = heads * head_dim, config["guidance_embeds"], False
+        self.time_text_embed = TimeTextEmbed(dim, config["pooled_projection_dim"], self.guided)
+        self.context_embedder, self.x_embedder = nn.Linear(config["joint_attention_dim"], dim), nn.Linear(config["in_channels"], dim)
+        self.transformer_blocks = nn.ModuleList([DoubleBlock(dim, heads, head_dim) for _ in range(config["num_layers"])])
+        self.single_transformer_blocks = nn.ModuleList([SingleBlock(dim, heads, head_dim) for _ in range(config["num_single_layers"])])
+        self.norm_out = Modulation(dim, 2)                                              # scale, then shift
+        self.proj_out = nn.Linear(dim, config.get("out_channels") or config["in_channels"])
+
+    def forward(self, img, txt, pooled, timestep, guidance, img_ids, txt_ids, double_residuals=(), single_residuals=()):
+        """img (B, L, 64), txt (B, T, 4096), pooled (B, 768) of the weights' type, timestep (B,) in [0, 1], guidance (B,) as the user gives it or None,
+        img_ids (L, 3), txt_ids (T, 3), residuals: a ControlNet's, (B, L, D) each -> velocity (B, L, 64)."""
+        return self.velocity(img, txt, self.modulation(timestep, guidance, pooled), self.rope(txt_ids, img_ids), double_residuals, single_residuals)
+
+    def blocks(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
+    def modulation(self, timestep, guidance, pooled):
+        """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block + 3 a single block + 2."""
+        temb = self.time_text_embed(timestep, guidance, pooled)                         # (B, D)
+        return torch.cat([block.modulation(temb) for block in self.blocks()] + [self.norm_out(temb)], dim=1)
+
+    def rope(self, txt_ids, img_ids):
+        return rope_table(torch.cat([txt_ids, img_ids]), self.axes)                     # 2 x (T+L, d/2)
+
+    def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
+        *mods, out = modulation.split([block.modulations for block in self.blocks()] + [2], dim=1)
+        img, txt, doubles = self.x_embedder(img), self.context_embedder(txt), len(self.transformer_blocks)
+        for i, (block, mod) in enumerate(zip(self.blocks(), mods)):
+            if self.checkpointing and torch.is_grad_enabled():
+                img, txt = checkpoint(block, img, txt, mod, rope, use_reentrant=False)
+            else:
+                img, txt = block(img, txt, mod, rope)                                   # (B, L, D), (B, T, D)
+            if i < doubles:
+                img = add_residual(img, double_residuals, i, doubles)
+            else:
+                img = add_residual(img, single_residuals, i - doubles, len(mods) - doubles)
+        scale, shift = out[:, :, None].unbind(1)
+        return self.proj_out(modulate(img, shift, scale))                               # (B, L, 64)
+
+
+# ---- the sampler -------------------------------------------------------------------------------------------------------------
+SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+
+
+def sigmas(steps, image_tokens, schedule=SCHEDULE):
+    """Noise levels 1 ... 0 of `steps` Euler steps -> (steps+1,) fp32. `schedule`: scheduler/scheduler_config.json (default: FLUX.1-dev's).
+
+    dev: more tokens hide noise better, so the levels shift towards 1: sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the tokens. schnell: a fixed `shift`."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, at least 1 is needed")
+    sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    low, high = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
+    slope = (schedule["max_shift"] - schedule["base_shift"]) / (high - low)
+    factor = math.exp(schedule["base_shift"] + slope * (image_tokens - low)) if schedule["use_dynamic_shifting"] else schedule["shift"]
+    return torch.cat([factor / (factor + 1 / sigma - 1), sigma.new_zeros(1)]).float()
+
+
+@torch.no_grad()
+def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None, strength=1.0, negative=None, cfg=1.0, control=None, progress=iter):
+    """Euler steps from noise to a picture -> packed latents (B, L, 64), fp32.
+
+    noise, source: packed (B, L, 64); levels: from `sigmas`. strength < 1 starts from the noised source with the last strength * steps levels; 0 returns the source.
+    guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg != 1 is classifier-free guidance against `negative` = (txt, pooled), two passes.
+    control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm). ValueError when the latents overflow."""
+    B, steps = len(noise), len(levels) - 1
+    levels = levels.to(noise.device)[steps - int(min(steps * strength, steps)):] if source is not None else levels.to(noise.device)
+    x = noise.float() if source is None else (1 - levels[0]) * source.float() + levels[0] * noise.float()
+    prompts = [(txt, pooled)] if negative is None or cfg == 1 else [(txt, pooled), negative]
+    rope = flux.rope(torch.zeros(txt.shape[1], 3, device=noise.device), img_ids)
+    steps = len(levels) - 1
+    t = levels[:-1].repeat_interleave(B)                                                # (steps * B,)
+    g = torch.full_like(t, guidance) if flux.guided else None
+    modulations = [flux.modulation(t, g, p.repeat(steps, 1)).split(B) for _, p in prompts] if steps else []
+    for i in progress(range(steps)):
+        residuals = control(i, steps, x, levels[i].expand(B)) if control else ((), ())
+        v = [flux.velocity(x.to(txt.dtype), words, m[i], rope, *residuals).float() for (words, _), m in zip(prompts, modulations)]
+        v = v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1])
+        x = x + (levels[i + 1] - levels[i]) * v
+    if not x.isfinite().all():
+        raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: use bfloat16 or float32")
+    return x
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    flux = Flux(dict(num_attention_heads=3, attention_head_dim=16, axes_dims_rope=[4, 6, 6], guidance_embeds=True, pooled_projection_dim=8,
+                     joint_attention_dim=12, in_channels=64, num_layers=2, num_single_layers=2))
+    x = denoise(flux, pack(torch.randn(1, 16, 8, 8)), torch.randn(1, 5, 12), torch.randn(1, 8), image_ids(8, 8), sigmas(4, 16))
+    print(f"an untrained Flux of {sum(p.numel() for p in flux.parameters()):,} parameters denoised {tuple(x.shape)} tokens in 4 steps to a latent {tuple(unpack(x, 8, 8).shape)}")
