@@ -1,11 +1,21 @@
-"""Qwen2.5 in plain torch: checked checkpoint loader, tokenizer and chat template, forward pass, KV cache, batched generation."""
+"""Qwen2.5 in plain torch: the checked checkpoint loader, tokenizer and chat template, forward pass, KV cache, batched generation.
+
+Reads Qwen2 and Mistral checkpoints as they are published; every size comes from their config.json, every parameter has its name there.
+Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
+attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
+"""
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------
@@ -13,17 +23,16 @@ def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo` as it is; else the hub repository of that name, downloaded (only files matching `patterns`) -> Path.
 
     ValueError in one sentence when it is neither, or when the repository is gated or out of reach."""
-    path = Path(path_or_repo).expanduser()
+    path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
     if path.is_dir():
         return path
-    is_repo = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(path_or_repo)) and not path.parent.is_dir()   # mini/qwem is a typo, not a repository
-    if not is_repo:
-        raise ValueError(f"{str(path_or_repo)!r} is not a folder here, nor a hub repository of the form 'owner/name'")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or path.parent.is_dir():      # mini/qwem is a typo, not a repository
+        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
     try:
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns))
-    except OSError as error:        # every refusal of the hub, and a network out of reach, is an OSError
-        raise ValueError(f"could not download {path_or_repo} ({type(error).__name__}): if it is gated, accept its licence at https://huggingface.co/{path_or_repo} "
-                         "and set HF_TOKEN; or name a local folder that holds its files") from error
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:                              # the hub's refusals, and a hub out of reach, are all OSErrors
+        raise ValueError(f"cannot download {name} ({type(error).__name__}): if it is gated, accept its licence at https://huggingface.co/{name} "
+                         "and set HF_TOKEN; or give the path of a local folder with its files") from error
 
 
 def read_json(file):
@@ -35,23 +44,23 @@ def read_json(file):
 
 
 def checkpoint_files(path):
-    """The safetensors files of a checkpoint: `path` itself, the shards its index names, or the folder's only `*.safetensors` -> list of Path."""
+    """The safetensors files of a checkpoint: `path` itself, the shards that its index names, or the folder's only *.safetensors."""
     path = Path(path)
     if path.is_file():
         return [path]
     found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        raise ValueError(f"{path} must hold one *.safetensors or one index of shards, found {[f.name for f in found] or 'none'}")
+        raise ValueError(f"{path} must hold one *.safetensors file or one index of shards, it holds {[f.name for f in found] or 'none'}")
     if found[0].suffix == ".safetensors":
         return found
     shards = [path / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
     if absent := [f.name for f in shards if not f.is_file()]:
-        raise ValueError(f"{found[0]} names shards that are not in the folder: {', '.join(absent)}")
+        raise ValueError(f"{found[0]} names shards that the folder lacks: {', '.join(absent)}")
     return shards
 
 
 def read_tensors(path):
-    """All tensors of a checkpoint, memory-mapped (do not overwrite the files while they are in use) -> {name: tensor}."""
+    """Every tensor of a checkpoint, memory-mapped (so leave the files alone while it is in use) -> {name: tensor}."""
     tensors = {}
     for file in checkpoint_files(path):
         try:
@@ -62,24 +71,315 @@ def read_tensors(path):
     return tensors
 
 
-def load_checkpoint(module, path, rename=None):
-    """Strict copy of the checkpoint at `path` into `module`, which may be on the meta device: then the memory-mapped tensors are taken as they are.
+def load_checkpoint(module, path, rename=lambda name: name):
+    """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
 
-    `rename(name)` gives a stored tensor's name in the module, None to leave it out. Of tied parameters one name is enough.
+    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough.
     ValueError names every missing, unexpected and misshapen tensor."""
-    stored = {rename(k) if rename else k: v for k, v in read_tensors(path).items()}
+    stored = {rename(name): tensor for name, tensor in read_tensors(path).items()}
     stored.pop(None, None)
-    own, names = module.state_dict(keep_vars=True), {}
-    for name, tensor in own.items():
-        names.setdefault(id(tensor), []).append(name)
-    source = {k: stored[n] for tied in names.values() for n in [next((n for n in tied if n in stored), None)] if n for k in tied}
-    faults = [f"missing {k}" for k in own if k not in source] + [f"unexpected {k}" for k in stored if k not in own]
-    faults += [f"{k} has shape {tuple(v.shape)}, expected {tuple(own[k].shape)}" for k, v in stored.items() if k in own and v.shape != own[k].shape]
+    tied = {}                                             # a tensor of the module -> all its names
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        tied.setdefault(tensor, []).append(name)
+    faults = [f"missing {names[0]}" for names in tied.values() if stored.keys().isdisjoint(names)]
+    faults += [f"unexpected {name}" for name in stored if not any(name in names for names in tied.values())]
+    faults += [f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
+               for tensor, names in tied.items() for name in names if name in stored and stored[name].shape != tensor.shape]
     if faults:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: " + "; ".join(faults))
-    for name, tensor in own.items():
-        if tensor.is_meta:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(faults)}")
+    for tensor, names in tied.items():
+        value = next(stored[name] for name in names if name in stored)
+        if not tensor.is_meta:
+            tensor.data.copy_(value)
+            continue
+        value = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        for name in names:
             owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(source[name], tensor.requires_grad) if isinstance(tensor, nn.Parameter) else source[name])
+            setattr(module.get_submodule(owner), leaf, value)
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------------------------------------
+class Tokenizer:
+    """tokenizer.json, with Qwen's chat template written out."""
+
+    def __init__(self, fast, add_eos=None):
+        self.fast, self.add_eos = fast, add_eos           # add_eos: id that ends every text (embedding models), or None
+
+    @classmethod
+    def load(cls, path):
+        """From the folder or hub repository that holds tokenizer.json (and tokenizer_config.json, of which only add_eos_token counts)."""
+        path = resolve(path, ["tokenizer*.json"])
+        if not (path / "tokenizer.json").is_file():
+            raise ValueError(f"{path} has no tokenizer.json")
+        fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
+        config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+        eos = config.get("eos_token") if config.get("add_eos_token") else None
+        return cls(fast, fast.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None)
+
+    def encode(self, text):
+        """list[int]; special tokens written in the text count as such, and the tokenizer's own (Mistral's <s>) are added."""
+        ids = self.fast.encode(text).ids
+        return ids if self.add_eos is None or ids[-1:] == [self.add_eos] else ids + [self.add_eos]
+
+    def decode(self, ids):
+        """The text, without special tokens."""
+        return self.fast.decode(list(ids), skip_special_tokens=True)
+
+    def chat(self, messages, add_generation_prompt=True):
+        """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in Qwen2.5's template."""
+        if unknown := {m["role"] for m in messages} - {"system", "user", "assistant"}:
+            raise ValueError(f"unknown role {unknown}: allowed are system, user, assistant")
+        if not messages or messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}, *messages]
+        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        return self.encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
+
+
+# ---- model -------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Config:
+    """What config.json says, in the words of the code below."""
+    vocab: int
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    theta: float                  # RoPE base
+    qkv_bias: bool
+    tied: bool                    # the head is the embedding
+    headless: bool                # an embedding model, stored without head
+    window: int | None            # Mistral's sliding window; longer texts are refused, shorter ones never notice it
+    eos: tuple
+
+    @classmethod
+    def read(cls, path):
+        """From config.json and generation_config.json; ValueError for a model type, rope scaling or activation that is not written here."""
+        c = read_json(Path(path) / "config.json")
+        kind, rope = c.get("model_type"), c.get("rope_parameters") or c.get("rope_scaling") or {}
+        if kind not in ("qwen2", "mistral"):
+            raise ValueError(f"{path}: model_type {kind!r}, allowed are 'qwen2' and 'mistral'")
+        if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"{path}: rope scaling {scaling!r} is not supported, only 'default'")
+        if c.get("hidden_act", "silu") != "silu" or c.get("use_sliding_window"):
+            raise ValueError(f"{path}: hidden_act {c.get('hidden_act')!r} and use_sliding_window {c.get('use_sliding_window')!r}, allowed are 'silu' and false")
+        more = Path(path) / "generation_config.json"
+        eos = (read_json(more) if more.is_file() else {}).get("eos_token_id", c.get("eos_token_id"))
+        heads = c["num_attention_heads"]
+        return cls(c["vocab_size"], c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
+                   c.get("head_dim") or c["hidden_size"] // heads, c["rms_norm_eps"], rope.get("rope_theta") or c.get("rope_theta", 10000.0),
+                   kind == "qwen2", c.get("tie_word_embeddings", False), (c.get("architectures") or ["?ForCausalLM"])[0].endswith("Model"),
+                   c.get("sliding_window") if kind == "mistral" else None, tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ())
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)       # cast first, then the weight
+
+
+def rope_tables(positions, head_dim, theta):
+    """cos, sin (B, 1, T, d) in fp32. Qwen couples dim i with i + d/2:  [x1 x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (d/2,)
+    angle = positions[:, None, :, None].float() * torch.cat([frequency, frequency])              # (B, 1, T, d)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    x1, x2 = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+
+    def forward(self, x, cos, sin, mask, past):
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))   # (B, H or G, T, d)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:
+            k, v = past(k, v)                                                                    # (B, G, S, d)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                                         # (B, T, D)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.width, c.inner, bias=False)
+        self.up_proj = nn.Linear(c.width, c.inner, bias=False)
+        self.down_proj = nn.Linear(c.inner, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))                       # SwiGLU
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm, self.self_attn = RMSNorm(c.width, c.eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.width, c.eps), MLP(c)
+
+    def forward(self, x, cos, sin, mask, past):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Cache:
+    """Keys and values of the tokens so far, in buffers allocated once for `length` tokens."""
+
+    def __init__(self, c, batch, length, device, dtype):
+        self.kv = torch.zeros(c.layers, 2, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
+        self.length = 0                                   # tokens held; Decoder.forward advances it
+
+    def layer(self, i):
+        """A function that appends layer i's new keys and values (B, G, T, d) and returns all of them (B, G, S, d)."""
+        def append(k, v):
+            end = self.length + k.shape[2]
+            self.kv[i, 0, :, :, self.length:end], self.kv[i, 1, :, :, self.length:end] = k, v
+            return self.kv[i, 0, :, :, :end], self.kv[i, 1, :, :, :end]
+        return append
+
+
+def visible(attention_mask, start, end, device):
+    """Which keys the queries start..end-1 may see, (B or 1, 1, T, S) bool; None when plain causal attention says the same."""
+    if attention_mask is None and (start == 0 or end - start == 1):
+        return None
+    q, k = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
+    if attention_mask is None:
+        return (k <= q)[None, None]
+    return (k <= q) & (attention_mask[:, None, None].bool() | (k == q))     # padding sees itself, so that no row is empty (NaN)
+
+
+class Decoder(nn.Module):
+    """The transformer without its head. `checkpointing = True` recomputes each layer in the backward pass."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config, self.checkpointing = c, False
+        self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.eps)
+
+    def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
+        """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D); with a cache, attention_mask covers old and new tokens."""
+        x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
+        start = cache.length if cache else 0
+        end = start + x.shape[1]
+        if c.window and end > c.window:
+            raise ValueError(f"{end} tokens do not fit the model's sliding window of {c.window}")
+        if attention_mask is None:
+            positions = torch.arange(start, end, device=x.device)[None]                          # (1, T)
         else:
-            tensor.data.copy_(source[name])
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]           # (B, T)
+        mask = visible(attention_mask, start, end, x.device)
+        cos, sin = rope_tables(positions, c.head_dim, c.theta)
+        for i, layer in enumerate(self.layers):
+            args = (x, cos, sin, mask, cache and cache.layer(i))
+            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
+        if cache:
+            cache.length = end
+        return self.norm(x)
+
+
+class Qwen(nn.Module):
+    """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` turns them into logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.model = config, Decoder(config)
+        self.lm_head = None if config.headless else nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied and not config.headless:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, ids=None, attention_mask=None, embeds=None):
+        return self.lm_head(self.model(ids, embeds, attention_mask))
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve, Config.read and load_checkpoint."""
+        path = resolve(path, ["*.json", "*.safetensors"])
+        with torch.device("meta"):
+            model = cls(Config.read(path))
+        load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
+        return model.to(device, dtype).eval().requires_grad_(False)
+
+
+# ---- use ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def embed_texts(model, tokenizer, texts, batch_size=32):
+    """Last-token hidden states of `texts`, L2-normalised in fp32 -> (N, D)."""
+    out, device = [], model.model.embed_tokens.weight.device
+    for i in range(0, len(texts), batch_size):
+        rows = [torch.tensor(tokenizer.encode(text)) for text in texts[i:i + batch_size]]
+        length = torch.tensor([len(row) for row in rows])
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                                  # (B, T), padded on the right
+        mask = torch.arange(ids.shape[1]) < length[:, None]
+        hidden = model.model(ids.to(device), attention_mask=mask.to(device))                     # (B, T, D)
+        out.append(F.normalize(hidden[torch.arange(len(rows)), length - 1].float(), dim=-1))
+    return torch.cat(out)
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """One token a row from logits (B, V) -> (B,): temperature, then top_k, then top_p; temperature 0 is greedy."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        outside = p.cumsum(-1) - p >= top_p                                                      # the tokens before it are enough
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+    """Continue prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> list of B lists of new ids, each ending before its eos.
+
+    repetition_penalty counts the prompt's ids and the new ones, never padding or vectors. Sampling draws from `generator` only."""
+    x = model.model.embed_tokens(ids) if embeds is None else embeds                              # (B, T, D)
+    (B, T, _), device = x.shape, x.device
+    mask = torch.ones(B, T + max_new_tokens, dtype=torch.long, device=device)                    # grows by slicing: (B, S)
+    seen = torch.zeros(B, model.config.vocab, device=device)                                     # how often each token stands in the row
+    if attention_mask is not None:
+        mask[:, :T] = attention_mask
+    if ids is not None:
+        seen.scatter_add_(1, ids, mask[:, :T].float())
+    padded = not mask.all()                                                                      # without padding no mask is needed at all
+    last = (mask[:, :T] * torch.arange(T, device=device)).argmax(-1)                             # (B,) the prompt's last token
+    eos = torch.tensor(model.config.eos, device=device)
+    cache, new, done = Cache(model.config, B, T + max_new_tokens, device, x.dtype), [], torch.zeros(B, dtype=torch.bool, device=device)
+    hidden = model.model(embeds=x, attention_mask=mask[:, :T] if padded else None, cache=cache)[torch.arange(B, device=device), last]     # (B, D)
+    while len(new) < max_new_tokens:
+        logits = model.lm_head(hidden).float()                                                   # (B, V)
+        if repetition_penalty != 1:
+            logits = torch.where(seen > 0, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+        token = sample(logits, temperature, top_k, top_p, generator)                             # (B,)
+        new.append(token)
+        seen.scatter_(1, token[:, None], 1.0)
+        done |= torch.isin(token, eos)
+        if done.all() or len(new) == max_new_tokens:
+            break
+        hidden = model.model(token[:, None], attention_mask=mask[:, :T + len(new)] if padded else None, cache=cache)[:, 0]
+    rows = torch.stack(new, dim=1).tolist() if new else [[]] * B                                 # (B, new)
+    return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in rows]
+
+
+if __name__ == "__main__":
+    qwen, tokenizer = Qwen.load("mini/qwen"), Tokenizer.load("mini/qwen")
+    prompt = tokenizer.chat([{"role": "user", "content": "Suggest a single, cohesive image-editing instruction\nCaption: A white bowl in front of a grey wall"}])
+    print(f"{sum(p.numel() for p in qwen.parameters()):,} parameters, a prompt of {len(prompt)} tokens, continued greedily and by chance:")
+    print(tokenizer.decode(generate(qwen, torch.tensor([prompt]))[0]))
+    print(tokenizer.decode(generate(qwen, torch.tensor([prompt]), temperature=1.0, generator=torch.Generator().manual_seed(0))[0]))
