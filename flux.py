@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import load_checkpoint, read_json
+from qwen import RMSNorm, load_checkpoint, read_json
 
 
 class Pretrained(nn.Module):
@@ -134,15 +134,6 @@ class CLIPText(Pretrained):
         return model.final_layer_norm(x[torch.arange(len(ids)), end])                   # (B, D)
 
 
-class T5Norm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(width))
-
-    def forward(self, x):               # rounded to the weights' type before the product, as T5 does
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
-
-
 class T5Layer(nn.Module):
     def __init__(self, width, heads, head_dim, hidden, buckets, eps):
         super().__init__()
@@ -150,8 +141,8 @@ class T5Layer(nn.Module):
         linears = {name: nn.Linear(width, heads * head_dim, bias=False) for name in "qkv"} | {"o": nn.Linear(heads * head_dim, width, bias=False)}
         bias = {"relative_attention_bias": nn.Embedding(buckets, heads)} if buckets else {}    # only the first layer has one
         gated = {name: nn.Linear(width, hidden, bias=False) for name in ("wi_0", "wi_1")} | {"wo": nn.Linear(hidden, width, bias=False)}
-        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": nn.ModuleDict(linears | bias), "layer_norm": T5Norm(width, eps)}),
-                                    nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": T5Norm(width, eps)})])
+        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": nn.ModuleDict(linears | bias), "layer_norm": RMSNorm(width, eps)}),
+                                    nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": RMSNorm(width, eps)})])
 
     def forward(self, x, bias):                                                         # (B, T, D), (1, H, T, T)
         attn, mlp = self.layer[0].SelfAttention, self.layer[1].DenseReluDense
@@ -183,7 +174,7 @@ class T5(Pretrained):
         sizes = width, config["num_heads"], config["d_kv"], config["d_ff"]
         self.shared = nn.Embedding(config["vocab_size"], width)
         self.encoder = nn.ModuleDict({"block": nn.ModuleList([T5Layer(*sizes, 0 if i else self.buckets, eps) for i in range(config["num_layers"])]),
-                                      "final_layer_norm": T5Norm(width, eps)})
+                                      "final_layer_norm": RMSNorm(width, eps)})
 
     @staticmethod
     def rename(name):                   # some files hold the embedding a second time, under this name
@@ -350,21 +341,20 @@ def image_ids(h, w, device=None):
 
 # ---- the transformer ---------------------------------------------------------------------------------------------------------
 def rope_table(ids, axes, theta=10000.0):
-    """Positions (T, 3) -> cos, sin (T, d/2) in fp32: axis k turns axes[k]/2 of the pairs, at speeds theta^(-2i/axes[k])."""
+    """Positions (T, 3) -> unit complex numbers (T, d/2), complex64: axis k turns axes[k]/2 of the pairs, at speeds theta^(-2i/axes[k])."""
     angles = [ids[:, k, None].float() * theta ** -(torch.arange(0, dim, 2, device=ids.device) / dim) for k, dim in enumerate(axes)]
     angles = torch.cat(angles, dim=1)                                                   # (T, d/2)
-    return angles.cos(), angles.sin()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, rope):
-    """Turn every neighbouring pair of x (B, H, T, d) by its position's angles."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                  # (B, H, T, d/2) each
-    cos, sin = rope
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """Turn every neighbouring pair of x (B, H, T, d): as a complex number, times its position's."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                     # (B, H, T, d/2)
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
 
 
 def modulate(x, shift, scale):
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)     # norm * (1 + scale) + shift, in one kernel
 
 
 class Modulation(nn.Module):
@@ -374,7 +364,20 @@ class Modulation(nn.Module):
         self.linear, self.count = nn.Linear(dim, count * dim), count
 
     def forward(self, temb):
-        return self.linear(F.silu(temb)).unflatten(-1, (self.count, -1))
+        home = next(self.parameters()).device                                           # may be the CPU: see offload_modulation
+        return self.linear(F.silu(temb).to(home)).unflatten(-1, (self.count, -1)).to(temb.device)
+
+
+def offload_modulation(model, device):
+    """Moves all of a transformer but its modulation layers to `device`. They are 27 % of FLUX.1 (6.5 GB of 23.8 in bf16), and a picture needs them once."""
+    layers = [m for m in model.modules() if isinstance(m, Modulation)]
+    linears = [layer.linear for layer in layers]
+    for layer in layers:
+        layer.linear = None
+    model.to(device)
+    for layer, linear in zip(layers, linears):
+        layer.linear = linear
+    return model
 
 
 class Attention(nn.Module):
@@ -409,22 +412,13 @@ class Attention(nn.Module):
         return merge_heads(out)
 
 
-class GELULinear(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x):
-        return F.gelu(self.proj(x), approximate="tanh")
-
-
 class FeedForward(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.Sequential(GELULinear(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))  # names net.0.proj and net.2
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(dim, 4 * dim)}), nn.Identity(), nn.Linear(4 * dim, dim)])  # names net.0.proj, net.2
 
     def forward(self, x):
-        return self.net(x)
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
 
 
 class DoubleBlock(nn.Module):
@@ -440,16 +434,16 @@ class DoubleBlock(nn.Module):
     def modulation(self, temb):
         return torch.cat([self.norm1(temb), self.norm1_context(temb)], dim=1)           # (B, 12, D)
 
-    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), 2 x (T+L, d/2)
+    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), (T+L, d/2)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *text = modulation[:, :, None].unbind(1)        # (B, 1, D) each
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = text
         T = txt.shape[1]
         words, pixels = self.attn.project_text(modulate(txt, t_shift, t_scale)), self.attn.project(modulate(img, shift, scale))
         out = self.attn(*(torch.cat(pair, dim=2) for pair in zip(words, pixels)), rope, T)                  # (B, T+L, H*d)
-        img = img + gate * self.attn.to_out[0](out[:, T:])
-        img = img + mlp_gate * self.ff(modulate(img, mlp_shift, mlp_scale))
-        txt = txt + t_gate * self.attn.to_add_out(out[:, :T])
-        txt = txt + t_mlp_gate * self.ff_context(modulate(txt, t_mlp_shift, t_mlp_scale))
+        img = torch.addcmul(img, gate, self.attn.to_out[0](out[:, T:]))                  # img + gate * attention
+        img = torch.addcmul(img, mlp_gate, self.ff(modulate(img, mlp_shift, mlp_scale)))
+        txt = torch.addcmul(txt, t_gate, self.attn.to_add_out(out[:, :T]))
+        txt = torch.addcmul(txt, t_mlp_gate, self.ff_context(modulate(txt, t_mlp_shift, t_mlp_scale)))
         return img, txt
 
 
@@ -466,12 +460,12 @@ class SingleBlock(nn.Module):
     def modulation(self, temb):
         return self.norm(temb)                                                          # (B, 3, D)
 
-    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 3, D), 2 x (T+L, d/2)
+    def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 3, D), (T+L, d/2)
         shift, scale, gate = modulation[:, :, None].unbind(1)
         T, x = txt.shape[1], torch.cat([txt, img], dim=1)                               # (B, T+L, D)
         h = modulate(x, shift, scale)
         attended = self.attn(*self.attn.project(h), rope, T)
-        x = x + gate * self.proj_out(torch.cat([attended, F.gelu(self.proj_mlp(h), approximate="tanh")], dim=2))
+        x = torch.addcmul(x, gate, self.proj_out(torch.cat([attended, F.gelu(self.proj_mlp(h), approximate="tanh")], dim=2)))
         return x[:, T:], x[:, :T]
 
 
@@ -542,8 +536,15 @@ class Flux(Pretrained):
         temb = self.time_text_embed(timestep, guidance, pooled)                         # (B, D)
         return torch.cat([block.modulation(temb) for block in self.blocks()] + [self.norm_out(temb)], dim=1)
 
+    def modulations(self, levels, guidance, pooled):
+        """`modulation` for every noise level of a sampler in one pass over the weights -> one (B, M, D) a level; guidance: a number."""
+        if not len(levels):
+            return []
+        t = levels.repeat_interleave(len(pooled))                                       # (levels * B,)
+        return self.modulation(t, torch.full_like(t, guidance) if self.guided else None, pooled.repeat(len(levels), 1)).split(len(pooled))
+
     def rope(self, txt_ids, img_ids):
-        return rope_table(torch.cat([txt_ids, img_ids]), self.axes)                     # 2 x (T+L, d/2)
+        return rope_table(torch.cat([txt_ids, img_ids]), self.axes)                     # (T+L, d/2)
 
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
         *mods, out = modulation.split([block.modulations for block in self.blocks()] + [2], dim=1)
@@ -582,23 +583,24 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
 def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None, strength=1.0, negative=None, cfg=1.0, control=None, progress=iter):
     """Euler steps from noise to a picture -> packed latents (B, L, 64), fp32.
 
-    noise, source: packed (B, L, 64); levels: from `sigmas`. strength < 1 starts from the noised source with the last strength * steps levels; 0 returns the source.
-    guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg != 1 is classifier-free guidance against `negative` = (txt, pooled), two passes.
-    control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm). ValueError when the latents overflow."""
-    B, steps = len(noise), len(levels) - 1
-    levels = levels.to(noise.device)[steps - int(min(steps * strength, steps)):] if source is not None else levels.to(noise.device)
-    x = noise.float() if source is None else (1 - levels[0]) * source.float() + levels[0] * noise.float()
-    prompts = [(txt, pooled)] if negative is None or cfg == 1 else [(txt, pooled), negative]
-    rope = flux.rope(torch.zeros(txt.shape[1], 3, device=noise.device), img_ids)
+    noise, source: packed (B, L, 64); levels: from `sigmas`; txt (B, T, 4096) and pooled (B, 768) have the weights' type.
+    strength: 1 starts from noise; less starts from the noised source and runs the last strength * steps steps, rounded up; 0 returns the source.
+    guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg other than 1: classifier-free guidance against
+    `negative` = (txt, pooled), two passes. control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm).
+    ValueError for a strength outside 0..1 or without a source, and for latents that overflow."""
+    if not 0 <= strength <= 1 or source is None and strength < 1:
+        raise ValueError(f"strength is {strength}; it must lie in 0..1, and below 1 it needs a source picture")
     steps = len(levels) - 1
-    t = levels[:-1].repeat_interleave(B)                                                # (steps * B,)
-    g = torch.full_like(t, guidance) if flux.guided else None
-    modulations = [flux.modulation(t, g, p.repeat(steps, 1)).split(B) for _, p in prompts] if steps else []
+    levels = levels[int(steps - steps * strength):].to(noise.device)
+    B, steps = len(noise), len(levels) - 1
+    x = noise.float() if source is None else (1 - levels[0]) * source.float() + levels[0] * noise.float()
+    prompts = [(txt, pooled)] if cfg == 1 else [(txt, pooled), negative]
+    rope, modulations = flux.rope(txt.new_zeros(txt.shape[1], 3), img_ids), [flux.modulations(levels[:-1], guidance, p) for _, p in prompts]
     for i in progress(range(steps)):
         residuals = control(i, steps, x, levels[i].expand(B)) if control else ((), ())
-        v = [flux.velocity(x.to(txt.dtype), words, m[i], rope, *residuals).float() for (words, _), m in zip(prompts, modulations)]
-        v = v[0] if len(v) == 1 else v[1] + cfg * (v[0] - v[1])
-        x = x + (levels[i + 1] - levels[i]) * v
+        v = [flux.velocity(x.to(txt.dtype), words, modulation[i], rope, *residuals).float() for (words, _), modulation in zip(prompts, modulations)]
+        v = v[0] if cfg == 1 else v[1] + cfg * (v[0] - v[1])
+        x = x + (levels[i + 1] - levels[i]) * v                                         # Euler
     if not x.isfinite().all():
         raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: use bfloat16 or float32")
     return x
