@@ -1,0 +1,351 @@
+"""Preferences for the picture model: which patches of a generated picture are good, and losses that learn from it.
+
+    p(x_gen[h,w]) = max over i,j of cos( f(x_gen)[h,w], f(x_ref)[i,j] )                                            (PatchDPO, Eq. 3)
+    L_PatchDPO    = || (v_gen - v_theta) p~_gen ||^2 + || (v_ref - v_theta) (1 - p~_ref) ||^2                       (PatchDPO, supplement S1)
+    L_DPO         = -log sigma( -beta/2 [ (l_win - l_win_ref) - (l_lose - l_lose_ref) ] )                          (Diffusion-DPO)
+    L_DRO         = max( 0, margin + (l_expert - l_expert_ref) - (l_policy - l_policy_ref) )                       (Diffusion-DRO)
+    Z_new         = Attn(Q, K_text, V_text) + sum over references i of Attn(Q, K_img_i, V_img_i)                    (PatchDPO, Eq. S5-S7)
+
+l is a mean squared error of the predicted velocity; the papers write noise, and ||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs.
+f is an image encoder (DINOv2 or ViT); its self-supervised patch training is ours, because the paper's text of it is not public.
+Losses are pure functions, one number a sample. H, W count patches, h, w latent pixels, S patches of one picture, M references.
+
+    python patch_dpo.py                                                        # what a spoiled region does to the quality map
+    python patch_dpo.py REF.png GEN.png --features mini/vit --out heat.png     # reference, generated picture and quality, side by side
+"""
+import argparse
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from flux import choose, merge_heads, split_heads
+from qwen import load_checkpoint, read_json, resolve
+
+
+# ---- patch quality and the losses --------------------------------------------------------------------------------------------
+def patch_quality(f_x, f_ref):
+    """Cosine of every patch of x to the reference patch most like it: (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1].  Eq. 3.
+
+    Several references: stack their maps along H'. The quality of the reference, p(x_ref), is the same with the arguments exchanged."""
+    x, ref = (F.normalize(f.flatten(1, 2).float(), dim=-1) for f in (f_x, f_ref))       # (B, HW, D), (B, H'W', D)
+    return (x @ ref.mT).amax(2).view(f_x.shape[:3])                                     # (3)
+
+
+def patch_weights(quality, size, how="minmax"):
+    """p~ of the loss: quality (B, H, W) brought into [0, 1], then to the latent grid `size` = (h, w) -> (B, h, w).
+
+    The paper does not define p~. "minmax" (ours): the worst patch of a picture gets 0 and the best 1; "clip" (ours): keeps the absolute level.
+    A picture whose patches are all alike has no best and is clipped."""
+    stretch = choose("how", how, {"minmax": True, "clip": False})
+    low, high = quality.amin((1, 2), keepdim=True), quality.amax((1, 2), keepdim=True)  # (B, 1, 1)
+    spread = (quality - low) / (high - low).clamp_min(1e-4)
+    p = torch.where((high - low > 1e-4) & stretch, spread, quality.clamp(0, 1))
+    return F.interpolate(p[:, None], size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+
+
+def patch_dpo_loss(error_gen, error_ref, weight_gen, weight_ref, power=2):
+    """Errors (prediction - target) of the generated and the reference picture (B, C, h, w), weights p~ (B, h, w) -> (B,).
+
+    power 2 is the paper's formula (the weight is inside the square), 1 the authors' code, whose batch mean is half of this sum."""
+    gen = (weight_gen[:, None] ** power * error_gen ** 2).mean((1, 2, 3))               # good patches: learn what was generated
+    ref = ((1 - weight_ref[:, None]) ** power * error_ref ** 2).mean((1, 2, 3))         # what went missing: learn the reference
+    return gen + ref                                                                    # (S1)
+
+
+def diffusion_dpo_loss(win, lose, ref_win, ref_lose, beta):
+    """Mean squared errors (B,) of the trained and of the frozen model, same noise and t within a pair -> (B,).  Diffusion-DPO, authors' code; Flow-GRPO's beta is 100."""
+    return -F.logsigmoid(-0.5 * beta * ((win - ref_win) - (lose - ref_lose)))
+
+
+def dro_loss(expert, ref_expert, policy, ref_policy, margin=1e-3):
+    """Mean squared errors (B,): on an expert's picture against its velocity, on the policy's own trajectory against the policy's own velocity -> (B,).  Diffusion-DRO, authors' code."""
+    return ((expert - ref_expert) - (policy - ref_policy) + margin).clamp_min(0)
+
+
+# ---- f: features of patches --------------------------------------------------------------------------------------------------
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.lambda1 * x
+
+
+class ViTLayer(nn.Module):
+    """One pre-norm transformer layer, with DINOv2's names; a ViT has no layer scale."""
+    def __init__(self, width, heads, hidden, eps, bias, scaled):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.attention = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(width, width, bias=bias) for name in ("query", "key", "value")}),
+                                        "output": nn.ModuleDict({"dense": nn.Linear(width, width)})})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.layer_scale1, self.layer_scale2 = (LayerScale(width) if scaled else nn.Identity() for _ in range(2))
+
+    def forward(self, x):                                                               # (B, 1+S, D)
+        h, attn = self.norm1(x), self.attention.attention
+        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.query, attn.key, attn.value))
+        x = x + self.layer_scale1(self.attention.output.dense(merge_heads(F.scaled_dot_product_attention(q, k, v))))
+        return x + self.layer_scale2(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+
+
+class ImageFeatures(nn.Module):
+    """DINOv2 or ViT; features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map. Built from config.json's values
+    and preprocessor_config.json's image_mean, image_std."""
+    def __init__(self, config, image_mean, image_std):
+        super().__init__()
+        scaled = choose("model_type", config["model_type"], {"dinov2": True, "vit": False})
+        choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
+        choose("use_swiglu_ffn", config.get("use_swiglu_ffn", False), {False: "MLP"})
+        width, self.patch, side = config["hidden_size"], config["patch_size"], config["image_size"] // config["patch_size"]
+        hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
+        layer = width, config["num_attention_heads"], hidden, config["layer_norm_eps"], config["qkv_bias"], scaled
+        self.mean, self.std = image_mean, image_std
+        self.embeddings = nn.Module()
+        self.embeddings.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.embeddings.position_embeddings = nn.Parameter(0.02 * torch.randn(1, 1 + side * side, width))
+        self.embeddings.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, self.patch, self.patch)})
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([ViTLayer(*layer) for _ in range(config["num_hidden_layers"])])})
+        self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
+
+    @classmethod
+    def load(cls, path, device="cpu"):
+        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224, mini/vit). ValueError for other model types (dinov2_with_registers), or when a tensor does not fit."""
+        path = resolve(path, ["*.json", "model.safetensors"])
+        config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
+        with torch.device("meta"):
+            model = cls(config, pixels["image_mean"], pixels["image_std"])
+        load_checkpoint(model, path, cls.rename)
+        return model.to(device).eval()
+
+    @staticmethod
+    def rename(name):
+        """A public checkpoint's name -> ours (DINOv2's); None for the parts that play no role in features."""
+        name = name.removeprefix("dinov2.").removeprefix("vit.")
+        if name.startswith(("pooler.", "classifier.")) or name.endswith("mask_token"):
+            return None
+        if ".attention." not in name:
+            name = name.replace(".intermediate.dense", ".mlp.fc1").replace(".output.dense", ".mlp.fc2")
+        return name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+
+    def positions(self, rows, columns):
+        """Position embeddings of a rows x columns grid -> (1, 1+S, D): bicubic from the trained grid, which is returned as it is when the sizes agree."""
+        trained = self.embeddings.position_embeddings
+        side = math.isqrt(trained.shape[1] - 1)
+        if (rows, columns) == (side, side):
+            return trained
+        grid = trained[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)    # (1, D, side, side)
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic").to(trained.dtype)
+        return torch.cat([trained[:, :1], grid.flatten(2).mT], dim=1)
+
+    def tokens(self, image):
+        """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by row. Sizes that the patch does not divide are resized to the nearest that it does."""
+        fitted = [max(1, round(n / self.patch)) * self.patch for n in image.shape[2:]]
+        image = image if fitted == list(image.shape[2:]) else F.interpolate(image, fitted, mode="bicubic", antialias=True)
+        mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
+        x = self.embeddings.patch_embeddings.projection(((image + 1) / 2 - mean) / std)  # (B, D, H, W)
+        positions = self.positions(*x.shape[2:])
+        x = torch.cat([self.embeddings.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + positions
+        for layer in self.encoder.layer:
+            x = layer(x)
+        return self.layernorm(x)
+
+    def forward(self, image):
+        rows = max(1, round(image.shape[2] / self.patch))
+        return self.tokens(image)[:, 1:].unflatten(1, (rows, -1))                       # (B, H, W, D)
+
+
+# ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
+def random_views(B, generator=None):
+    """Random crop-like maps: rotation up to 20 degrees, scale 0.6 to 1, shift inside the picture, mirrored half the time -> (B, 3, 3),
+    from a view's coordinates ([-1, 1], x then y) to the picture's."""
+    angle, scale, flip, *shift = torch.rand(5, B, generator=generator)
+    angle, scale = (2 * angle - 1) * math.radians(20), 0.6 + 0.4 * scale
+    x, y = ((2 * s - 1) * (1 - scale) for s in shift)
+    mirror, zero, cos, sin = torch.where(flip < 0.5, -1.0, 1.0), torch.zeros(B), scale * angle.cos(), scale * angle.sin()
+    return torch.stack([mirror * cos, -sin, x, mirror * sin, cos, y, zero, zero, zero + 1], dim=1).view(B, 3, 3)
+
+
+def warp(image, view):
+    """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
+    grid = project(centres(*image.shape[2:], image.device), view)                       # (B, H, W, 2)
+    return F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
+
+
+def centres(H, W, device=None):
+    """Centres of H x W cells in [-1, 1]: (H, W, 2), x then y."""
+    y, x = ((2 * torch.arange(n, device=device) + 1) / n - 1 for n in (H, W))
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
+
+
+def project(points, transform):
+    """Points (H, W, 2) under homographies (B, 3, 3) -> (B, H, W, 2)."""
+    points = F.pad(points, (0, 1), value=1.0) @ transform[:, None].mT                   # (B, H, W, 3)
+    return points[..., :2] / points[..., 2:].clamp_min(1e-6)
+
+
+def correspondence(transform, H, W):
+    """For each of picture a's H x W patches, which patch of picture b shows the same place: `transform` (B, 3, 3) maps a's coordinates to b's -> (B, H*W), -1 outside b."""
+    x, y = project(centres(H, W, transform.device), transform).unbind(-1)               # (B, H, W)
+    column, row = ((x + 1) / 2 * W).floor().long(), ((y + 1) / 2 * H).floor().long()
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+    return torch.where(inside, row * W + column, -1).flatten(1)
+
+
+def jitter(image, generator=None):
+    """Random brightness, contrast and tint, the same for a whole picture: (B, 3, H, W) in [-1, 1]."""
+    gain, tint, shift = (torch.rand(len(image), n, 1, 1, generator=generator).to(image.device) - 0.5 for n in (1, 3, 1))
+    return (image * (1 + 0.6 * gain + 0.2 * tint) + 0.4 * shift).clamp(-1, 1)
+
+
+def patch_nce(f_a, f_b, target, tau=0.07):
+    """InfoNCE: patch i of a (B, H, W, D) must find patch target[i] (B, H*W; -1: nowhere) of b among all patches of all pictures in the batch -> scalar.  Ours."""
+    a, b = (F.normalize(f.flatten(1, 2), dim=-1) for f in (f_a, f_b))                   # (B, HW, D)
+    first = torch.arange(len(b), device=b.device)[:, None] * b.shape[1]                 # each picture's first row in the flat list
+    return F.cross_entropy(a.flatten(0, 1) @ b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
+
+
+def self_supervised_loss(features, image, generator=None):
+    """Two views of each picture with known geometry and other colours: corresponding patches shall have like features. image (B, 3, H, W) -> scalar.  Ours."""
+    a, b = (random_views(len(image), generator).to(image.device) for _ in range(2))
+    f_a, f_b = (features(jitter(warp(image, view), generator)) for view in (a, b))
+    return patch_nce(f_a, f_b, correspondence(torch.linalg.inv(b) @ a, *f_a.shape[1:3]))
+
+
+def s_patch(f_a, f_b, target):
+    """Share of a's patches (those with a target) whose most similar patch in b is the right one -> (exact, right or next to it), two floats.
+
+    f (B, H, W, D), target (B, H*W) from `correspondence`. The paper's text is cut where it defines the score: exact is our reading, the second number ours."""
+    W, seen = f_b.shape[2], target >= 0
+    a, b = (F.normalize(f.flatten(1, 2), dim=-1) for f in (f_a, f_b))
+    found, right = (a @ b.mT).argmax(2)[seen], target[seen]                             # (patches,)
+    near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
+    return (found == right).float().mean().item(), near.float().mean().item()
+
+
+def hpatches(folder, size):
+    """HPatches sequences in `folder` (i_*/ and v_*/ with 1.ppm ... 6.ppm, H_1_2 ... H_1_6) -> yields (group, image a, image b (3, size, size), transform (3, 3) from a to b)."""
+    groups = [g for g in sorted(Path(folder).iterdir()) if (g / "H_1_2").is_file()]
+    if not groups:
+        raise ValueError(f"{folder} holds no HPatches sequence (folders with 1.ppm and H_1_2)")
+    for group in groups:
+        for k in range(2, 7):
+            (a, from_a), (b, from_b) = read(group / "1.ppm"), read(group / f"{k}.ppm")
+            transform = np.linalg.inv(from_b) @ np.loadtxt(group / f"H_1_{k}") @ from_a
+            yield group.name, *(to_tensor(x.resize((size, size), Image.BICUBIC)) for x in (a, b)), torch.tensor(transform, dtype=torch.float32)
+
+
+def read(file):
+    """A picture and the matrix from [-1, 1] coordinates to its pixels (the first pixel's centre is 0)."""
+    image = Image.open(file).convert("RGB")
+    w, h = image.size
+    return image, np.array([[w / 2, 0, w / 2 - 0.5], [0, h / 2, h / 2 - 0.5], [0, 0, 1]])
+
+
+# ---- the image prompt --------------------------------------------------------------------------------------------------------
+class ImagePrompt(nn.Module):
+    """Decoupled cross-attention of Flux's picture tokens to reference pictures: own keys and values in every block, queries shared with the text's attention.  Eq. S5-S7.
+
+    `width`: of the reference features. The values start at zero, so an untrained prompt changes nothing. There is no projection network between features and
+    keys: the authors freeze theirs, and from scratch the keys and values are that projection."""
+    def __init__(self, flux, width, scale=1.0):
+        super().__init__()
+        blocks, attn = len(flux.blocks()), flux.transformer_blocks[0].attn
+        self.heads, self.scale, inner = attn.heads, scale, attn.heads * attn.norm_q.weight.numel()
+        self.to_k_ip, self.to_v_ip = (nn.ModuleList([nn.Linear(width, inner, bias=False) for _ in range(blocks)]) for _ in range(2))
+        for v in self.to_v_ip:
+            nn.init.zeros_(v.weight)
+
+    def look(self, flux, references):
+        """From now on `flux` attends to `references` (B, M, S, D), features of M pictures each; None: to the text alone."""
+        for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
+            block.attn.image_prompt = None
+            if references is not None:
+                k, v = (proj(references).unflatten(-1, (self.heads, -1)).transpose(2, 3) for proj in (to_k, to_v))  # (B, M, H, S, d)
+                block.attn.image_prompt = partial(self.attend, k, v)
+
+    def attend(self, k, v, q):
+        """q (B, H, L, d) -> (B, H, L, d): the sum over references of their attentions."""
+        z = F.scaled_dot_product_attention(q[:, None].to(k.dtype).expand(-1, k.shape[1], -1, -1, -1), k, v)  # (S6) (B, M, H, L, d)
+        return self.scale * z.sum(1).to(q.dtype)                                        # (S7)
+
+    def save(self, file):
+        save_file(self.state_dict(), file)
+
+    @classmethod
+    def load(cls, file, flux, width, scale=1.0):
+        """ValueError when the file was trained for another Flux or other features."""
+        prompt = cls(flux, width, scale)
+        load_checkpoint(prompt, file)
+        return prompt
+
+
+# ---- Diffusion-DRO: the policy's own trajectories ----------------------------------------------------------------------------
+@dataclass
+class Trajectories:
+    """Points that the policy visited: x (N, steps, L, C), its velocity there v (same), t (N, steps), and which sample each row is of, item (N,)."""
+    x: torch.Tensor
+    v: torch.Tensor
+    t: torch.Tensor
+    item: torch.Tensor
+
+    def draw(self, n, generator=None):
+        """n random trajectories, one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
+        row = torch.randperm(len(self.t), generator=generator)[:n]
+        step = torch.randint(self.t.shape[1], (len(row),), generator=generator)
+        return self.x[row, step], self.v[row, step], self.t[row, step], self.item[row]
+
+
+@torch.no_grad()
+def record(velocity, noise, item, steps=20, generator=None):
+    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in `steps` equal steps from a start that is random for each sample, so that every t is visited (authors' code)."""
+    start = torch.rand(len(noise), generator=generator).to(noise.device)
+    t = (torch.arange(steps, 0, -1, device=noise.device) - start[:, None]) / steps      # (N, steps), the last one in (0, 1/steps]
+    x, xs, vs = noise, [], []
+    for i in range(steps):
+        xs.append(x)
+        vs.append(velocity(x, t[:, i]))
+        x = x - vs[-1] / steps
+    return Trajectories(torch.stack(xs, 1), torch.stack(vs, 1), t, item)
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------------
+def to_tensor(image):
+    """PIL picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+
+
+def heat(quality, size):
+    """quality (H, W) in [0, 1] -> PIL picture: blue is 0, red is 1."""
+    q = quality.clamp(0, 1)
+    rgb = torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)
+    return Image.fromarray((255 * rgb).byte().numpy()).resize(size, Image.NEAREST)
+
+
+@torch.no_grad()
+def heat_map(features, reference, generated):
+    """Two PIL pictures -> one: reference, generated picture, and the quality of each of its patches (min-max: blue is the worst patch, red the best)."""
+    f = [features(to_tensor(image)[None]) for image in (reference, generated)]
+    quality = patch_quality(f[1], f[0])
+    panels = [reference.resize(generated.size), generated, heat(patch_weights(quality, quality.shape[1:])[0], generated.size)]
+    return Image.fromarray(np.concatenate([np.array(panel.convert("RGB")) for panel in panels], axis=1)), quality[0]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Which patches of a generated picture are unlike anything in its reference?")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", default=[f"mini/sample/scenes/00_apple{name}.png" for name in ("", "_stripes")], help="REFERENCE GENERATED")
+    parser.add_argument("--features", default="mini/vit", help="folder or hub name of a DINOv2 or ViT")
+    parser.add_argument("--out", type=Path, default=Path("out/heat.png"), help="picture to write: reference, generated, quality")
+    args = parser.parse_args()
+    picture, quality = heat_map(ImageFeatures.load(args.features), *map(Image.open, args.pictures))
+    args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)
+    print(f"{args.out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")
