@@ -36,8 +36,11 @@ class Pretrained(nn.Module):
         found = config.get("_class_name") or config.get("model_type")
         if found != cls.kind:
             raise ValueError(f"{path} holds a {found!r}, {cls.__name__} reads {cls.kind!r}")
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except KeyError as error:
+            raise ValueError(f"{path}/config.json lacks {error}") from error
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
 
@@ -348,9 +351,9 @@ def rope_table(ids, axes, theta=10000.0):
 
 
 def rotate(x, rope):
-    """Turn every neighbouring pair of x (B, H, T, d): as a complex number, times its position's."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                     # (B, H, T, d/2)
-    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+    """Turn every neighbouring pair of x (B, T, H, d): as a complex number, times its position's."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                     # (B, T, H, d/2)
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).type_as(x)
 
 
 def modulate(x, shift, scale):
@@ -381,7 +384,7 @@ def offload_modulation(model, device):
 
 
 class Attention(nn.Module):
-    """Joint attention over [text, image]. `text` adds the text's own projections (double blocks); `out` an output projection for the image.
+    """Joint attention over [text, image]. `text`: the text has projections of its own (double blocks), else both share one set (single blocks).
 
     `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable or module that maps the image tokens' queries
     (B, H, L, d), normalised and not rotated, to an addition of the same shape to their attention output, before the output projection."""
@@ -396,19 +399,19 @@ class Attention(nn.Module):
             self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(inner, dim)]), nn.Linear(inner, dim)
 
     def project(self, x):
-        """Image tokens (or the single blocks' whole sequence) -> q, k, v (B, H, L, d)."""
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.to_q, self.to_k, self.to_v))
+        """Image tokens (or a single block's whole sequence) -> q, k, v (B, L, H, d)."""
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
         return self.norm_q(q), self.norm_k(k), v
 
     def project_text(self, x):
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
         return self.norm_added_q(q), self.norm_added_k(k), v
 
     def forward(self, q, k, v, rope, T):
-        """q, k, v (B, H, T+L, d), the first T of them text -> (B, T+L, H*d)."""
-        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+        """q, k, v (B, T+L, H, d), the first T of them text -> (B, T+L, H*d)."""
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (rotate(q, rope), rotate(k, rope), v)))     # (B, H, T+L, d)
         if self.image_prompt is not None:
-            out = torch.cat([out[:, :, :T], out[:, :, T:] + self.image_prompt(q[:, :, T:])], dim=2)
+            out = torch.cat([out[:, :, :T], out[:, :, T:] + self.image_prompt(q[:, T:].transpose(1, 2))], dim=2)
         return merge_heads(out)
 
 
@@ -439,7 +442,7 @@ class DoubleBlock(nn.Module):
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = text
         T = txt.shape[1]
         words, pixels = self.attn.project_text(modulate(txt, t_shift, t_scale)), self.attn.project(modulate(img, shift, scale))
-        out = self.attn(*(torch.cat(pair, dim=2) for pair in zip(words, pixels)), rope, T)                  # (B, T+L, H*d)
+        out = self.attn(*(torch.cat(pair, dim=1) for pair in zip(words, pixels)), rope, T)                  # (B, T+L, H*d)
         img = torch.addcmul(img, gate, self.attn.to_out[0](out[:, T:]))                  # img + gate * attention
         img = torch.addcmul(img, mlp_gate, self.ff(modulate(img, mlp_shift, mlp_scale)))
         txt = torch.addcmul(txt, t_gate, self.attn.to_add_out(out[:, :T]))
@@ -498,9 +501,9 @@ class TimeTextEmbed(nn.Module):
         return temb if guidance is None else temb + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
 
 
-def add_residual(x, residuals, i, blocks):
-    """A ControlNet's residuals are spread over `blocks` blocks in runs of ceil(blocks / residuals)."""
-    return x + residuals[i // math.ceil(blocks / len(residuals))].to(x.dtype) if len(residuals) else x
+def spread(residuals, blocks):
+    """A ControlNet's residuals over `blocks` blocks, in runs of ceil(blocks / residuals) -> one a block, None where there are none."""
+    return [residuals[i // math.ceil(blocks / len(residuals))] if len(residuals) else None for i in range(blocks)]
 
 
 class Flux(Pretrained):
@@ -512,7 +515,7 @@ class Flux(Pretrained):
 
     def __init__(self, config):
         super().__init__()
-        heads, head_dim, self.axes = config["num_attention_heads"], config["attention_head_dim"], config["axes_dims_rope"]
+        heads, head_dim, self.axes = config["num_attention_heads"], config["attention_head_dim"], config.get("axes_dims_rope", [16, 56, 56])
         if sum(self.axes) != head_dim:
             raise ValueError(f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}")
         dim, self.guided, self.checkpointing = heads * head_dim, config["guidance_embeds"], False
@@ -548,16 +551,14 @@ class Flux(Pretrained):
 
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
         *mods, out = modulation.split([block.modulations for block in self.blocks()] + [2], dim=1)
-        img, txt, doubles = self.x_embedder(img), self.context_embedder(txt), len(self.transformer_blocks)
-        for i, (block, mod) in enumerate(zip(self.blocks(), mods)):
+        residuals = spread(double_residuals, len(self.transformer_blocks)) + spread(single_residuals, len(self.single_transformer_blocks))
+        img, txt = self.x_embedder(img), self.context_embedder(txt)                     # (B, L, D), (B, T, D)
+        for block, mod, residual in zip(self.blocks(), mods, residuals):
             if self.checkpointing and torch.is_grad_enabled():
                 img, txt = checkpoint(block, img, txt, mod, rope, use_reentrant=False)
             else:
-                img, txt = block(img, txt, mod, rope)                                   # (B, L, D), (B, T, D)
-            if i < doubles:
-                img = add_residual(img, double_residuals, i, doubles)
-            else:
-                img = add_residual(img, single_residuals, i - doubles, len(mods) - doubles)
+                img, txt = block(img, txt, mod, rope)
+            img = img if residual is None else img + residual
         scale, shift = out[:, :, None].unbind(1)
         return self.proj_out(modulate(img, shift, scale))                               # (B, L, 64)
 
@@ -587,9 +588,11 @@ def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None
     strength: 1 starts from noise; less starts from the noised source and runs the last strength * steps steps, rounded up; 0 returns the source.
     guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg other than 1: classifier-free guidance against
     `negative` = (txt, pooled), two passes. control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm).
-    ValueError for a strength outside 0..1 or without a source, and for latents that overflow."""
+    ValueError for a strength outside 0..1 or without a source, for cfg without a negative prompt, and for latents that overflow."""
     if not 0 <= strength <= 1 or source is None and strength < 1:
         raise ValueError(f"strength is {strength}; it must lie in 0..1, and below 1 it needs a source picture")
+    if cfg != 1 and negative is None:
+        raise ValueError(f"cfg is {cfg}; other than 1 it needs a negative prompt")
     steps = len(levels) - 1
     levels = levels[int(steps - steps * strength):].to(noise.device)
     B, steps = len(noise), len(levels) - 1
