@@ -1,0 +1,192 @@
+"""Collaborative DPO: log-probabilities, DPO, the neighbours' term, and soft tokens that tell the policy who is asking.
+
+    x = (u, I_c, t)   user, caption, the fixed request; y+ preferred to y-; pi_theta the policy, pi_ref the frozen SFT adapter
+    L_DPO = -log sigmoid( beta * (D_theta - D_ref) )                                                           (1)
+    D_theta = log pi_theta(y+|x) - log pi_theta(y-|x),   D_ref the same of pi_ref                              (2) (3)
+    pi_theta(y | u, I_c, t): h_u -> MLP -> 8 soft tokens in front of the text; pi_ref never sees a user        (4)
+    L_C-DPO = L_DPO(u) + lambda * sum_v s(u,v) L_DPO(v) / sum_v s(u,v),   v in N_k(u)                          (7)
+
+"cDPO" also names *conservative* DPO (label smoothing); nothing here is that: this is collaborative DPO, C-DPO.
+Log-probabilities are sums over the answer's tokens and <|im_end|>, in fp32. Prompt, soft tokens and padding never count.
+
+    python cdpo.py         # the losses on numbers one can check by hand
+"""
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from graph import GraphSAGE, PreferenceGraph, embed_new_user
+from qwen import generate
+
+REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
+
+
+# ------------------------------------------------------------------------------------------------ losses
+def token_logprobs(hidden, head, labels, chunk=1024):
+    """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), head (V,D) -> (B,) fp32.
+
+    Only labelled positions meet the head, `chunk` of them at a time, recomputed in the backward pass: at most (chunk, V) logits exist."""
+    row, column = (labels != -100).nonzero(as_tuple=True)                                               # (N,), (N,)
+    def part(h, y):
+        logits = (h @ head.to(h.dtype).T).float()                                                       # (chunk, V)
+        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
+    parts = zip(hidden[row, column].split(chunk), labels[row, column].split(chunk))
+    logp = torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in parts])                   # (N,)
+    return torch.zeros(len(labels), device=hidden.device).index_add(0, row, logp)
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+    """Log-probabilities, each (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry no gradient."""
+    d_theta = policy_chosen - policy_rejected                                                           # (2)
+    d_ref = ref_chosen - ref_rejected                                                                   # (3)
+    chosen_rewards = beta * (policy_chosen - ref_chosen).detach()
+    rejected_rewards = beta * (policy_rejected - ref_rejected).detach()
+    return -F.logsigmoid(beta * (d_theta - d_ref)), chosen_rewards, rejected_rewards                    # (1)
+
+
+def cdpo_loss(own, neighbour, similarity, lam=0.15):
+    """own (B,) the user's DPO losses, neighbour and similarity (B,K) -> (B,). A user without similar users: the own term alone."""
+    total = similarity.sum(-1)                                                                          # (B,)
+    weight = similarity / total.clamp_min(torch.finfo(similarity.dtype).tiny)[:, None]                  # (B, K)
+    return own + lam * (weight * neighbour).sum(-1)                                                     # (7)
+
+
+def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
+    """Each (B,) -> sums over the batch, under TRL's names."""
+    return {"rewards/chosen": chosen_rewards.sum(), "rewards/rejected": rejected_rewards.sum(), "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
+            "logps/chosen": policy_chosen.detach().sum(), "logps/rejected": policy_rejected.detach().sum()}
+
+
+# ------------------------------------------------------------------------------------------------ text
+def prompt(caption, guidance="", profile=""):
+    """Chat messages that ask for an edit of a picture: the fixed request and the caption; `guidance`: what this user adds in words.
+    With a profile it is the paper's prompt-engineering baseline instead: the user in words, for a policy that knows no users."""
+    text = f"Given this user's profile {profile}, suggest an edit for the following image: {caption}" if profile else f"{REQUEST}\nCaption: {caption}"
+    return [{"role": "user", "content": f"{text}\nGuidance: {guidance}" if guidance else text}]
+
+
+def profile(user):
+    """The user in words, for the prompt-engineering baseline."""
+    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)) if names)
+
+
+def encode(tokenizer, messages, answer):
+    """(ids, start): prompt and answer in Qwen's template, closed by <|im_end|>; the answer begins at `start`."""
+    ids = tokenizer.chat(messages)
+    return ids + tokenizer.encode(f"{answer}<|im_end|>"), len(ids)
+
+
+def collate(rows, soft_tokens=0):
+    """Rows of `encode` -> ids (B,T) padded on the right, and labels (B, soft_tokens+T): the next token where it is answer, else -100.
+    Attention is causal, so padding on the right needs no mask: no answer token sees it."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    labels = torch.full((len(rows), soft_tokens + length), -100)
+    for i, (row, start) in enumerate(rows):
+        ids[i, :len(row)] = torch.tensor(row)
+        labels[i, soft_tokens + start - 1:soft_tokens + len(row) - 1] = ids[i, start:len(row)]
+    return ids, labels
+
+
+def answer_logprobs(model, rows, soft=None, chunk=1024):
+    """log pi(answer | prompt) (B,) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.       (4)"""
+    ids, labels = (x.to(model.lm_head.weight.device) for x in collate(rows, 0 if soft is None else soft.shape[1]))
+    embeds = model.model.embed_tokens(ids)                                                              # (B, T, D)
+    if soft is not None:
+        embeds = torch.cat([soft.to(embeds.dtype), embeds], 1)                                          # (B, S+T, D)
+    return token_logprobs(model.model(embeds=embeds), model.lm_head.weight, labels, chunk)
+
+
+def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
+    """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer ended by itself)]; soft (N,S,D) or None."""
+    rows = [torch.tensor(tokenizer.chat(p)) for p in prompts]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)             # (N, T)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+    embeds = model.model.embed_tokens(ids)                                                              # (N, T, D)
+    if soft is not None:
+        embeds, mask = torch.cat([soft.to(embeds), embeds], 1), F.pad(mask, (soft.shape[1], 0), value=True)
+    answers = generate(model, embeds=embeds, attention_mask=mask.to(ids.device), max_new_tokens=max_new_tokens, **sampling)
+    return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
+
+
+# ------------------------------------------------------------------------------------------------ the user
+class SoftPrompt(nn.Module):
+    """h (B,in) -> soft tokens (B,tokens,out): a two-layer MLP (paper). Ours: LayerNorm before it, GELU, and tokens about twice as long as
+    ordinary embeddings, whose standard deviation is `std`: a small model then sees the user from the first step."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
+        super().__init__()
+        self.norm, self.fc1, self.fc2, self.tokens = nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, tokens * out_dim), tokens
+        nn.init.normal_(self.fc2.weight, std=2 * std / hidden_dim ** 0.5)
+
+    def forward(self, h):
+        return self.fc2(F.gelu(self.fc1(self.norm(h)))).unflatten(-1, (self.tokens, -1))                # (B, tokens, out)
+
+
+class UserTokens(nn.Module):
+    """From a user to soft tokens. kind "graph": node vector -> GraphSAGE over the stored graph -> h_u (C-DPO);
+    kind "id": a learned h_u for each training user and nothing else (the baseline DPO-User)."""
+
+    def __init__(self, graph, kind="graph", hidden_dim=64, out_dim=64, signed=True, soft=None):
+        super().__init__()
+        self.graph, self.config = graph, {"kind": kind, "hidden_dim": hidden_dim, "out_dim": out_dim, "signed": signed, "soft": soft}
+        width = graph.features.shape[1] if kind == "graph" else out_dim
+        self.vectors = nn.Parameter(torch.randn(len(graph.users), width) * (0.01 if kind == "graph" else 1.0))
+        self.sage = GraphSAGE(width, hidden_dim, out_dim, signed) if kind == "graph" else None
+        self.soft = SoftPrompt(out_dim, **soft) if soft else None
+
+    def embeddings(self, keep=None):
+        """h of every stored user (U,out); keep (U,1), 0 or 1, says whose node vector is left out."""
+        if self.sage is None:
+            return self.vectors
+        vectors = self.vectors if keep is None else self.vectors * keep
+        return self.sage(vectors, self.graph.features, self.graph.edges)[0]
+
+    def new(self, users):
+        """h (N,out) of users who are not stored. A table of embeddings knows nothing about them: "id" gives everybody the mean user's."""
+        if self.sage is None:
+            return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
+        states = self.sage(self.vectors, self.graph.features, self.graph.edges)[2]
+        return embed_new_user(self.sage, states, users, self.graph.attributes)
+
+    def to(self, device):
+        self.graph.edges, self.graph.features = self.graph.edges.to(device), self.graph.features.to(device)
+        return super().to(device)
+
+    def save(self, file):
+        """Everything needed to embed a new user: weights, node vectors, attribute features, edges; names and sizes as metadata."""
+        graph = {"graph.edges": self.graph.edges.to(torch.int32), "graph.features": self.graph.features}
+        tensors = {name: t.detach().cpu().contiguous() for name, t in {**self.state_dict(), **graph}.items()}
+        save_file(tensors, file, {"users": json.dumps(self.graph.users), "attributes": json.dumps(self.graph.attributes), "config": json.dumps(self.config)})
+
+    @classmethod
+    def load(cls, file, device="cpu"):
+        """From collaborative.safetensors. ValueError when the file is none, or its tensors do not fit its own sizes."""
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
+        try:
+            with safe_open(file, "pt") as f:
+                meta, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+            graph = PreferenceGraph(json.loads(meta["users"]), json.loads(meta["attributes"]), tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
+            model = cls(graph, **json.loads(meta["config"]))
+            model.load_state_dict(tensors)
+        except Exception as e:
+            raise ValueError(f"{file} is not a whole collaborative.safetensors: {type(e).__name__} {e}") from None
+        return model.to(device)
+
+
+if __name__ == "__main__":
+    same = torch.zeros(2)
+    print("policy = reference: the loss is ln 2 =", dpo_loss(same, same, same, same)[0][0].item())
+    print("the policy prefers y+ by 10 nats more:", round(dpo_loss(same + 10, same, same, same)[0][0].item(), 4))
+    own, neighbour, similarity = torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 4.0], [2.0, 4.0]]), torch.tensor([[1.0, 0.5], [0.0, 0.0]])
+    print("Eq. 7, and a user without similar users:", cdpo_loss(own, neighbour, similarity, lam=0.15).tolist())
+    hidden, head, labels = torch.randn(2, 5, 8), torch.randn(100, 8), torch.tensor([[-100, -100, 3, 4, -100], [-100, 7, 8, 9, 1]])
+    print("log-probabilities of 2 and of 4 answer tokens:", [round(x, 2) for x in token_logprobs(hidden, head, labels, chunk=2).tolist()])
