@@ -71,31 +71,33 @@ def read_tensors(path):
     return tensors
 
 
+def check_fit(what, expected, stored):
+    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, the other way round, or with another shape."""
+    faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
+    faults += [f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
+               for name, tensor in expected.items() if name in stored and stored[name].shape != tensor.shape]
+    if faults:
+        raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
+
+
 def load_checkpoint(module, path, rename=lambda name: name):
     """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
 
     `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough.
     ValueError names every missing, unexpected and misshapen tensor."""
-    stored = {rename(name): tensor for name, tensor in read_tensors(path).items()}
+    own, first = module.state_dict(keep_vars=True), {}
+    main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
+    stored = {main.get(rename(name), rename(name)): tensor for name, tensor in read_tensors(path).items()}
     stored.pop(None, None)
-    tied = {}                                             # a tensor of the module -> all its names
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        tied.setdefault(tensor, []).append(name)
-    faults = [f"missing {names[0]}" for names in tied.values() if stored.keys().isdisjoint(names)]
-    faults += [f"unexpected {name}" for name in stored if not any(name in names for names in tied.values())]
-    faults += [f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(tensor.shape)}"
-               for tensor, names in tied.items() for name in names if name in stored and stored[name].shape != tensor.shape]
-    if faults:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(faults)}")
-    for tensor, names in tied.items():
-        value = next(stored[name] for name in names if name in stored)
-        if not tensor.is_meta:
-            tensor.data.copy_(value)
-            continue
-        value = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, value)
+    check_fit(path, {name: own[name] for name in first.values()}, stored)
+    for name, tensor in stored.items():
+        if own[name].is_meta:
+            stored[name] = nn.Parameter(tensor, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else tensor
+        else:
+            own[name].data.copy_(tensor)
+    for name in (name for name in own if own[name].is_meta):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, stored[main[name]])
 
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): y = W x + b + (alpha / rank) B A x, with W and b frozen. Files in PEFT's format.
+
+Over one frozen base live two adapters: "policy", which is trained, and "reference", the frozen SFT policy that DPO compares it with.
+`use` says which of them (or neither) the next forwards run with. An adapter is fp32 whatever the base is: bf16 AdamW cannot move at 2e-7.
+Works on any module made of nn.Linear: Qwen and the Flux transformer here. Try it: python lora.py
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from qwen import check_fit, read_json, read_tensors
+
+ADAPTERS = ("policy", "reference")
+
+
+class LoRALinear(nn.Linear):
+    """The linear layer `base`, its parameters and their names kept, and a pair of low-rank matrices for each adapter."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias                                          # (out, in), (out,)
+        self.alpha, self.scale, self.dropout, self.adapter = alpha, alpha / rank, dropout, "policy"
+        new = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.ParameterDict({name: torch.empty(rank, base.in_features, **new) for name in ADAPTERS})
+        self.lora_B = nn.ParameterDict({name: torch.zeros(base.out_features, rank, **new) for name in ADAPTERS})     # so at first nothing changes
+        for name in ADAPTERS:
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+            self.lora_A[name].requires_grad_(name == "policy")
+            self.lora_B[name].requires_grad_(name == "policy")
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)                                                  # (..., out)
+        if self.adapter is None:
+            return y
+        A, B = self.lora_A[self.adapter], self.lora_B[self.adapter]                              # (rank, in), (out, rank)
+        low = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)                 # (..., rank)
+        return y + (self.scale * F.linear(low, B)).to(y.dtype)
+
+
+def layers(model):
+    """{name: LoRALinear} of an injected model; ValueError when there are none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no adapters: inject or load them first (merge takes them away)")
+    return found
+
+
+def replace(model, name, new):
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, new)
+
+
+def select(model, targets):
+    """Names of the linear layers that `targets` means: "all-linear" (all but the output head) or a list of names or their last parts."""
+    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if targets == "all-linear":
+        return [name for name in linear if name.rpartition(".")[2] != "lm_head"]
+    if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]:
+        raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
+    return [name for name in linear if any(f".{name}".endswith(f".{t}") for t in targets)]
+
+
+def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
+    """Freeze `model`, put both adapters on the target layers, use "policy" -> names of the layers. Call it after the model has its device and dtype.
+
+    `targets` as in `select`. Starts from PEFT's initialisation, which leaves the output as it was."""
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} has adapters already")
+    names = select(model, targets)
+    model.requires_grad_(False)
+    for name in names:
+        replace(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+    return names
+
+
+def use(model, adapter):
+    """Run forwards with "policy", "reference" or None (the base alone). Under gradient checkpointing, switch only after the backward pass."""
+    if adapter not in (*ADAPTERS, None):
+        raise ValueError(f"adapter {adapter!r}: allowed are 'policy', 'reference' and None")
+    for layer in layers(model).values():
+        layer.adapter = adapter
+
+
+@torch.no_grad()
+def copy_adapter(model, source="policy", target="reference"):
+    """Make `target` equal to `source`: what SFT has taught the policy becomes the reference of DPO."""
+    for layer in layers(model).values():
+        layer.lora_A[target].copy_(layer.lora_A[source])
+        layer.lora_B[target].copy_(layer.lora_B[source])
+
+
+@torch.no_grad()
+def merge(model, adapter="policy"):
+    """Add the adapter to the base weights, in fp32 and then rounded once, and leave plain linear layers: it cannot be undone or repeated."""
+    for name, layer in layers(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        delta = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]                      # (out, in)
+        plain.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False)
+        plain.bias = layer.bias
+        replace(model, name, plain.train(layer.training))
+
+
+# ---- files in PEFT's format --------------------------------------------------------------------------------------------------
+READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
+IGNORED = {"base_model_name_or_path", "task_type", "revision", "auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size",
+           "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}         # which layers: the tensors' names say it
+FIXED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+
+
+def tensors(model, adapter):
+    """The adapter's parameters under the names they have on disk."""
+    return {f"base_model.model.{name}.{part}.weight": getattr(layer, part)[adapter] for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
+
+
+def save_adapter(model, folder, adapter="policy", base_model=None):
+    """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is the path or repository noted there."""
+    folder, names = Path(folder), list(layers(model))
+    layer, short = layers(model)[names[0]], sorted({name.rpartition(".")[2] for name in names})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: p.detach().cpu().contiguous() for name, p in tensors(model, adapter).items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None, "base_model_name_or_path": base_model and str(base_model),
+              "r": layer.lora_A[adapter].shape[0], "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none", "inference_mode": True,
+              "target_modules": short if select(model, short) == names else names}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load_adapter(model, folder, adapter="policy"):
+    """Read a LoRA adapter in PEFT's format into `adapter`; a model without adapters is injected as adapter_config.json says.
+
+    ValueError names every setting that is not written here (DoRA, rank patterns, ...) and every missing, unexpected or misshapen tensor."""
+    folder = Path(folder)
+    config, stored = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
+    refused = [f"{k} = {v!r}" for k, v in config.items() if v and (v not in FIXED[k] if k in FIXED else k not in READ | IGNORED)]
+    if refused:
+        raise ValueError(f"{folder}/adapter_config.json: not supported: {', '.join(refused)}")
+    rank = config["r"]
+    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)          # rank-stabilised: alpha / sqrt(rank)
+    names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]
+    if not any(isinstance(m, LoRALinear) for m in model.modules()):
+        inject(model, rank, alpha, config.get("lora_dropout", 0.0), names)
+    own = tensors(model, adapter)
+    check_fit(folder, own, stored)
+    if (scale := next(iter(layers(model).values())).scale) != alpha / rank:
+        raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {scale}")
+    for name, p in own.items():
+        p.copy_(stored[name])
+
+
+if __name__ == "__main__":
+    linear, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
+    before, names = linear(x), inject(linear, rank=4, alpha=8, dropout=0.0)
+    print("adapters on", names, "| changed at first by", (linear(x) - before).abs().max().item())
+    nn.init.normal_(linear[0].lora_B["policy"])
+    after = linear(x)
+    merge(linear)
+    print("then by", (after - before).abs().max().item(), "| and merging changes", (linear(x) - after).abs().max().item())
