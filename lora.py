@@ -23,7 +23,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias                                          # (out, in), (out,)
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training           # (out, in), (out,)
         self.alpha, self.scale, self.dropout, self.adapter = alpha, alpha / rank, dropout, "policy"
         new = dict(device=base.weight.device, dtype=torch.float32)
         self.lora_A = nn.ParameterDict({name: torch.empty(rank, base.in_features, **new) for name in ADAPTERS})
