@@ -248,14 +248,13 @@ class Level(nn.Module):
     def __init__(self, inner, outer, depth, groups, down, last):
         super().__init__()
         self.resnets = nn.ModuleList([ResBlock(inner if i == 0 else outer, outer, groups) for i in range(depth)])
-        self.sampler = None if last else "downsamplers" if down else "upsamplers"
-        if self.sampler:
-            setattr(self, self.sampler, nn.ModuleList([Resample(outer, down)]))
+        self.downsamplers = nn.ModuleList([Resample(outer, down)] if down and not last else [])
+        self.upsamplers = nn.ModuleList([Resample(outer, down)] if not down and not last else [])
 
     def forward(self, x):
-        for block in self.resnets:
-            x = block(x)
-        return getattr(self, self.sampler)[0](x) if self.sampler else x
+        for stage in (*self.resnets, *self.downsamplers, *self.upsamplers):
+            x = stage(x)
+        return x
 
 
 class Middle(nn.Module):
@@ -265,30 +264,25 @@ class Middle(nn.Module):
         self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for stage in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = stage(x)
+        return x
 
 
 class Coder(nn.Module):
-    """One half of the autoencoder: levels then middle (encoder), or middle then levels (decoder)."""
+    """One half of the autoencoder: levels then middle (encoder, `down`), or middle then levels (decoder)."""
     def __init__(self, config, inner, outer, down):
         super().__init__()
-        widths, groups = config["block_out_channels"], config["norm_num_groups"]
-        widths = widths if down else widths[::-1]
-        self.conv_in = nn.Conv2d(inner, widths[0], 3, padding=1)
-        levels = nn.ModuleList([Level(widths[max(i - 1, 0)], width, config["layers_per_block"] + (not down), groups, down, last=i == len(widths) - 1)
-                                for i, width in enumerate(widths)])
-        self.down_blocks, self.up_blocks = (levels, None) if down else (None, levels)
-        self.mid_block = Middle(config["block_out_channels"][-1], groups, config.get("mid_block_add_attention", True))
+        widths, groups, depth = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"]
+        self.mid_block = Middle(widths[-1], groups, config.get("mid_block_add_attention", True))
+        widths, depth = (widths, depth) if down else (widths[::-1], depth + 1)
+        levels = [Level(a, b, depth, groups, down, last=i == len(widths) - 1) for i, (a, b) in enumerate(zip([widths[0], *widths], widths))]
+        self.down_blocks, self.up_blocks = nn.ModuleList(levels if down else []), nn.ModuleList([] if down else levels)
+        self.conv_in, self.conv_out = nn.Conv2d(inner, widths[0], 3, padding=1), nn.Conv2d(widths[-1], outer, 3, padding=1)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], outer, 3, padding=1)
 
     def forward(self, x):
-        stages = [*self.down_blocks, self.mid_block] if self.down_blocks else [self.mid_block, *self.up_blocks]
-        x = self.conv_in(x)
-        for stage in stages:
+        for stage in (self.conv_in, *self.down_blocks, self.mid_block, *self.up_blocks):
             x = stage(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
