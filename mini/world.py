@@ -122,8 +122,8 @@ def make_scenes(folder, count, truths, rng, size=64):
 
 def write(path, lines):
     with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(line) + "\n" for line in lines)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        count = sum(f.write(json.dumps(line) + "\n") > 0 for line in lines)
+    print(f"{path}: {count:,} lines")
 
 
 def people(split, count, seed):
@@ -155,8 +155,9 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--sample", action="store_true", help="write the shipped sample instead: nine archetypes and a little of everything, into mini/sample")
     a = p.parse_args()
-    if a.sample:
-        a.out, a.users, a.test_users, a.edits, a.scenes = Path(__file__).parent / "sample", 12, 3, 60, 6
+    if a.sample:                                            # other defaults; flags that are given still win
+        p.set_defaults(out=Path(__file__).parent / "sample", users=12, test_users=3, edits=60, scenes=6)
+        a = p.parse_args()
     out, rng = Path(a.out), random.Random(a.seed)
     out.mkdir(parents=True, exist_ok=True)
     for split, count, suffix in (("train", a.users, ""), ("test", a.test_users, "_test")):
