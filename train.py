@@ -1,0 +1,585 @@
+"""Every training stage, and the tables that compare them.
+
+    python train.py graph                    # preference graph + GraphSAGE -> runs/graph
+    python train.py sft                      # supervised fine-tuning on generic edits -> runs/sft
+    python train.py cdpo                     # collaborative DPO from both -> runs/cdpo
+    python train.py eval --seeds 3           # trains the baselines too; Markdown tables
+    torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
+
+Baselines are flags: `cdpo --user none` is DPO-Vanilla, `cdpo --user id` DPO-User, `cdpo --lam 0` C-DPO without its neighbours' term.
+
+One loop serves every stage. What it promises:
+- The global batch is the same for any number of processes; its rows and every random draw are functions of (seed, step), so there is no
+  generator state to save and a resumed run is bit-equal to an uninterrupted one. A micro-batch draws its dropout from (seed, step, number of the
+  micro-batch): with the same --micro, 1, 2 or 4 processes drop the same. Gradients of the small trainable set are summed by hand, without DDP.
+- A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the current step, saved; the same command goes on.
+- A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
+"""
+import argparse
+import fcntl
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import statistics
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+import cdpo
+import graph
+import lora
+from qwen import Qwen, Tokenizer, embed_texts
+
+# ------------------------------------------------------------------------------------------------ flags
+# A preset is a dict of flag values for each stage, nothing more. "paper" is Table 12 where it speaks; its silence is filled as marked.
+PRESETS = {
+    "mini": {
+        "graph": dict(embedder="mini/qwen", hidden=64, out_dim=64, steps=300, lr=5e-3, weight_decay=1e-2, drop=0.9, feature_norm=4.0),
+        "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=32, lr=5e-3, warmup=10, dropout=0.05),
+        "cdpo": dict(qwen="mini/qwen", steps=150, batch=32, micro=32, lr=5e-3, gnn_lr=5e-4, warmup=20, lam=0.15, k=3, similarity="likes", tokens=4, soft_hidden=128,
+                     nll=1.0, drop=0.9),
+    },
+    "paper": {
+        "graph": dict(embedder="Linq-AI-Research/Linq-Embed-Mistral", hidden=1024, out_dim=1024, steps=150, lr=3e-5, weight_decay=0.0, drop=0.0, feature_norm=0.0),
+        "sft": dict(qwen="Qwen/Qwen2.5-7B-Instruct", dtype="bf16", checkpointing=True, steps=9375, batch=16, micro=4, lr=2e-6, warmup=0, dropout=0.05),
+        "cdpo": dict(qwen="Qwen/Qwen2.5-7B-Instruct", dtype="bf16", checkpointing=True, steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, warmup=0, lam=0.15, k=3,
+                     similarity="shared", tokens=8, soft_hidden=1024, nll=0.0, drop=0.0),   # ours: soft_hidden, beta, warmup, clip
+    },
+}
+FLAGS = {   # group -> (flag, stages, type or choices, default, help)
+    "files": [
+        ("out", "sft graph cdpo eval", str, "", "folder to write; runs/STAGE when not given"),
+        ("users", "graph cdpo eval", str, "mini/data/users.jsonl", "training users"),
+        ("pairs", "cdpo eval", str, "mini/data/pairs.jsonl", "preference pairs of the training users"),
+        ("edits", "sft eval", str, "mini/data/edits.jsonl", "generic edits in InstructPix2Pix's format"),
+        ("users-test", "eval", str, "mini/data/users_test.jsonl", "held-out users"),
+        ("pairs-test", "eval", str, "mini/data/pairs_test.jsonl", "their pairs; only the captions are read"),
+        ("start", "cdpo eval", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
+        ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
+    ],
+    "model": [
+        ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
+        ("dtype", "sft cdpo eval", ("fp32", "bf16"), "fp32", "of the frozen weights; what is trained is always fp32"),
+        ("device", "sft graph cdpo eval", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
+        ("checkpointing", "sft cdpo", bool, False, "recompute each layer in the backward pass: less memory, a third more time"),
+        ("chunk", "sft cdpo", int, 4096, "answer tokens that meet the vocabulary at once"),
+        ("rank", "sft", int, 16, "LoRA rank; alpha is --alpha"),
+        ("alpha", "sft", int, 32, "LoRA alpha"),
+        ("dropout", "sft", float, 0.05, "LoRA dropout; DPO runs without, as in TRL"),
+    ],
+    "graph": [
+        ("embedder", "graph", str, "mini/qwen", "Qwen or Mistral folder that embeds the attributes' names"),
+        ("feature-norm", "graph", float, 0.0, "centre the name embeddings and scale them to this length (ours); 0 leaves them as they are"),
+        ("hidden", "graph", int, 64, "width of the first SAGE layer and of the edge decoder"),
+        ("out-dim", "graph", int, 64, "width of h_u"),
+        ("unsigned", "graph", bool, False, "the paper's reading: one kind of edge, likes and dislikes alike"),
+        ("drop", "graph cdpo", float, 0.0, "chance that a user's node vector is left out of a step, as a new user's is (ours)"),
+    ],
+    "preferences": [
+        ("user", "cdpo", ("graph", "id", "none"), "graph", "what the policy sees of the user: C-DPO, DPO-User, DPO-Vanilla"),
+        ("lam", "cdpo", float, 0.15, "lambda, weight of the neighbours' term (with --user graph only)"),
+        ("k", "cdpo", int, 3, "similar users"),
+        ("similarity", "cdpo", ("shared", "signed", "likes"), "shared", "what they share: anything named (the letter of Eq. 6), agreements less clashes, likes"),
+        ("neighbour-user", "cdpo", ("target", "neighbour"), "target", "whose soft tokens a neighbour's pair is read with; the paper leaves it open"),
+        ("neighbours", "cdpo", ("exact", "sampled"), "exact", "all k a step, or one drawn in proportion to similarity: unbiased, twice the cost of none"),
+        ("beta", "cdpo", float, 0.1, "DPO's temperature (not in the paper; TRL's default)"),
+        ("nll", "cdpo", float, 0.0, "weight of the chosen answer's mean token loss beside Eq. 7 (ours): holds the sentence together at large learning rates"),
+        ("tokens", "cdpo", int, 8, "soft tokens"),
+        ("soft-hidden", "cdpo", int, 128, "hidden width of the soft-token MLP"),
+    ],
+    "optimisation": [
+        ("steps", "sft graph cdpo", int, 150, "optimiser steps (graph: epochs)"),
+        ("batch", "sft cdpo", int, 32, "global batch, whatever the number of processes"),
+        ("micro", "sft cdpo", int, 32, "rows of one forward pass; a batch of several is accumulated"),
+        ("lr", "sft graph cdpo", float, 5e-3, "peak learning rate (AdamW)"),
+        ("gnn-lr", "cdpo", float, 5e-4, "of the graph encoder"),
+        ("warmup", "sft cdpo", int, 0, "steps of linear warm-up before the cosine"),
+        ("weight-decay", "sft graph cdpo", float, 0.0, "AdamW's; in the graph stage of the user vectors only"),
+        ("clip", "sft graph cdpo", float, 1.0, "largest gradient norm; 0 never clips"),
+        ("seed", "sft graph cdpo", int, 0, "of everything random"),
+        ("save-every", "sft graph cdpo", int, 50, "steps between resume points"),
+    ],
+    "evaluation": [
+        ("seeds", "eval", int, 3, "training runs of each method"),
+        ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
+        ("ablate", "eval", bool, False, "also train and print the sweeps over lambda and k"),
+    ],
+}
+FREE = {"device", "save_every", "out", "checkpointing"}      # may differ when a run is continued
+
+
+def parse(argv=None):
+    """Flags of one stage, as a namespace; the preset's values are the defaults."""
+    top = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1],
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for stage, text in (("sft", "supervised fine-tuning of a LoRA adapter on generic edits"), ("graph", "pretrain GraphSAGE on like or dislike"),
+                        ("cdpo", "collaborative DPO and its baselines"), ("eval", "train, sample, compare; Markdown tables")):
+        p = stages.add_parser(stage, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12")
+        for title, flags in FLAGS.items():
+            group = p.add_argument_group(title)
+            for flag, where, kind, default, text in flags:
+                if stage in where.split():
+                    how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind)
+                    group.add_argument(f"--{flag}", default=default, help=text, **how)
+        early = argparse.ArgumentParser(add_help=False)
+        early.add_argument("--preset", default="mini")
+        p.set_defaults(**PRESETS.get(early.parse_known_args(argv)[0].preset, {}).get(stage, {}))
+    args = top.parse_args(argv)
+    args.out = args.out or f"runs/{args.stage}"
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("steps", "batch", "micro", "k", "rank", "chunk", "save_every", "seeds", "answers"):
+        if getattr(args, name, 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------ processes and random draws
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join(args):
+    """Join torchrun's group when there is one: nccl on CUDA (a GPU for each process), gloo on CPU."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
+def generator(*what):
+    """A torch generator that depends on `what` (seed, step, ...) alone."""
+    return torch.Generator().manual_seed(number(*what))
+
+
+def number(*what):
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:7])
+
+
+@functools.lru_cache(4)
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
+
+
+def order(n, batch, seed, step):
+    """Which of n items make up the batch of `step`: epoch after epoch, each shuffled by (seed, epoch)."""
+    return [shuffled(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
+
+
+# ------------------------------------------------------------------------------------------------ files
+def publish(folder, write, why):
+    """`write(temporary folder)`, then move the result to `folder` (new), or its files into it, so that a reader sees all of it or none."""
+    temporary = (folder if folder.is_dir() else folder.parent) / f".tmp_{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if folder.exists():
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
+            temporary.rmdir()
+        else:
+            os.replace(temporary, folder)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"could not write {why} to {folder}: {e}; what was saved before is intact") from None
+
+
+def lock(out):
+    """Keep `out` to this run; the lock goes when the process does, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{out} is being written by another run (process {file.read().strip() or 'unknown'})") from None
+    except OSError as e:
+        raise ValueError(f"cannot write to {out}: {e}") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def digest(*paths):
+    """One hash of files and folders: names, sizes and contents (of a file over 64 MB its first MB)."""
+    h = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors"):
+                with open(file, "rb") as f:
+                    h.update(f"{file.name} {file.stat().st_size}".encode() + f.read(-1 if file.stat().st_size < 2 ** 26 else 2 ** 20))
+    return h.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+class Stage:
+    """What the loop needs of a stage. `trained` {name: Parameter}; `groups` AdamW's parameter groups; `inputs` files its result depends on;
+    rows(step) the global batch (list); loss(rows) -> (sum over the rows, {metric: sum over the rows});
+    describe(rows) names a batch in words; export(folder) writes the result; finish() -> {metric: value} at the end."""
+    inputs = ()
+
+    def finish(self):
+        return {}
+
+
+def schedule(step, steps, warmup):
+    """Factor on the learning rate. 1) linear warm-up, 2) half a cosine down to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def gradients(stage, args, step, stop):
+    """Backward over this process's share of the batch, then sum over processes -> (rows, {metric: mean}, whether somebody wants to stop)."""
+    rows = stage.rows(step)
+    micro = getattr(args, "micro", len(rows))
+    parts = [(i, rows[at:at + micro], 1.0) for i, at in enumerate(range(0, len(rows), micro))]
+    for p in stage.trained.values():
+        p.grad = torch.zeros_like(p)
+    totals = Counter()
+    for i, part, share in parts[rank()::world()] or [(0, parts[0][1], 0.0)]:         # nothing left to do: join with weight zero
+        torch.manual_seed(number(args.seed, step, i))                                # dropout
+        loss, metrics = stage.loss(part)
+        (loss * (share / len(rows))).backward()
+        for name, value in {"loss": loss.detach(), **metrics}.items():
+            totals[name] += value.item() * share
+    grads = [p.grad for p in stage.trained.values()]
+    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([*totals.values(), float(stop)]).to(grads[0])])
+    if world() > 1:
+        dist.all_reduce(flat)
+        for g, summed in zip(grads, flat.split([g.numel() for g in grads] + [len(totals) + 1])):
+            g.copy_(summed.view_as(g))
+    values = flat[-len(totals) - 1:].tolist()
+    return rows, {name: value / len(rows) for name, value in zip(totals, values)}, values[-1] > 0
+
+
+def save_state(stage, optimizer, out, step):
+    """OUT/step_N: the trained parameters and AdamW's two moments of each, as safetensors; older points go once it stands."""
+    def write(folder):
+        tensors = {name: p.detach() for name, p in stage.trained.items()}
+        for name, p in stage.trained.items():
+            tensors |= {f"{key}:{name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / "state.safetensors")
+    publish(out / f"step_{step}", write, f"step {step}")
+    for old in out.glob("step_*"):
+        if old.name != f"step_{step}":
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(stage, optimizer, out):
+    """Continue from the newest OUT/step_N -> N; 0 when there is none."""
+    steps = [int(p.name[5:]) for p in out.glob("step_*") if p.name[5:].isdigit()]
+    if not steps:
+        return 0
+    tensors = load_file(out / f"step_{max(steps)}" / "state.safetensors")
+    with torch.no_grad():
+        for name, p in stage.trained.items():
+            p.copy_(tensors[name])
+            moments = {key: tensors[f"{key}:{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq") if f"{key}:{name}" in tensors}
+            if moments:
+                optimizer.state[p] = {"step": torch.tensor(float(max(steps))), **moments}
+    return max(steps)
+
+
+def check_config(out, config):
+    """Write config.json, or refuse to continue a run that was started with other flags or other data."""
+    file = out / "config.json"
+    if any(out.glob("step_*")) and file.is_file():
+        before = json.loads(file.read_text())
+        for name in sorted((set(before) | set(config)) - FREE):
+            if before.get(name) != config.get(name):
+                raise ValueError(f"{out} holds a run with {name} = {before.get(name)!r}, now it is {config.get(name)!r}: give another --out, or delete the folder")
+    else:
+        publish(out, lambda folder: (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n"), "config.json")
+
+
+def fit(stage, args):
+    """Train `stage` to the end, or to a signal; every file of args.out is written here, by process 0."""
+    out, chief = Path(args.out), rank() == 0
+    held = lock(out) if chief else None
+    if chief:
+        check_config(out, {**vars(args), "inputs": digest(*stage.inputs)})
+    if world() > 1:
+        dist.barrier()
+    optimizer = torch.optim.AdamW(stage.groups, lr=args.lr, weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    step, stop, log = load_state(stage, optimizer, out), [], out / "metrics.jsonl"
+    if chief:                                                                        # lines after the resume point will be written again
+        kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= step] if step and log.exists() else []
+        publish(out, lambda folder: (folder / "metrics.jsonl").write_text("".join(kept)), "metrics.jsonl")
+    before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief)
+    while step < args.steps:
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * schedule(step, args.steps, getattr(args, "warmup", 0))
+        rows, metrics, stopping = gradients(stage, args, step, bool(stop))
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
+        optimizer.step()
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        if chief:
+            with open(log, "a") as f:
+                f.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+            if stopping or step % args.save_every == 0 or step == args.steps:
+                save_state(stage, optimizer, out, step)
+        if stopping:
+            break
+    bar.close()
+    for s, handler in before.items():
+        signal.signal(s, handler)
+    if step < args.steps:
+        raise SystemExit(f"stopped after step {step} of {args.steps}, saved in {out}/step_{step}; the same command continues")
+    if chief:
+        publish(out, stage.export, "the result")
+        print(f"{args.stage}: {out} " + " ".join(f"{k} {v:.4f}" for k, v in stage.finish().items()))
+        held.close()
+
+
+# ------------------------------------------------------------------------------------------------ stages
+def load_policy(args, adapter=None):
+    """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
+    model, tokenizer = Qwen.load(args.qwen, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]), Tokenizer.load(args.qwen)
+    if adapter:
+        lora.load_adapter(model, adapter)
+        lora.copy_adapter(model)
+    else:
+        torch.manual_seed(args.seed)
+        lora.inject(model, args.rank, args.alpha, args.dropout)
+    model.model.checkpointing = getattr(args, "checkpointing", False)
+    return model, tokenizer
+
+
+def trainable(prefix, module):
+    return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad} if module else {}
+
+
+class SFT(Stage):
+    """Next-token loss on the instruction alone; each example counts the same, however long (ours)."""
+
+    def __init__(self, args):
+        self.args, self.edits, self.inputs = args, graph.read_jsonl(args.edits, input=str, edit=str), (args.edits, args.qwen)
+        if not self.edits:
+            raise ValueError(f"{args.edits} holds no edit")
+        self.model, self.tokenizer = load_policy(args)
+        self.model.train()                                                           # LoRA dropout
+        self.trained = trainable("", self.model)
+        self.groups = [{"params": list(self.trained.values()), "weight_decay": args.weight_decay}]
+
+    def rows(self, step):
+        return order(len(self.edits), self.args.batch, self.args.seed, step)
+
+    def loss(self, rows):
+        texts = [cdpo.encode(self.tokenizer, cdpo.prompt(self.edits[i]["input"]), self.edits[i]["edit"]) for i in rows]
+        length = torch.tensor([len(ids) - start for ids, start in texts], device=self.args.device)
+        return -(cdpo.answer_logprobs(self.model, texts, chunk=self.args.chunk) / length).sum(), {}
+
+    def describe(self, rows):
+        return f"{self.args.edits}, lines {', '.join(str(self.edits[i]['line']) for i in rows)}"
+
+    def export(self, folder):
+        lora.save_adapter(self.model, folder, base_model=self.args.qwen)
+
+
+class Graph(Stage):
+    """Pretraining of the graph encoder; a step is an epoch over the whole graph."""
+
+    def __init__(self, args):
+        self.args, users, self.inputs = args, graph.read_users(args.users), (args.users, args.embedder)
+        names = graph.attribute_names(users)
+        if not names:
+            raise ValueError(f"{args.users} holds no user who likes or dislikes anything")
+        model = Qwen.load(args.embedder, args.device)
+        features = embed_texts(model, Tokenizer.load(args.embedder), names).cpu()    # (A, F)
+        if args.feature_norm:
+            features = F.normalize(features - features.mean(0), dim=-1) * args.feature_norm
+        built = graph.PreferenceGraph.build(users, names, features)
+        built.edges, built.features = built.edges.to(args.device), built.features.to(args.device)
+        self.model = graph.EdgeModel(built, args.hidden, args.out_dim, not args.unsigned, args.drop, args.seed).to(args.device)
+        self.trained = trainable("", self.model)
+        self.groups = [{"params": [p for n, p in self.trained.items() if n != "vectors"]}, {"params": [self.model.vectors], "weight_decay": args.weight_decay}]
+
+    def rows(self, step):
+        return [step]
+
+    def loss(self, rows):
+        return self.model.loss(rows[0]), {}
+
+    def describe(self, rows):
+        return f"{self.args.users}, epoch {rows[0] + 1}"
+
+    def export(self, folder):
+        tokens = cdpo.UserTokens(self.model.graph, "graph", self.args.hidden, self.args.out_dim, not self.args.unsigned)
+        tokens.load_state_dict({name: p for name, p in self.model.state_dict().items() if not name.startswith("decoder.")})
+        tokens.save(folder / "collaborative.safetensors")
+        (folder / "report.json").write_text(json.dumps(self.finish(), indent=1) + "\n")
+
+    def finish(self):
+        return {f"{part} {name}": value for part in ("val", "test") for name, value in self.model.evaluate(part).items()}
+
+
+class CDPO(Stage):
+    """Eq. 7 and its baselines. A row is (the user's pair, [(neighbour, its pair, similarity), ...])."""
+
+    def __init__(self, args):
+        self.args, users = args, graph.read_users(args.users)
+        self.pairs = graph.read_jsonl(args.pairs, user=str, caption=str, chosen=str, rejected=str)
+        index = {u.name: i for i, u in enumerate(users)}
+        for pair in self.pairs:
+            if pair["user"] not in index:
+                raise ValueError(f"{args.pairs}:{pair['line']}: user {pair['user']!r} is not in {args.users}")
+        if not self.pairs:
+            raise ValueError(f"{args.pairs} holds no pair")
+        self.owner, self.of_user = [index[p["user"]] for p in self.pairs], defaultdict(list)
+        for i, u in enumerate(self.owner):
+            self.of_user[u].append(i)
+        self.model, self.tokenizer = load_policy(args, args.start)
+        self.model.eval()                                                            # no dropout in DPO, as in TRL
+        self.tokens = self.user_tokens(users)
+        self.similar(users)
+        self.encode = functools.lru_cache(None)(lambda caption, text: cdpo.encode(self.tokenizer, cdpo.prompt(caption), text))
+        self.reference = self.reference_logprobs()                                   # (P, 2) chosen, rejected
+        self.trained = {**trainable("", self.model), **trainable("collaborative.", self.tokens)}
+        slow = ("collaborative.sage.", "collaborative.vectors") if args.user == "graph" else ("nothing",)
+        split = {name: p for name, p in self.trained.items() if name.startswith(slow)}
+        self.groups = [{"params": [p for n, p in self.trained.items() if n not in split], "weight_decay": args.weight_decay}]
+        if split:
+            self.groups.append({"params": list(split.values()), "lr": args.gnn_lr, "weight_decay": args.weight_decay})
+        self.inputs = (args.users, args.pairs, args.qwen, args.start) + ((args.graph,) if args.user == "graph" else ())
+
+    def user_tokens(self, users):
+        """The trainable way from a user to soft tokens, or None for DPO-Vanilla."""
+        args = self.args
+        if args.user == "none":
+            return None
+        stored = cdpo.UserTokens.load(Path(args.graph) / "collaborative.safetensors")
+        if stored.graph.users != [u.name for u in users]:
+            raise ValueError(f"{args.graph} was trained on other users than {args.users} holds: run the graph stage again")
+        table = self.model.model.embed_tokens.weight
+        torch.manual_seed(args.seed)
+        soft = {"hidden_dim": args.soft_hidden, "out_dim": table.shape[1], "tokens": args.tokens, "std": table[:50_000].float().std().item()}
+        tokens = cdpo.UserTokens(stored.graph, **{**stored.config, "kind": args.user, "soft": soft})
+        if args.user == "graph":
+            tokens.load_state_dict(stored.state_dict(), strict=False)
+        return tokens.to(args.device)
+
+    def similar(self, users):
+        """Neighbours (U,K) and similarities (U,K); a user who has no pairs is nobody's neighbour."""
+        self.neighbours = None
+        if self.args.user == "graph" and self.args.lam:
+            built = graph.PreferenceGraph.build(users, graph.attribute_names(users), None)
+            self.neighbours, self.similarity = graph.similar_users(built.signs(), self.args.k, self.args.similarity)
+            self.similarity *= torch.tensor([float(bool(self.of_user[v])) for v in range(len(users))])[self.neighbours]
+
+    @torch.no_grad()
+    def reference_logprobs(self):
+        """(P,2) on the CPU: computed once, each different (caption, answer) once, shared out over the processes; kept beside the SFT adapter."""
+        args = self.args
+        file = Path(args.start) / f"reference-{digest(args.pairs, args.qwen, Path(args.start) / 'adapter_model.safetensors')}-{args.dtype}.safetensors"
+        if file.exists():
+            return load_file(file)["logps"]
+        texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")}, key=lambda t: (len(t[0]) + len(t[1]), t))
+        found = torch.zeros(len(texts))
+        lora.use(self.model, "reference")
+        size = max(4 * args.micro, 2)
+        for at in tqdm(range(rank() * size, len(texts), world() * size), desc="reference", disable=rank() > 0):
+            found[at:at + size] = cdpo.answer_logprobs(self.model, [self.encode(*t) for t in texts[at:at + size]], chunk=args.chunk).cpu()
+        lora.use(self.model, "policy")
+        if world() > 1:
+            found = found.to(args.device)
+            dist.all_reduce(found)
+        place = {t: i for i, t in enumerate(texts)}
+        logps = torch.tensor([[found[place[p["caption"], p[side]]] for side in ("chosen", "rejected")] for p in self.pairs])
+        if rank() == 0:
+            publish(file.parent, lambda folder: save_file({"logps": logps}, folder / file.name), "reference log-probabilities")
+        return logps
+
+    def rows(self, step):
+        args, g = self.args, generator(self.args.seed, "step", step)
+        keep = torch.rand(len(self.of_user) if self.tokens is None else len(self.tokens.graph.users), 1, generator=g) >= args.drop
+        self.keep, rows = keep.float().to(args.device), []
+        for own in order(len(self.pairs), args.batch, args.seed, step):
+            near = []
+            if self.neighbours is not None:
+                score = self.similarity[self.owner[own]]                             # (K,)
+                columns = range(len(score)) if args.neighbours == "exact" else torch.multinomial(score + 1e-9, 1, generator=g).tolist()
+                for v, s in ((self.neighbours[self.owner[own], c].item(), score[c].item()) for c in columns if score[c] > 0):
+                    near.append((v, self.of_user[v][torch.randint(len(self.of_user[v]), (1,), generator=g).item()], s))
+            rows.append((own, near))
+        return rows
+
+    def loss(self, rows):
+        args, B = self.args, len(rows)
+        flat = [(self.owner[own], own) for own, _ in rows]                           # (whose soft tokens, which pair)
+        flat += [(self.owner[own] if args.neighbour_user == "target" else v, pair) for own, near in rows for v, pair, _ in near]
+        who, which = torch.tensor(flat).T                                            # (N,), (N,)
+        texts = [self.encode(self.pairs[i]["caption"], self.pairs[i][side]) for side in ("chosen", "rejected") for i in which.tolist()]
+        soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)]).repeat(2, 1, 1)    # (2N, S, D)
+        chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft, args.chunk).chunk(2)
+        ref_chosen, ref_rejected = self.reference[which].to(chosen).T
+        losses, *rewards = cdpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
+        if args.nll:
+            length = torch.tensor([len(ids) - start for ids, start in texts[:len(chosen)]]).to(chosen)
+            losses = losses - args.nll * chosen / length
+        own, rest = losses[:B], iter(losses[B:])
+        width = max(1, *(len(near) for _, near in rows))
+        pad = losses.new_zeros(())
+        neighbour = torch.stack([torch.stack([next(rest) for _ in near] + [pad] * (width - len(near))) for _, near in rows])   # (B, K)
+        similarity = torch.tensor([[s for *_, s in near] + [0.0] * (width - len(near)) for _, near in rows]).to(losses)
+        return cdpo.cdpo_loss(own, neighbour, similarity, args.lam).sum(), cdpo.dpo_metrics(chosen[:B], rejected[:B], *(r[:B] for r in rewards))
+
+    def describe(self, rows):
+        return f"{self.args.pairs}, lines {', '.join(str(self.pairs[own]['line']) for own, _ in rows)} (and their neighbours' pairs)"
+
+    def export(self, folder):
+        lora.save_adapter(self.model, folder, base_model=self.args.qwen)
+        if self.tokens:
+            self.tokens.save(folder / "collaborative.safetensors")
+
+
+STAGES = {"sft": SFT, "graph": Graph, "cdpo": CDPO}
+
+
+def main(argv=None):
+    args = parse(argv)
+    join(args)
+    if args.stage == "eval":
+        return evaluate(args)
+    fit(STAGES[args.stage](args), args)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as e:
+        sys.exit(f"train.py: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
