@@ -149,12 +149,16 @@ class UserTokens(nn.Module):
         vectors = self.vectors if keep is None else self.vectors * keep
         return self.sage(vectors, self.graph.features, self.graph.edges)[0]
 
-    def new(self, users):
-        """h (N,out) of users who are not stored. A table of embeddings knows nothing about them: "id" gives everybody the mean user's."""
-        if self.sage is None:
+    def new(self, users, unknown="mean"):
+        """h (N,out) of users who are not stored. A table of embeddings knows nothing about them: "id" gives them the mean user's,
+        or, with unknown="nearest", that of the stored user who agrees most often with them and clashes least (ours)."""
+        if self.sage is not None:
+            states = self.sage(self.vectors, self.graph.features, self.graph.edges)[2]
+            return embed_new_user(self.sage, states, users, self.graph.attributes)
+        if unknown == "mean":
             return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
-        states = self.sage(self.vectors, self.graph.features, self.graph.edges)[2]
-        return embed_new_user(self.sage, states, users, self.graph.attributes)
+        asked = PreferenceGraph.build(users, self.graph.attributes, None).signs().to(self.vectors)
+        return self.vectors[(asked @ self.graph.signs().to(self.vectors).T).argmax(-1)]
 
     def to(self, device):
         self.graph.edges, self.graph.features = self.graph.edges.to(device), self.graph.features.to(device)

@@ -567,6 +567,129 @@ class CDPO(Stage):
 STAGES = {"sft": SFT, "graph": Graph, "cdpo": CDPO}
 
 
+# ------------------------------------------------------------------------------------------------ evaluation: what do held-out users get?
+METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it stands
+    "SFT": None,
+    "profile in the prompt": None,
+    "DPO-Vanilla": ["--user", "none"],
+    "DPO-User, mean user": ["--user", "id"],
+    "DPO-User, nearest user": ["--user", "id"],
+    "C-DPO, lambda 0": ["--lam", "0"],
+    "C-DPO": [],
+}
+SWEEPS = {"lam": ("0", "0.15", "0.5", "1"), "k": ("1", "2", "3", "5", "12"), "similarity": ("shared", "signed", "likes"), "neighbour-user": ("target", "neighbour"),
+          "neighbours": ("exact", "sampled")}
+CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
+
+
+class Judge:
+    """Reads sampled instructions with what the files say and nothing else. `train` are instructions with their captions.
+
+    Well-formed: the answer ended by itself, names exactly one known attribute, and each pair of neighbouring words occurs in a training
+    instruction, where rare words of the caption (the object) stand for one another and an attribute's name is one word."""
+
+    def __init__(self, users, train):
+        names = sorted({a for u in users for a in (*u.likes, *u.dislikes, *u.hidden)}, key=lambda a: (-len(a), a))
+        self.names = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")        # the longest name first
+        captions = {caption for caption, _ in train}
+        counts = Counter(w for c in captions for w in set(c.lower().split()))
+        self.rare = {w for w, n in counts.items() if n < len(captions) / 2}
+        self.seen = {pair for caption, text in set(train) for pair in self.pairs(caption, text)}
+
+    def pairs(self, caption, text):
+        own = set(caption.lower().split()) & self.rare
+        words = self.names.sub(lambda m: m[0].replace(" ", "_"), text).split()
+        words = ["<start>", *("<caption>" if w.lower() in own else w for w in words), "<end>"]
+        return set(zip(words, words[1:]))
+
+    def __call__(self, user, caption, text, ended):
+        found = set(self.names.findall(text))
+        whole = ended and len(found) == 1 and self.pairs(caption, text) <= self.seen
+        return {"likes": whole and found <= set(user.likes), "would like": whole and found <= set(user.hidden),
+                "hit": whole and found <= {*user.likes, *user.hidden}, "dislikes": bool(found & set(user.dislikes)), "malformed": not whole}
+
+
+def answers(args, policy, folder, method, users, captions, seed):
+    """One method's sampled instructions for all users -> [(user index, caption, text, ended)]; the users are as much as the method may know."""
+    model, tokenizer = policy
+    lora.load_adapter(model, folder)
+    ask = [(i, caption) for i, texts in enumerate(captions) for caption in texts for _ in range(args.answers)]
+    file, soft = Path(folder) / "collaborative.safetensors", None
+    if file.exists():
+        tokens = cdpo.UserTokens.load(file, args.device)
+        with torch.no_grad():
+            soft = tokens.soft(tokens.new(users, "nearest" if "nearest" in method else "mean"))            # (N, S, D)
+    told = [cdpo.profile(u) if "profile" in method else "" for u in users]
+    out, g = [], torch.Generator(args.device).manual_seed(number("answers", seed))
+    for part in (ask[at:at + 400] for at in range(0, len(ask), 400)):
+        rows = torch.tensor([i for i, _ in part])
+        texts = cdpo.suggest(model, tokenizer, [cdpo.prompt(c, profile=told[i]) for i, c in part], None if soft is None else soft[rows.to(soft.device)],
+                             temperature=1.0, generator=g)
+        out += [(i, c, *t) for (i, c), t in zip(part, texts)]
+    return out
+
+
+def trained(args, flags, seed):
+    """The folder of a cdpo run with these flags and this seed, trained now unless it stands already."""
+    given = [x for name in ("preset", "users", "pairs", "start", "graph", "qwen", "dtype", "device") for x in (f"--{name}", str(getattr(args, name)))]
+    name = "-".join(f.strip("-") for f in flags) or "default"
+    run = parse(["cdpo", *given, *flags, "--seed", str(seed), "--out", f"{args.out}/{name}-seed{seed}"])
+    if not (Path(run.out) / f"step_{run.steps}").exists():
+        fit(CDPO(run), run)
+    return run.out
+
+
+def rates(args, policy, judge, users, captions, method, flags, seed, condition):
+    """{"likes": rate, ...} of one method, one seed, one condition."""
+    folder = args.start if flags is None else trained(args, flags, seed)
+    shown = [replace(u, **CONDITIONS[condition]) for u in users]
+    verdicts = [judge(users[i], *rest) for i, *rest in answers(args, policy, folder, method, shown, captions, seed)]
+    return {name: statistics.fmean(v[name] for v in verdicts) for name in verdicts[0]}
+
+
+def cell(values):
+    """Mean and standard deviation over the seeds, as a Markdown cell."""
+    return f"{statistics.fmean(values):.3f} +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+
+
+def table(title, columns, rows):
+    return "\n".join(["", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def evaluate(args):
+    """The text side: every method, `--seeds` runs of each, held-out users. Prints Markdown and keeps it in OUT/text.md.  (The image side: not here yet.)"""
+    users, train_users = graph.read_users(args.users_test), graph.read_users(args.users)
+    by_user = defaultdict(dict)
+    for p in graph.read_jsonl(args.pairs_test, user=str, caption=str):
+        by_user[p["user"]][p["caption"]] = None
+    captions = [list(by_user[u.name]) for u in users]
+    edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
+    judge = Judge(users + train_users, [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")])
+    policy, memo = load_policy(args, args.start), {}
+    policy[0].eval()
+
+    def measure(method, flags, condition="likes + dislikes"):
+        key = (method, tuple(flags or ()), condition)
+        if key not in memo:
+            memo[key] = [rates(args, policy, judge, users, captions, method, flags, seed, condition) for seed in range(args.seeds)]
+        return memo[key]
+
+    names = ("likes", "would like", "hit", "dislikes", "malformed")
+    count = f"{len(users)} held-out users, {sum(map(len, captions)) * args.answers} answers a seed at temperature 1, {args.seeds} seeds"
+    text = table(f"What the instruction asks for ({count})", ["method", *names],
+                 [[m, *(cell([r[n] for r in measure(m, f)]) for n in names)] for m, f in METHODS.items()])
+    text += table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS],
+                  [[m, *(cell([r["hit"] for r in measure(m, f, c)]) for c in CONDITIONS)] for m, f in METHODS.items()])
+    for flag, values in SWEEPS.items() if args.ablate else ():
+        base, rows = measure("C-DPO", ["--lam", "0"]), []
+        for value in values:
+            runs = measure("C-DPO", [f"--{flag}", value])
+            rows.append([value, *(cell([r[n] for r in runs]) for n in names), cell([r["hit"] - b["hit"] for r, b in zip(runs, base)])])
+        text += table(f"C-DPO, --{flag}", [flag, *names, "hit less lambda 0's, same seed"], rows)
+    publish(Path(args.out), lambda folder: (folder / "text.md").write_text(text + "\n"), "text.md")
+    print(text)
+
+
 def main(argv=None):
     args = parse(argv)
     join(args)
