@@ -60,7 +60,7 @@ def checkpoint_files(path):
 
 
 def read_tensors(path):
-    """Every tensor of a checkpoint, memory-mapped (so leave the files alone while it is in use) -> {name: tensor}."""
+    """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}."""
     tensors = {}
     for file in checkpoint_files(path):
         try:
@@ -114,8 +114,9 @@ class Tokenizer:
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path} has no tokenizer.json")
         fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
+        fast.no_padding(), fast.no_truncation()
         config = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
-        eos = config.get("eos_token") if config.get("add_eos_token") else None
+        eos = config.get("eos_token") if config.get("add_eos_token") else None      # e5-mistral's tokenizer.json leaves it out, and the last token is what counts
         return cls(fast, fast.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None)
 
     def encode(self, text):
@@ -142,19 +143,19 @@ class Tokenizer:
 class Config:
     """What config.json says, in the words of the code below."""
     vocab: int
-    width: int
-    inner: int
+    width: int                    # D
+    inner: int                    # width inside the MLP
     layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    heads: int                    # H
+    kv_heads: int                 # G
+    head_dim: int                 # d
     eps: float
-    theta: float                  # RoPE base
+    theta: float                  # base of RoPE's frequencies
     qkv_bias: bool
     tied: bool                    # the head is the embedding
     headless: bool                # an embedding model, stored without head
     window: int | None            # Mistral's sliding window; longer texts are refused, shorter ones never notice it
-    eos: tuple
+    eos: tuple                    # ids that end an answer
 
     @classmethod
     def read(cls, path):
@@ -170,10 +171,11 @@ class Config:
         more = Path(path) / "generation_config.json"
         eos = (read_json(more) if more.is_file() else {}).get("eos_token_id", c.get("eos_token_id"))
         heads = c["num_attention_heads"]
-        return cls(c["vocab_size"], c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], heads, c.get("num_key_value_heads") or heads,
-                   c.get("head_dim") or c["hidden_size"] // heads, c["rms_norm_eps"], rope.get("rope_theta") or c.get("rope_theta", 10000.0),
-                   kind == "qwen2", c.get("tie_word_embeddings", False), (c.get("architectures") or ["?ForCausalLM"])[0].endswith("Model"),
-                   c.get("sliding_window") if kind == "mistral" else None, tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ())
+        return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"],
+                   heads=heads, kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+                   eps=c["rms_norm_eps"], theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0), qkv_bias=kind == "qwen2",
+                   tied=c.get("tie_word_embeddings", False), headless=(c.get("architectures") or ["ForCausalLM"])[0].endswith("Model"),
+                   window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]))
 
 
 class RMSNorm(nn.Module):
@@ -201,9 +203,7 @@ class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(c.width, n * c.head_dim, bias=c.qkv_bias) for n in (c.heads, c.kv_heads, c.kv_heads))
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
     def forward(self, x, cos, sin, mask, past):
@@ -211,8 +211,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
             k, v = past(k, v)                                                                    # (B, G, S, d)
-        if q.shape[2] == 1:             # a single token: the heads that share a key are stacked as queries, so no key is repeated (bf16 on a CPU: 10 times faster)
-            y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, self.head_dim), k, v, mask).view(q.shape)
+        if q.shape[2] == 1:             # one token: the heads that share a key become its queries, so no key is repeated (in bf16 on a CPU 10 times faster)
+            y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, self.head_dim), k, v, mask).reshape(q.shape)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                         # (B, T, D)
@@ -221,8 +221,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.inner, bias=False)
-        self.up_proj = nn.Linear(c.width, c.inner, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(c.width, c.inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(c.inner, c.width, bias=False)
 
     def forward(self, x):
@@ -257,13 +256,11 @@ class Cache:
 
 
 def visible(attention_mask, start, end, device):
-    """Which keys the queries start..end-1 may see, (B or 1, 1, T, S) bool; None when plain causal attention says the same."""
+    """Which of the keys 0..end-1 the queries start..end-1 may see, (T, S) or (B, 1, T, S) bool; None when plain causal attention says the same."""
     if attention_mask is None and (start == 0 or end - start == 1):
         return None
     q, k = torch.arange(start, end, device=device)[:, None], torch.arange(end, device=device)
-    if attention_mask is None:
-        return (k <= q)[None, None]
-    return (k <= q) & (attention_mask[:, None, None].bool() | (k == q))     # padding sees itself, so that no row is empty (NaN)
+    return k <= q if attention_mask is None else (k <= q) & (attention_mask[:, None, None].bool() | (k == q))     # padding sees itself: an empty row would be NaN
 
 
 class Decoder(nn.Module):
@@ -277,7 +274,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.width, c.eps)
 
     def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
-        """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D); with a cache, attention_mask covers old and new tokens."""
+        """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens.
+
+        Padding on the right needs no mask: attention is causal, no token sees it."""
         x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
         start = cache.length if cache else 0
         end = start + x.shape[1]
@@ -298,7 +297,7 @@ class Decoder(nn.Module):
 
 
 class Qwen(nn.Module):
-    """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` turns them into logits."""
+    """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` (None in an embedding model) logits."""
 
     def __init__(self, config):
         super().__init__()
@@ -326,8 +325,10 @@ def embed_texts(model, tokenizer, texts, batch_size=32):
     """Last-token hidden states of `texts`, L2-normalised in fp32 -> (N, D)."""
     out, device = [], model.model.embed_tokens.weight.device
     for i in range(0, len(texts), batch_size):
-        rows = [torch.tensor(tokenizer.encode(text)) for text in texts[i:i + batch_size]]
+        rows = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts[i:i + batch_size]]
         length = torch.tensor([len(row) for row in rows])
+        if not length.all():
+            raise ValueError(f"a text without tokens has no embedding: {texts[i:i + batch_size]}")
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                                  # (B, T), padded on the right
         mask = torch.arange(ids.shape[1]) < length[:, None]
         hidden = model.model(ids.to(device), attention_mask=mask.to(device))                     # (B, T, D)
