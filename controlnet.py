@@ -1,16 +1,26 @@
-"""What keeps an edit in its place: Canny edges and ControlNet-Union.
+"""What keeps an edit in its place: Canny edges, ControlNet-Union, and `render`, which takes prompts and pictures through all of FLUX.1.
 
-`canny` draws the edges of a picture, `ControlNet` turns them (through the autoencoder) into residuals that are added to the
-image stream of the Flux transformer.
+    picture --canny--> edges --VAE--> control --ControlNet--> residuals, added to the image stream of Flux's blocks while it denoises
 
-    python controlnet.py
+The net is a short Flux (5 double and 10 single blocks beside 19 and 38) that sees the control picture too. A Union net reads several
+kinds of control pictures; a learned token for the kind stands before its text. Sources: OpenCV for canny, diffusers and the InstantX and
+Shakker checkpoints for the net, the C-DPO paper for the use (canny, scale 0.4). Shapes as in flux.py. Try it: python controlnet.py
 """
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
+from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------- edges
+from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, unpack
+from qwen import read_json, read_tensors
+
+MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
 
 
+# ---- control pictures --------------------------------------------------------------------------------------------------------
 def canny(image, low=100, high=200):
     """Canny's edges of a picture: (H,W) or (H,W,3) uint8 -> (H,W) uint8 of 0 and 255.
 
@@ -64,3 +74,171 @@ def follow(strong, weak):
         front = np.unique(near[weak[near]])
         weak[front], edges[front] = False, True
     return edges.reshape(-1, width)[1:-1, 1:-1]
+
+
+def control_picture(image, mode="canny", low=100, high=200):
+    """What a net of this mode looks at: uint8 (H,W,3) -> uint8 (H,W,3). depth and pose need another model, tile and lq are pictures as they are."""
+    if mode == "canny":
+        return np.repeat(canny(image, low, high)[..., None], 3, axis=2)
+    if mode == "gray":
+        return np.array(Image.fromarray(image).convert("L").convert("RGB"))
+    if mode == "blur":
+        return np.array(Image.fromarray(image).filter(ImageFilter.GaussianBlur(max(image.shape) / 64)))
+    if mode in ("tile", "lq"):
+        return image
+    raise ValueError(f"the control mode {mode!r} needs a control picture that is ready; only canny, gray, blur, tile and lq are drawn from the picture itself")
+
+
+# ---- the net -----------------------------------------------------------------------------------------------------------------
+class ControlNet(Flux):
+    """A ControlNet for FLUX.1: noisy latents, control latents and text -> residuals for the blocks of a Flux."""
+    kind = "FluxControlNetModel"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm_out = self.proj_out = None                           # it has taps instead of an end
+        dim = self.x_embedder.out_features
+        self.controlnet_x_embedder = nn.Linear(self.x_embedder.in_features, dim)
+        self.controlnet_blocks = nn.ModuleList([nn.Linear(dim, dim) for _ in self.transformer_blocks])
+        self.controlnet_single_blocks = nn.ModuleList([nn.Linear(dim, dim) for _ in self.single_transformer_blocks])
+        modes = config.get("num_mode")                                 # Union: 10; Union-Pro-2.0 and nets for one kind: null
+        self.controlnet_mode_embedder = nn.Embedding(modes, dim) if modes else None
+        for layer in (self.controlnet_x_embedder, *self.controlnet_blocks, *self.controlnet_single_blocks):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)   # a new net changes nothing
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """As Pretrained.load. ValueError for XLabs' nets, which are another design."""
+        if foreign := {name.partition(".")[0] for name in read_tensors(path)} & {"input_hint_block", "pos_embed_input", "double_blocks"}:
+            raise ValueError(f"{path} is an XLabs ControlNet (it has {', '.join(sorted(foreign))}); the nets read here are built like InstantX's and Shakker's Union")
+        return super().load(path, device, dtype)
+
+    def forward(self, img, control, txt, pooled, timestep, guidance, img_ids, txt_ids, mode=0, scale=1.0):
+        """control (B, L, 64): the packed latents of the control picture; mode: its kind, a number or one a row (B,), ignored by nets without modes;
+        the rest as in Flux -> (double_residuals, single_residuals), lists of (B, L, D)."""
+        return self.residuals(img, control, txt, self.modulation(timestep, guidance, pooled), self.rope(txt_ids, img_ids), mode, scale)
+
+    def modulation(self, timestep, guidance, pooled):
+        temb = self.time_text_embed(timestep, guidance, pooled)                         # (B, D)
+        return torch.cat([block.modulation(temb) for block in self.blocks()], dim=1)    # (B, M, D)
+
+    def rope(self, txt_ids, img_ids):
+        return super().rope(txt_ids if self.controlnet_mode_embedder is None else torch.cat([txt_ids[:1], txt_ids]), img_ids)
+
+    def residuals(self, img, control, txt, modulation, rope, mode=0, scale=1.0):
+        img, txt = self.x_embedder(img) + self.controlnet_x_embedder(control), self.context_embedder(txt)      # (B, L, D), (B, T, D)
+        if self.controlnet_mode_embedder is not None:
+            txt = torch.cat([self.mode_token(mode, len(img)), txt], dim=1)              # (B, 1+T, D)
+        taps = []
+        for block, mod in zip(self.blocks(), modulation.split([block.modulations for block in self.blocks()], dim=1)):
+            img, txt = block(img, txt, mod, rope)
+            taps.append(img)
+        taps = [scale * out(x) for out, x in zip((*self.controlnet_blocks, *self.controlnet_single_blocks), taps)]
+        return taps[:len(self.transformer_blocks)], taps[len(self.transformer_blocks):]
+
+    def mode_token(self, mode, batch):
+        table = self.controlnet_mode_embedder
+        mode = torch.as_tensor(mode, device=table.weight.device)
+        if not ((0 <= mode) & (mode < table.num_embeddings)).all():
+            raise ValueError(f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
+        return table(mode.expand(batch))[:, None]                                       # (B, 1, D)
+
+
+def runs(step, steps, start, end):
+    """Whether a net that works from fraction `start` to fraction `end` of the steps works in this one."""
+    return start <= step / steps and (step + 1) / steps <= end
+
+
+def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scale=0.4, start=0.0, end=1.0):
+    """The `control` argument of flux.denoise: the net's residuals in the steps in which it `runs`, none in the others.
+
+    The modulation is computed here, once for all `levels`."""
+    rope, modulations = net.rope(txt.new_zeros(txt.shape[1], 3), img_ids), net.modulations(levels[:-1].to(txt.device), guidance, pooled)
+
+    def residuals(step, steps, x, t):
+        if not runs(step, steps, start, end):
+            return (), ()
+        return net.residuals(x.to(txt.dtype), control, txt, modulations[step - steps], rope, mode, scale)       # of all levels, the last `steps` run
+    return residuals
+
+
+def stream(net, device):
+    """A transformer on `device` but for its blocks: they stay on the CPU, and each visits for its own forward, without its modulation layers."""
+    guests = [[p for name, p in block.named_parameters() if not name.startswith("norm")] for block in net.blocks()]
+    blocks = {p for block in net.blocks() for p in block.parameters()}
+    for p in set(net.parameters()) - blocks:
+        p.data = p.data.to(device)
+    for block, visitors in zip(net.blocks(), guests):
+        homes = [p.data for p in visitors]
+
+        def come(*_, visitors=visitors, homes=homes):
+            for p, home in zip(visitors, homes):
+                p.data = home.to(device)
+
+        def leave(*_, visitors=visitors, homes=homes):
+            for p, home in zip(visitors, homes):
+                p.data = home
+        block.register_forward_pre_hook(come), block.register_forward_hook(leave)
+    return net
+
+
+# ---- from prompts and pictures to pictures -----------------------------------------------------------------------------------
+def to_tensor(picture, device):
+    """uint8 (H,W,3) -> (1, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).to(device).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def to_picture(image):
+    """(1, 3, H, W), nominally in [-1, 1] -> uint8 (H,W,3)."""
+    return ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def load_pair(flux, controlnet, device, dtype, offload):
+    """(Flux, ControlNet or None). With offload they take 17.4 GB of the GPU instead of 30.4: no modulation layers, the net's blocks one at a time."""
+    home = "cpu" if offload else device
+    model = Flux.load(Path(flux) / "transformer", home, dtype)
+    net = ControlNet.load(controlnet, home, dtype) if controlnet else None
+    if net and (ours := net.x_embedder.weight.shape) != (theirs := model.x_embedder.weight.shape):
+        raise ValueError(f"{controlnet} is not a ControlNet for {flux}: its x_embedder is {tuple(ours)}, the transformer's {tuple(theirs)}")
+    return (offload_modulation(model, device), net and stream(net, device)) if offload else (model, net)
+
+
+@torch.no_grad()
+def render(flux, controlnet, prompts, sources, seeds, size=64, controls=None, mode="canny", low=100, high=200, scale=0.4, start=0.0, end=1.0, steps=28,
+           guidance=3.5, strength=1.0, cfg=1.0, negative="", device="cpu", dtype=torch.float32, offload=False, batch=1, stage=contextlib.nullcontext, progress=iter):
+    """N prompts and N source pictures (uint8 (H,W,3) of one size; or all None: then size x size is drawn from the text alone) -> N uint8 pictures (H,W,3).
+
+    flux, controlnet: folders. Each part is loaded, used for all N and freed before the next; the net is not loaded when it would not run.
+    seeds: one a picture. Its noise depends on nothing else, and with batch 1 neither does the picture. controls: ready control pictures, in place of
+    those that `control_picture` draws. mode .. cfg: as in `steer` and `denoise`; stage(name): a context around each part, to measure it."""
+    ran = steps - int(steps - steps * strength)
+    controlled = sources[0] is not None and scale != 0 and any(runs(i, ran, start, end) for i in range(ran))
+    with stage("text encoders"):
+        txt, pooled = encode_prompt(flux, [*prompts, negative] if cfg != 1 else prompts, device, dtype, batch)
+    with stage("autoencoder, in"):
+        vae = VAE.load(Path(flux) / "vae", device)
+        encode = lambda pictures: torch.cat([pack(vae.encode(to_tensor(picture, device))) for picture in pictures])      # (N, L, 64)
+        source = encode(sources) if strength < 1 else None
+        edges = encode(controls or [control_picture(s, mode, low, high) for s in sources]).to(dtype) if controlled else None
+        h, w = (side // vae.factor for side in ((size, size) if sources[0] is None else sources[0].shape[:2]))
+        vae.to("cpu")
+    with stage("Flux + ControlNet" if controlled else "Flux"):
+        model, net = load_pair(flux, controlnet if controlled else None, device, dtype, offload)
+        ids, levels, out = image_ids(h, w, device), sigmas(steps, h * w // 4, read_json(Path(flux) / "scheduler" / "scheduler_config.json")), []
+        for i in range(0, len(prompts), batch):
+            rows = slice(i, min(i + batch, len(prompts)))
+            noise = torch.cat([pack(torch.randn(1, model.x_embedder.in_features // 4, h, w, generator=torch.Generator().manual_seed(s))) for s in seeds[rows]]).to(device)
+            control = net and steer(net, edges[rows], txt[rows], pooled[rows], ids, levels, guidance, MODES.index(mode), scale, start, end)
+            against = (txt[-1:].expand(len(noise), -1, -1), pooled[-1:].expand(len(noise), -1)) if cfg != 1 else None
+            out.append(denoise(model, noise, txt[rows], pooled[rows], ids, levels, guidance, source if source is None else source[rows], strength, against, cfg,
+                               control, progress))
+        del model, net, control
+    with stage("autoencoder, out"):
+        vae.to(device)
+        return [to_picture(vae.decode(latent[None])) for latent in unpack(torch.cat(out), h, w)]
+
+
+if __name__ == "__main__":
+    y, x = np.mgrid[:19, :45]
+    disc = np.where((y - 9) ** 2 + (x / 2.4 - 9) ** 2 < 60, 200, 40).astype(np.uint8)
+    print("\n".join("".join(".#"[v // 255] for v in row) for row in canny(disc)))
