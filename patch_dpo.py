@@ -124,7 +124,7 @@ class ImageFeatures(nn.Module):
         config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
         with torch.device("meta"):
             model = cls(config, pixels["image_mean"], pixels["image_std"])
-        load_checkpoint(model, path, cls.rename)
+        load_checkpoint(model, path / "model.safetensors", cls.rename)
         return model.to(device).eval()
 
     @staticmethod
