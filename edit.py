@@ -1,0 +1,328 @@
+"""One photograph, one person, one edit: who asks -> an instruction -> a picture.
+
+    python edit.py                                             # a shipped picture for three shipped people, in a grid: out/edit.png
+    python edit.py --user romantic-poet gothic-rocker          # the same picture for others in --users
+    python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset" --dislikes "pink"
+    python edit.py --caption "A white vase"  --user ana        # no picture: one is drawn, for ana
+    python edit.py --preset paper --policy runs/cdpo --image sofa.jpg --caption "A sofa by a window" --users users.jsonl --user ana
+
+The C-DPO policy reads the caption and the person's soft tokens and writes an instruction; FLUX.1 draws "caption. instruction", held in place by
+ControlNet on the picture's edges. Models are loaded one after the other, each freed before the next. Each person's edit depends on nobody
+else in the list: same seed, same picture. Beside every picture stands a JSON file with all that made it, which the PNG carries too.
+"""
+import argparse
+import contextlib
+import difflib
+import gc
+import json
+import re
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub.utils import tqdm
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+import cdpo
+import lora
+from controlnet import MODES, render
+from graph import User, read_jsonl, read_users
+from qwen import Qwen, Tokenizer, read_json, resolve
+
+# ---- flags -------------------------------------------------------------------------------------------------------------------
+PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which says nothing of strength (1: edges alone hold the picture), thresholds and seed
+    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet", dtype="fp32", steps=20, guidance=3.5, strength=1.0, control_scale=1.0),
+    "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union",
+                  dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
+}
+SAMPLE, SCENE, PERSONAS = "mini/sample", 1, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
+FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]
+FLAGS = {       # group -> (flag, type or choices, default, help)
+    "what": [
+        ("image", str, None, "photograph to edit, any format Pillow reads; without it and --caption a shipped sample, with --caption alone a new picture"),
+        ("caption", str, None, "what the photograph shows, in a few words"),
+        ("instruction", str, "", "extra guidance for the policy, in words"),
+        ("out", str, "out/edit.png", "PNG to write; a JSON of the same name beside it; with several people a grid, and a picture of each beside it"),
+    ],
+    "who": [
+        ("user", "names", None, "one or several people, by name"),
+        ("users", str, "mini/sample/users_test.jsonl", "file that says what they like and dislike; people the policy was trained with need none"),
+        ("likes", "list", None, "somebody new, instead of --user: liked attributes, with commas between"),
+        ("dislikes", "list", None, "and disliked ones"),
+    ],
+    "models": [
+        ("preset", tuple(PRESETS), "mini", "values of the flags that are not given: the miniature's, or the paper's real models"),
+        ("qwen", str, None, "language model: folder or hub repository"),
+        ("policy", str, None, "folder that `train.py cdpo` wrote"),
+        ("flux", str, None, "FLUX.1: folder or hub repository"),
+        ("controlnet", str, None, "ControlNet-Union: folder or hub repository"),
+        ("device", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
+        ("dtype", ("fp32", "bf16"), None, "of the models' weights; the autoencoder is always fp32"),
+        ("offload", bool, False, "for cards of 24 GB: modulation layers and the ControlNet's blocks stay in main memory"),
+    ],
+    "words": [
+        ("temperature", float, 0.0, "of sampling the instruction; 0 takes the likeliest words"),
+        ("prompt", str, "{caption}. {instruction}", "what FLUX.1 reads (ours: the paper does not say)"),
+    ],
+    "picture": [
+        ("size", int, None, "the picture is brought to about size x size pixels, its shape kept (sides: multiples of 16); the autoencoder's own when not given"),
+        ("steps", int, None, "Euler steps"),
+        ("guidance", float, None, "FLUX.1's guidance embedding"),
+        ("strength", float, None, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
+        ("control-mode", tuple(MODES), "canny", "what the ControlNet looks at"),
+        ("control-image", str, None, "a control picture that is ready, say a depth map"),
+        ("control-scale", float, None, "the ControlNet's weight; at 0 it is not even loaded"),
+        ("control-start", float, 0.0, "fraction of the steps before which it rests"),
+        ("control-end", float, 1.0, "fraction of the steps after which it rests"),
+        ("low", float, 100, "Canny's lower threshold"),
+        ("high", float, 200, "Canny's upper threshold"),
+        ("true-cfg", float, 1.0, "classifier-free guidance against --negative, twice the time: for models without a guidance embedding"),
+        ("negative", str, "", "what --true-cfg leads away from"),
+        ("seed", int, 0, "of the noise, and of the words if they are sampled"),
+    ],
+}
+
+
+def parse(argv=None):
+    """The flags as a namespace; ValueError for values that make no sense together."""
+    early = argparse.ArgumentParser(add_help=False)
+    early.add_argument("--preset", default="mini")
+    p = argparse.ArgumentParser(prog="edit.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=Help)
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for flag, kind, default, text in flags:
+            how = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "list": dict(type=split_list, metavar="A,B")}.get(kind)
+            group.add_argument(f"--{flag}", default=default, help=text, **(how or (dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind))))
+    p.set_defaults(**PRESETS.get(early.parse_known_args(argv)[0].preset, {}))
+    args = p.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(args)
+    return args
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults in the help, line breaks of the docstring kept."""
+
+
+def split_list(text):
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def check(args):
+    if args.image and not args.caption:
+        raise ValueError('--image needs --caption: say in a few words what the photograph shows, e.g. --caption "A red mug on a table"')
+    if args.user and (args.likes is not None or args.dislikes is not None):
+        raise ValueError("--user names people, --likes and --dislikes describe a new one: give one or the other")
+    if both := set(args.likes or []) & set(args.dislikes or []):
+        raise ValueError(f"{sorted(both)[0]!r} is both liked and disliked")
+    for name, low, high in (("strength", 0, 1), ("control_start", 0, 1), ("control_end", args.control_start, 1), ("steps", 1, 10_000), ("size", 16, 8192), ("temperature", 0, 100)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
+    if not args.out.endswith(".png"):
+        raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
+
+
+# ---- pictures in -------------------------------------------------------------------------------------------------------------
+def read_image(path):
+    """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white, 16 bits and floats brought to 8, of an animation the
+    first frame. ValueError in one sentence when there is no picture at `path`."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)         # reads the pixels, too
+    except Exception as error:                             # on broken files the decoders raise whatever they trip over
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+    if image.mode[0] in "IF":
+        image = to_bytes(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_bytes(image):
+    """A gray picture of 16 or 32 bits or of floats -> 8 bits. White is 65535, or 1 or 255 in floats; where a value is larger still, the largest."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    white = next(w for w in ((65535,) if image.mode[0] == "I" else (1, 255)) + (values.max(),) if values.max() <= w)
+    return Image.fromarray((values.clip(0) / white * 255).round().astype(np.uint8))
+
+
+def fit(image, size, multiple):
+    """PIL -> uint8 (H,W,3) of about size x size pixels in area: resized, then cut centrally to sides that are multiples of `multiple`.
+    The shape is kept, up to 4 : 1; of what is longer the middle is taken."""
+    ratio = min(4, max(1 / 4, image.width / image.height)) ** 0.5
+    width, height = (max(1, round(side / multiple)) * multiple for side in (size * ratio, size / ratio))
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+
+# ---- who asks, and for what --------------------------------------------------------------------------------------------------
+@dataclass
+class Wish:
+    """What one person asks for: soft tokens (1, S, D), or none and in `note` why; then the instruction."""
+    user: User
+    soft: torch.Tensor = None
+    note: str = ""
+    instruction: str = ""
+
+
+def trained_user(graph, name):
+    edges = graph.edges[1:, graph.edges[0] == graph.users.index(name)].T.tolist()
+    return User(name, *([graph.attributes[a] for a, sign in edges if sign == wanted] for wanted in (1, -1)))
+
+
+def find_users(args, graph):
+    """The people asked for, list[User]: from --likes and --dislikes, from the file --users, or as the policy was trained with them."""
+    if args.likes is not None or args.dislikes is not None:
+        return [User("you", args.likes or [], args.dislikes or [])]
+    names, people = list(dict.fromkeys(args.user or PERSONAS)), {user.name: user for user in read_users(args.users)}
+    if unknown := [name for name in names if name not in people and name not in graph.users]:
+        near = difflib.get_close_matches(unknown[0], [*people, *graph.users], 3, 0)
+        raise ValueError(f"nobody is called {unknown[0]!r}, neither in {args.users} nor among those the policy was trained with; nearest: {', '.join(near)}")
+    return [people[name] if name in people else trained_user(graph, name) for name in names]
+
+
+@torch.no_grad()
+def get_to_know(user, tokens):
+    """The Wish of a user, without instruction: soft tokens as trained, or, of somebody new, from likes and dislikes alone."""
+    graph = tokens.graph
+    unknown = [a for a in (*user.likes, *user.dislikes) if a not in graph.attributes]
+    likes, dislikes = ([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes))
+    note = f"nobody else has a word on {', '.join(unknown)}; left out" if unknown else ""
+    if not likes and not dislikes:
+        return Wish(user, None, f"{note + '; ' if note else ''}no likes or dislikes that anybody shares, so no similar users: this is the generic edit")
+    known = trained_user(graph, user.name) if user.name in graph.users else None
+    if known and {*known.likes} == {*likes} and {*known.dislikes} == {*dislikes}:
+        return Wish(user, tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note)
+    return Wish(user, tokens.soft(tokens.new([User(user.name, likes, dislikes)])), note)
+
+
+def write_instructions(args, dtype, stage):
+    """The people asked for, each with an instruction of the policy -> list[Wish]. One person at a time, so that no answer depends on who else asks."""
+    with stage("policy"):
+        folder = resolve(args.policy, ["*.json", "*.safetensors"])
+        tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
+        wishes = [get_to_know(user, tokens) for user in find_users(args, tokens.graph)]
+        model, tokenizer = Qwen.load(args.qwen, args.device, dtype), Tokenizer.load(args.qwen)
+        lora.load_adapter(model, folder)
+        for wish in wishes:
+            generator = torch.Generator(args.device).manual_seed(args.seed)
+            message = cdpo.prompt(args.caption, args.instruction)
+            (wish.instruction, _), = cdpo.suggest(model, tokenizer, [message], wish.soft, temperature=args.temperature, generator=generator)
+    return wishes
+
+
+# ---- pictures out ------------------------------------------------------------------------------------------------------------
+def save(file, picture, record):
+    """The PIL picture as PNG, and `record` twice: in the PNG's text and in a JSON file beside it."""
+    text = json.dumps(record, indent=1)
+    info = PngInfo()
+    info.add_text("edit", text)
+    picture.save(file, pnginfo=info)
+    file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+def wrap(text, font, width):
+    """Lines of words that are at most `width` pixels long (a longer word stands alone)."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
+    return lines
+
+
+def grid(cells, columns=4):
+    """[(PIL picture, heading, text)] -> one PIL picture; small pictures are enlarged."""
+    font, bold = ImageFont.load_default(14), ImageFont.load_default(16)
+    scale = max(1, 256 // cells[0][0].width)
+    width, height = (side * scale for side in cells[0][0].size)
+    texts = [[(bold, line) for line in wrap(head, bold, width)] + [(font, line) for line in wrap(text, font, width)] for _, head, text in cells]
+    columns, row = min(columns, len(cells)), height + 22 * max(map(len, texts)) + 24
+    sheet = Image.new("RGB", (columns * (width + 16) + 16, -(-len(cells) // columns) * row + 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, ((picture, _, _), lines) in enumerate(zip(cells, texts)):
+        x, y = 16 + i % columns * (width + 16), 16 + i // columns * row
+        sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        for n, (face, line) in enumerate(lines):
+            draw.text((x, y + height + 8 + 22 * n), line, "black", face)
+    return sheet
+
+
+def meter(device):
+    """stage(name): a context that prints how long a part took and the most memory it held (on the CPU: the process, so far), and frees what it left."""
+    @contextlib.contextmanager
+    def stage(name):
+        start, cuda = time.perf_counter(), device.startswith("cuda")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        yield
+        gc.collect()
+        if cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()
+        peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        print(f"  {name:<20}{time.perf_counter() - start:7.1f} s   peak {peak / 1e9:6.2f} GB")
+    return stage
+
+
+# ---- all of it ---------------------------------------------------------------------------------------------------------------
+def source_pictures(args, flux):
+    """(source, control picture or None), uint8 (H,W,3) each, source None when a new picture is to be drawn; fills in the sample's image and caption, and the size."""
+    if not args.image and not args.caption:
+        scene = read_jsonl(f"{SAMPLE}/scenes.jsonl", image=str, caption=str)[SCENE]
+        args.image, args.caption = f"{SAMPLE}/{scene['image']}", scene["caption"]
+    vae = read_json(flux / "vae" / "config.json")
+    args.size, multiple = args.size or vae["sample_size"], 2 ** len(vae["block_out_channels"])          # FLUX.1: 16
+    if not args.image:
+        return None, None
+    source = fit(read_image(args.image), args.size, multiple)
+    return source, args.control_image and np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
+
+
+def draw(args, flux, dtype, source, control, prompts, stage):
+    """A picture for each prompt, uint8 (H,W,3), all of one source and from the same noise."""
+    N, net = len(prompts), resolve(args.controlnet, ["config.json", "*.safetensors"]) if source is not None and args.control_scale else None
+    return render(flux, net, prompts, [source] * N, [args.seed] * N, args.size, control is not None and [control] * N, args.control_mode, args.low, args.high,
+                  args.control_scale, args.control_start, args.control_end, args.steps, args.guidance, args.strength, args.true_cfg, args.negative,
+                  args.device, dtype, args.offload, stage=stage, progress=lambda steps: tqdm(steps, disable=None, leave=False))
+
+
+def main(argv=None):
+    args = parse(argv)
+    out, dtype, stage = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], meter(args.device)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    flux = resolve(args.flux, FLUX_PARTS)
+    source, control = source_pictures(args, flux)
+    print(f"{args.image or 'a new picture'}: {args.caption}")
+    wishes = write_instructions(args, dtype, stage)
+    prompts = [args.prompt.format(caption=args.caption, instruction=wish.instruction) for wish in wishes]
+    pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, prompts, stage)]
+    records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
+               for w, prompt in zip(wishes, prompts)]
+    for wish in wishes:
+        print(f"{wish.user.name}: {wish.instruction}" + (f"   ({wish.note})" if wish.note else ""))
+    names = [re.sub(r"[^\w.-]+", "_", wish.user.name) for wish in wishes]                # as part of a file's name
+    files = [out.with_stem(f"{out.stem}_{name}") for name in names] if len(wishes) > 1 else [out]
+    for file, picture, record in zip(files, pictures, records):
+        save(file, picture, record)
+    if len(wishes) > 1:
+        first = [(Image.fromarray(source), "source", args.caption)] if source is not None else []
+        save(out, grid(first + [(picture, wish.user.name, wish.instruction) for wish, picture in zip(wishes, pictures)]), {"edits": records})
+    print("wrote", ", ".join(map(str, dict.fromkeys([out, *files]))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"edit.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("edit.py: the GPU's memory does not hold this: try --offload, a smaller --size, or --dtype bf16", file=sys.stderr)
+        sys.exit(2)
