@@ -66,8 +66,9 @@ def make_user(name, rng, liked, disliked):
 
 
 def make_pairs(user, rng):
-    """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type, rejected for a stated dislike of it (3 of 4 times) or
-    for something the user is indifferent to. A user who likes nothing of the type prefers a like of another type; hidden likes appear on neither side."""
+    """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type; rejected asks, in the first pair, for a stated dislike of it, in the
+    second for something the user is indifferent to (or the other of the two, where the type has none). A user who likes nothing of the type
+    prefers a like of another type. Hidden likes are on neither side."""
     likes, dislikes, known = user["likes"], user["dislikes"], {*user["likes"], *user["dislikes"], *user["hidden"]}
     for _ in range(4):
         obj = rng.choice(OBJECTS)
@@ -76,9 +77,8 @@ def make_pairs(user, rng):
             wanted = [a for a in likes if a in attributes] or likes
             unwanted = [a for a in dislikes if a in attributes]
             indifferent = [a for a in attributes if a not in known]
-            for _ in range(2):
-                pool = unwanted if unwanted and (rng.random() < 0.75 or not indifferent) else indifferent or dislikes
-                chosen, rejected = (instruction(obj, rng.choice(names), rng.randrange(4)) for names in (wanted, pool))
+            for worse in (unwanted or indifferent, indifferent or unwanted):
+                chosen, rejected = (instruction(obj, rng.choice(names), rng.randrange(4)) for names in (wanted, worse or dislikes))
                 yield {"user": user["user"], "caption": text, "edit_type": edit_type, "chosen": chosen, "rejected": rejected}
 
 
