@@ -125,7 +125,7 @@ class ImageFeatures(nn.Module):
         with torch.device("meta"):
             model = cls(config, pixels["image_mean"], pixels["image_std"])
         load_checkpoint(model, path / "model.safetensors", cls.rename)
-        return model.to(device).eval()
+        return model.to(device, torch.float32).eval()
 
     @staticmethod
     def rename(name):
