@@ -120,12 +120,13 @@ def tensors(model, adapter):
 def save_adapter(model, folder, adapter="policy", base_model=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is the path or repository noted there."""
     folder, names = Path(folder), list(layers(model))
-    layer, short = layers(model)[names[0]], sorted({name.rpartition(".")[2] for name in names})
+    layer, short = layers(model)[names[0]], {name.rpartition(".")[2] for name in names}
+    unique = names == [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]      # "0" of to_out.0 would mean blocks.0 too
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().cpu().contiguous() for name, p in tensors(model, adapter).items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None, "base_model_name_or_path": base_model and str(base_model),
               "r": layer.lora_A[adapter].shape[0], "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none", "inference_mode": True,
-              "target_modules": short if select(model, short) == names else names}
+              "target_modules": sorted(short) if unique else names}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
