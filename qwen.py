@@ -48,6 +48,8 @@ def checkpoint_files(path):
     path = Path(path)
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
     found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if len(found) != 1:
         raise ValueError(f"{path} must hold one *.safetensors file or one index of shards, it holds {[f.name for f in found] or 'none'}")
@@ -276,7 +278,8 @@ class Decoder(nn.Module):
     def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
         """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens.
 
-        Padding on the right needs no mask: attention is causal, no token sees it."""
+        Padding on the right needs no mask: attention is causal, no token sees it. A mask (B, 1, T, T) says itself which keys each token sees;
+        a token's position is then how many it sees besides itself, so that several continuations of one prompt can stand in one row."""
         x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
         start = cache.length if cache else 0
         end = start + x.shape[1]
@@ -284,9 +287,11 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens do not fit the model's sliding window of {c.window}")
         if attention_mask is None:
             positions = torch.arange(start, end, device=x.device)[None]                          # (1, T)
+        elif attention_mask.ndim == 4:
+            positions = attention_mask[:, 0].sum(-1) - 1                                         # (B, T)
         else:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]           # (B, T)
-        mask = visible(attention_mask, start, end, x.device)
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else visible(attention_mask, start, end, x.device)
         cos, sin = rope_tables(positions, c.head_dim, c.theta)
         for i, layer in enumerate(self.layers):
             args = (x, cos, sin, mask, cache and cache.layer(i))
