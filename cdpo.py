@@ -77,31 +77,40 @@ def profile(user):
     return "; ".join(f"{verb} {', '.join(names)}" for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)) if names)
 
 
-def encode(tokenizer, messages, answer):
-    """(ids, start): prompt and answer in Qwen's template, closed by <|im_end|>; the answer begins at `start`."""
-    ids = tokenizer.chat(messages)
-    return ids + tokenizer.encode(f"{answer}<|im_end|>"), len(ids)
+def encode(tokenizer, messages, *answers):
+    """(prompt ids, [ids of each answer]) in Qwen's template; an answer is closed by <|im_end|>."""
+    return tokenizer.chat(messages), [tokenizer.encode(f"{answer}<|im_end|>") for answer in answers]
 
 
-def collate(rows, soft_tokens=0):
-    """Rows of `encode` -> ids (B,T) padded on the right, and labels (B, soft_tokens+T): the next token where it is answer, else -100.
-    Attention is causal, so padding on the right needs no mask: no answer token sees it."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
-    labels = torch.full((len(rows), soft_tokens + length), -100)
-    for i, (row, start) in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row)
-        labels[i, soft_tokens + start - 1:soft_tokens + len(row) - 1] = ids[i, start:len(row)]
-    return ids, labels
+def pack(rows, soft_tokens=0):
+    """B rows of `encode`, each with up to n answers, one sequence each: the prompt is computed once for all its answers.
+
+        soft tokens | prompt but for its last token | that token, answer 1 | that token, answer 2 | ...       each block padded on the right
+    -> ids (B, P+n*L) without the soft tokens, labels (B*n, L), and the mask (B,1,T,T): a token sees the prompt and its own answer so far."""
+    B, n = len(rows), max(len(answers) for _, answers in rows)
+    P, L = max(len(p) - 1 for p, _ in rows), max(len(a) for _, answers in rows for a in answers)
+    ids, labels = torch.full((B, P + n * L), -1), torch.full((B * n, L), -100)
+    for i, (p, answers) in enumerate(rows):
+        ids[i, :len(p) - 1] = torch.tensor(p[:-1])
+        for j, answer in enumerate(answers):
+            ids[i, P + j * L:][:len(answer)] = torch.tensor(p[-1:] + answer[:-1])
+            labels[i * n + j, :len(answer)] = torch.tensor(answer)
+    real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                                                # (B, T)
+    block = torch.cat([torch.zeros(soft_tokens + P, dtype=torch.int64), torch.arange(1, n + 1).repeat_interleave(L)])
+    k = torch.arange(len(block))
+    path = (k <= k[:, None]) & ((block == 0) | (block == block[:, None]))                               # (T, T)
+    return ids.clamp_min(0), labels, (path & (real[:, None] | (k == k[:, None])))[:, None]              # padding sees itself: no empty row
 
 
 def answer_logprobs(model, rows, soft=None, chunk=1024):
-    """log pi(answer | prompt) (B,) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.       (4)"""
-    ids, labels = (x.to(model.lm_head.weight.device) for x in collate(rows, 0 if soft is None else soft.shape[1]))
-    embeds = model.model.embed_tokens(ids)                                                              # (B, T, D)
+    """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
+    ids, labels, mask = (x.to(model.lm_head.weight.device) for x in pack(rows, 0 if soft is None else soft.shape[1]))
+    embeds = model.model.embed_tokens(ids)                                                              # (B, P+n*L, D)
     if soft is not None:
-        embeds = torch.cat([soft.to(embeds.dtype), embeds], 1)                                          # (B, S+T, D)
-    return token_logprobs(model.model(embeds=embeds), model.lm_head.weight, labels, chunk)
+        embeds = torch.cat([soft.to(embeds.dtype), embeds], 1)                                          # (B, T, D)
+    hidden = model.model(embeds=embeds, attention_mask=mask)                                            # (B, T, D)
+    n, L = len(labels) // len(rows), labels.shape[1]
+    return token_logprobs(hidden[:, -n * L:].reshape(len(labels), L, -1), model.lm_head.weight, labels, chunk).view(-1, n)
 
 
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):

@@ -19,6 +19,7 @@ import argparse
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,8 @@ from qwen import Qwen, Tokenizer, embed_texts
 PRESETS = {
     "mini": {
         "graph": dict(embedder="mini/qwen", hidden=64, out_dim=64, steps=300, lr=5e-3, weight_decay=1e-2, drop=0.9, feature_norm=4.0),
-        "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=32, lr=5e-3, warmup=10, dropout=0.05),
-        "cdpo": dict(qwen="mini/qwen", steps=150, batch=32, micro=32, lr=5e-3, gnn_lr=5e-4, warmup=20, lam=0.15, k=3, similarity="likes", tokens=4, soft_hidden=128,
+        "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
+        "cdpo": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, gnn_lr=5e-4, warmup=20, lam=0.15, k=3, similarity="likes", tokens=4, soft_hidden=128,
                      nll=1.0, drop=0.9),
     },
     "paper": {
@@ -103,7 +104,7 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
     "optimisation": [
         ("steps", "sft graph cdpo", int, 150, "optimiser steps (graph: epochs)"),
         ("batch", "sft cdpo", int, 32, "global batch, whatever the number of processes"),
-        ("micro", "sft cdpo", int, 32, "rows of one forward pass; a batch of several is accumulated"),
+        ("micro", "sft cdpo", int, 16, "rows of one forward pass; a batch of several is accumulated"),
         ("lr", "sft graph cdpo", float, 5e-3, "peak learning rate (AdamW)"),
         ("gnn-lr", "cdpo", float, 5e-4, "of the graph encoder"),
         ("warmup", "sft cdpo", int, 0, "steps of linear warm-up before the cosine"),
@@ -226,9 +227,10 @@ def lock(out):
 
 
 def digest(*paths):
-    """One hash of files and folders: names, sizes and contents (of a file over 64 MB its first MB)."""
+    """One hash of files and folders: names, sizes and contents (of a file over 64 MB its first MB); of a hub repository its name."""
     h = hashlib.sha256()
     for path in map(Path, paths):
+        h.update(b"" if path.exists() else str(path).encode())
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors"):
                 with open(file, "rb") as f:
@@ -356,7 +358,7 @@ def fit(stage, args):
     for s, handler in before.items():
         signal.signal(s, handler)
     if step < args.steps:
-        raise SystemExit(f"stopped after step {step} of {args.steps}, saved in {out}/step_{step}; the same command continues")
+        raise SystemExit(f"stopped after step {step} of {args.steps}, saved in {out}/step_{step}; the same command continues" if chief else 1)
     if chief:
         publish(out, stage.export, "the result")
         print(f"{args.stage}: {out} " + " ".join(f"{k} {v:.4f}" for k, v in stage.finish().items()))
@@ -398,8 +400,8 @@ class SFT(Stage):
 
     def loss(self, rows):
         texts = [cdpo.encode(self.tokenizer, cdpo.prompt(self.edits[i]["input"]), self.edits[i]["edit"]) for i in rows]
-        length = torch.tensor([len(ids) - start for ids, start in texts], device=self.args.device)
-        return -(cdpo.answer_logprobs(self.model, texts, chunk=self.args.chunk) / length).sum(), {}
+        length = torch.tensor([len(answer) for _, (answer,) in texts], device=self.args.device)
+        return -(cdpo.answer_logprobs(self.model, texts, chunk=self.args.chunk)[:, 0] / length).sum(), {}
 
     def describe(self, rows):
         return f"{self.args.edits}, lines {', '.join(str(self.edits[i]['line']) for i in rows)}"
@@ -464,7 +466,7 @@ class CDPO(Stage):
         self.model.eval()                                                            # no dropout in DPO, as in TRL
         self.tokens = self.user_tokens(users)
         self.similar(users)
-        self.encode = functools.lru_cache(None)(lambda caption, text: cdpo.encode(self.tokenizer, cdpo.prompt(caption), text))
+        self.encode = functools.lru_cache(None)(lambda caption, *texts: cdpo.encode(self.tokenizer, cdpo.prompt(caption), *texts))
         self.reference = self.reference_logprobs()                                   # (P, 2) chosen, rejected
         self.trained = {**trainable("", self.model), **trainable("collaborative.", self.tokens)}
         slow = ("collaborative.sage.", "collaborative.vectors") if args.user == "graph" else ("nothing",)
@@ -472,7 +474,7 @@ class CDPO(Stage):
         self.groups = [{"params": [p for n, p in self.trained.items() if n not in split], "weight_decay": args.weight_decay}]
         if split:
             self.groups.append({"params": list(split.values()), "lr": args.gnn_lr, "weight_decay": args.weight_decay})
-        self.inputs = (args.users, args.pairs, args.qwen, args.start) + ((args.graph,) if args.user == "graph" else ())
+        self.inputs = [args.users, args.pairs, args.qwen, f"{args.start}/adapter_model.safetensors", f"{args.graph}/collaborative.safetensors"]
 
     def user_tokens(self, users):
         """The trainable way from a user to soft tokens, or None for DPO-Vanilla."""
@@ -500,24 +502,27 @@ class CDPO(Stage):
 
     @torch.no_grad()
     def reference_logprobs(self):
-        """(P,2) on the CPU: computed once, each different (caption, answer) once, shared out over the processes; kept beside the SFT adapter."""
+        """(P,2) on the CPU: computed once, each different (caption, answer) once, shared out over the processes; kept for other runs beside this one."""
         args = self.args
-        file = Path(args.start) / f"reference-{digest(args.pairs, args.qwen, Path(args.start) / 'adapter_model.safetensors')}-{args.dtype}.safetensors"
+        file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.start}/adapter_model.safetensors')}-{args.dtype}.safetensors"
         if file.exists():
             return load_file(file)["logps"]
-        texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")}, key=lambda t: (len(t[0]) + len(t[1]), t))
-        found = torch.zeros(len(texts))
+        texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
+        groups = [texts[at:at + 8] for _, same in itertools.groupby(texts, lambda t: t[0]) for texts in [list(same)] for at in range(0, len(texts), 8)]
+        found = torch.zeros(len(groups), 8)
         lora.use(self.model, "reference")
-        size = max(4 * args.micro, 2)
-        for at in tqdm(range(rank() * size, len(texts), world() * size), desc="reference", disable=rank() > 0):
-            found[at:at + size] = cdpo.answer_logprobs(self.model, [self.encode(*t) for t in texts[at:at + size]], chunk=args.chunk).cpu()
+        for at in tqdm(range(rank() * args.micro, len(groups), world() * args.micro), desc="reference", disable=rank() > 0):
+            rows = [self.encode(group[0][0], *(text for _, text in group)) for group in groups[at:at + args.micro]]
+            logps = cdpo.answer_logprobs(self.model, rows, chunk=args.chunk)
+            found[at:at + args.micro, :logps.shape[1]] = logps.cpu()
         lora.use(self.model, "policy")
         if world() > 1:
             found = found.to(args.device)
             dist.all_reduce(found)
-        place = {t: i for i, t in enumerate(texts)}
-        logps = torch.tensor([[found[place[p["caption"], p[side]]] for side in ("chosen", "rejected")] for p in self.pairs])
+        place = {t: x for group, row in zip(groups, found.tolist()) for t, x in zip(group, row)}
+        logps = torch.tensor([[place[p["caption"], p[side]] for side in ("chosen", "rejected")] for p in self.pairs])
         if rank() == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
             publish(file.parent, lambda folder: save_file({"logps": logps}, folder / file.name), "reference log-probabilities")
         return logps
 
@@ -540,14 +545,13 @@ class CDPO(Stage):
         flat = [(self.owner[own], own) for own, _ in rows]                           # (whose soft tokens, which pair)
         flat += [(self.owner[own] if args.neighbour_user == "target" else v, pair) for own, near in rows for v, pair, _ in near]
         who, which = torch.tensor(flat).T                                            # (N,), (N,)
-        texts = [self.encode(self.pairs[i]["caption"], self.pairs[i][side]) for side in ("chosen", "rejected") for i in which.tolist()]
-        soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)]).repeat(2, 1, 1)    # (2N, S, D)
-        chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft, args.chunk).chunk(2)
+        texts = [self.encode(p["caption"], p["chosen"], p["rejected"]) for p in (self.pairs[i] for i in which.tolist())]
+        soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)])             # (N, S, D)
+        chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft, args.chunk).T                              # (N,), (N,)
         ref_chosen, ref_rejected = self.reference[which].to(chosen).T
         losses, *rewards = cdpo.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, args.beta)
         if args.nll:
-            length = torch.tensor([len(ids) - start for ids, start in texts[:len(chosen)]]).to(chosen)
-            losses = losses - args.nll * chosen / length
+            losses = losses - args.nll * chosen / torch.tensor([len(answer) for _, (answer, _) in texts]).to(chosen)
         own, rest = losses[:B], iter(losses[B:])
         width = max(1, *(len(near) for _, near in rows))
         pad = losses.new_zeros(())
@@ -694,6 +698,8 @@ def main(argv=None):
     args = parse(argv)
     join(args)
     if args.stage == "eval":
+        if world() > 1:
+            raise ValueError("eval is one process; train the runs it compares under torchrun, then run it alone: it takes those that stand")
         return evaluate(args)
     fit(STAGES[args.stage](args), args)
 
