@@ -13,7 +13,6 @@ else in the list: same seed, same picture. Beside every picture stands a JSON fi
 import argparse
 import contextlib
 import difflib
-import gc
 import json
 import re
 import resource
@@ -124,6 +123,8 @@ def check(args):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
+    if "{instruction}" not in args.prompt:
+        raise ValueError(f"--prompt is {args.prompt!r}; it must hold {{instruction}}, and may hold {{caption}}")
     if not args.out.endswith(".png"):
         raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
 
@@ -262,7 +263,6 @@ def meter(device):
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         yield
-        gc.collect()
         if cuda:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
@@ -301,7 +301,7 @@ def main(argv=None):
     source, control = source_pictures(args, flux)
     print(f"{args.image or 'a new picture'}: {args.caption}")
     wishes = write_instructions(args, dtype, stage)
-    prompts = [args.prompt.format(caption=args.caption, instruction=wish.instruction) for wish in wishes]
+    prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) for wish in wishes]
     pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, prompts, stage)]
     records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
                for w, prompt in zip(wishes, prompts)]
