@@ -3,6 +3,7 @@
     python mini/pretrain.py pictures     # mini/data/pictures.safetensors: 2,400 scenes, each plain and after 13 edits; 3 minutes
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
     python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder*,tokenizer*,scheduler} and mini/controlnet, trained together
+    python mini/pretrain.py decoder      # mini/flux/vae: the decoder alone goes on; may run beside the next stage
     python mini/pretrain.py distil       # the same files: classifier-free guidance moves into the guidance embedding, as in FLUX.1-dev
     python mini/pretrain.py controlnet   # mini/controlnet alone, the transformer frozen: another control for a trained Flux
     python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -150,11 +152,12 @@ def publish(folder, config, model=None, name="diffusion_pytorch_model.safetensor
 
 
 # ---- the autoencoder ---------------------------------------------------------------------------------------------------------
-def vae(a):
+def vae(a, found=None):
     """Mean squared error, twice for the colour differences, with a little noise on the latent instead of a KL term: hues survive, the latents stay smooth."""
     torch.manual_seed(a.seed)
     images, _ = read_pictures(a)
-    images, model, config = images.flatten(0, 1), VAE(VAE_CONFIG), dict(VAE_CONFIG)
+    images, model, config = images.flatten(0, 1), found or VAE(VAE_CONFIG), {**VAE_CONFIG, **({"shift_factor": found.shift, "scaling_factor": found.scale} if found else {})}
+    model.scale, model.shift = 1.0, 0.0                                                # while it trains
 
     def loss(g, batch):
         chosen = images[torch.randint(len(images), (batch,), generator=g)]
@@ -162,19 +165,27 @@ def vae(a):
         x = to_unit(chosen)
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = model.moments(x)
-            y = model.decode(mean + .1 * torch.randn(mean.shape, generator=g))
+            y = model.decode(mean + (.05 if found else .1) * torch.randn(mean.shape, generator=g))
         error = y.float() - x
         chroma = error - error.mean(1, keepdim=True)
-        return (error.square().mean() + chroma.square().mean() + .1 * error.abs().mean()
+        return (error.square().mean() + chroma.square().mean() + (.3 if found else .1) * error.abs().mean()
                 + 3e-3 * mean.float().square().mean() + 1e-3 * (logvar.float() + 4.6).square().mean())       # log .1^2
 
     def save():
         z = torch.cat([model.encode(to_unit(x)) for x in images[::97].split(64)])
-        config.update(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
+        if not found:
+            config.update(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
         publish(a.out / "flux/vae", config, model)
         x = to_unit(images[5::997])
         print(f"vae: {-10 * math.log10((model.decode(model.encode(x)).clamp(-1, 1) - x).square().mean().item() / 4):.1f} dB, latents {z.std(0).mean():.2f}", flush=True)
-    fit("vae", {"vae": model}, loss, a, lr=3e-3, batch=16, save=torch.no_grad()(save))
+    fit("decoder" if found else "vae", {"vae": model}, loss, a, lr=1.5e-3 if found else 3e-3, batch=16, save=torch.no_grad()(save))
+
+
+def decoder(a):
+    """Goes on with the decoder alone: the latents, and a Flux trained on them, stay valid. (The printed dB are those of the frozen encoder's means.)"""
+    model = VAE.load(a.out / "flux/vae")
+    model.encoder.requires_grad_(False)
+    vae(a, model)
 
 # ---- the text encoders' tokenizers -------------------------------------------------------------------------------------------
 def corpus():
@@ -232,11 +243,12 @@ def latents(a):
     """Packed latents of every picture (S, 14, 64, 64), and of four control pictures a scene: edges and grey of the source, edges of two edits (S, 4, 64, 64)."""
     file = a.work / "latents.safetensors"
     images, prompts = read_pictures(a)
-    if not file.is_file() or file.stat().st_mtime < (a.out / "flux/vae/config.json").stat().st_mtime:
-        coder = VAE.load(a.out / "flux/vae")
+    coder = VAE.load(a.out / "flux/vae")
+    made_by = {"vae": f"{coder.shift} {coder.scale}"}                                   # another autoencoder, other latents
+    if not file.is_file() or safe_open(file, "pt").metadata() != made_by:
         encode = lambda images: torch.cat([pack(coder.encode(to_unit(x))).bfloat16() for x in images.flatten(0, 1).split(56)]).unflatten(0, images.shape[:2])
         seen = torch.stack([torch.stack([control(s[j], mode) for j, mode in ((0, "canny"), (0, "gray"), (1, "canny"), (2, "canny"))]) for s in images])
-        save_file({"pictures": encode(images), "controls": encode(seen)}, file)
+        save_file({"pictures": encode(images), "controls": encode(seen)}, file, made_by)
     with safe_open(file, "pt") as f:
         return f.get_tensor("pictures"), f.get_tensor("controls"), prompts
 
@@ -298,7 +310,7 @@ def flux(a, found=None, teacher=None, train=None, lr=1.5e-3):
         row = torch.where(torch.rand(batch, generator=g) < .1, 0, 1 + scene * (1 + EDITS) + which)
         x, seen = torch.lerp(x0, eps, t[:, None, None]), controls[scene, kind].float()
         guidance, target = torch.ones(batch), eps - x0
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):                                  # the fused kernel's backward is slow on CPU
             if teacher:
                 guidance = 1 + 5 * torch.rand(batch, generator=g)
                 with torch.no_grad():
@@ -370,10 +382,12 @@ def main():
     a.minutes = MINUTES[a.stage] if a.minutes is None else a.minutes
     a.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     globals()[a.stage](a)
 
 
-MINUTES = {"pictures": 0, "vae": 11, "flux": 60, "distil": 10, "controlnet": 20, "vit": 4}
+MINUTES = {"pictures": 0, "vae": 11, "decoder": 20, "flux": 60, "distil": 10, "controlnet": 20, "vit": 4}
 
 if __name__ == "__main__":
     main()

@@ -277,18 +277,11 @@ def tile(p, width, height):
     return (u + .5 * (row % 2)) % 1 - .5, v % 1 - .5
 
 
-def heart(x, y):
-    return (x * x + y * y - .085) ** 3 - 2.2 * x * x * y ** 3 * .5 < 0
-
-
-def star(x, y):
-    return length(x, y) < .25 + .12 * torch.cos(5 * torch.atan2(x, y))
-
-
 def paint(p, base, pattern):
     """The object's colour under a pattern, a function of the position on the object: (3, M), (3, 1) -> (3, M)."""
     light, dark = RGB["white"], RGB["navy"]
     other, plain = (dark if base.mean() > .5 else light), base.expand(3, p.shape[1])
+    x, y = tile(p, .34, .31)
     if pattern == "stripes":
         return mix(plain, other, (torch.sin(p[0] * 22) > 0).float())
     if pattern == "zigzag":
@@ -298,10 +291,9 @@ def paint(p, base, pattern):
     if pattern == "polka dots":
         return mix(plain, other, (length(*tile(p, .21, .19)) < .32).float())
     if pattern == "hearts":
-        x, y = tile(p, .34, .31)
-        return mix(mix(plain, light, .75), RGB["red"], heart(x, y).float())
+        return mix(mix(plain, light, .75), RGB["red"], ((x * x + y * y - .085) ** 3 < 1.1 * x * x * y ** 3).float())
     if pattern == "stars":
-        return mix(mix(plain, dark, .75), RGB["yellow"], star(*tile(p, .34, .31)).float())
+        return mix(mix(plain, dark, .75), RGB["yellow"], (length(x, y) < .25 + .12 * torch.cos(5 * torch.atan2(x, y))).float())
     if pattern == "rainbow":
         band = (p[1] * 5.5).long().clamp(0, 5)
         return torch.cat([RGB[c] for c in ("purple", "blue", "green", "yellow", "orange", "red")], 1)[:, band]
@@ -331,7 +323,7 @@ def metal(g, n, tint, light, dark):
     """A mirror of an imagined room: bright above, a dark band at eye level, the floor below; as bright as the scene's light."""
     up = (g.ray - 2 * (n * g.ray).sum(0) * n)[1]
     room = .55 + .6 * torch.sigmoid(9 * (up - .25)) - dark * torch.exp(-((up + .02) / .16) ** 2)
-    return RGB["black"] * 0 * up, 1.2 * light.gloss(n, g.ray, 40), tint * room * light.room(g)[:, g.pixels].clamp(max=1.2)
+    return torch.zeros_like(n), 1.2 * light.gloss(n, g.ray, 40), tint * room * light.room(g)[:, g.pixels].clamp(max=1.2)
 
 
 def wood(g, p, n, facing, light, picture):
@@ -384,49 +376,65 @@ def rgb(*values):
     return torch.tensor(values).view(3, 1)
 
 
+def forest(x, y, u, v, sky):
+    trunk = ((x * 2.3 + .12 * torch.sin(y * 4)) % 1 < .22) & (y < .8)
+    leaves = mix(rgb(.05, .26, .08), rgb(.28, .58, .16), .5 + .5 * torch.sin(x * 17 + 3 * torch.sin(y * 9)) * torch.sin(y * 15 + x * 5))
+    return torch.where(trunk, rgb(.25, .15, .07), leaves), rgb(.24, .42, .12)
+
+
+def beach(x, y, u, v, sky):
+    sea = mix(rgb(.35, .85, .85), rgb(.05, .45, .75), (y / .3).clamp(0, 1))
+    return torch.where(y < .30, sea, sky(rgb(.80, .93, 1.), rgb(.35, .68, .98))), rgb(.98, .86, .58)
+
+
+def desert(x, y, u, v, sky):
+    near, far = y < .12 + .10 * torch.sin(x * 5 + 2), y < .28 + .16 * torch.sin(x * 3.5)
+    dunes = torch.where(far, rgb(.93, .60, .24), sky(rgb(1., .88, .62), rgb(.97, .74, .42)))
+    return torch.where(near, rgb(.80, .42, .14), dunes), rgb(.88, .53, .20)
+
+
+def snow(x, y, u, v, sky):
+    fir = (((x * 1.9) % 1 - .5).abs() < .46 * (.85 - y).clamp(min=0) * (.6 + .4 * ((y * 4) % 1 < .5))) & (y < .85)
+    flake = length((x * 6 + (y * 5).floor() * .37) % 1 - .5, (y * 5) % 1 - .5) < .17
+    air = sky(rgb(.88, .93, .98), rgb(.66, .78, .90))
+    return torch.where(flake, rgb(1., 1., 1.), torch.where(fir, rgb(.42, .58, .62), air)), rgb(.98, .99, 1.)
+
+
+def night_sky(x, y, u, v, sky):
+    dots = length((x * 3.5 + (y * 4).floor() * .41) % 1 - .5, (y * 4) % 1 - .5) < .13
+    moon = (length(u + .62, v(.68)) < .17) & (length(u + .54, v(.74)) > .15)
+    return torch.where(moon | dots, rgb(1., .97, .78), sky(rgb(.13, .15, .38), rgb(.03, .03, .14))), rgb(.16, .17, .30)
+
+
+def sunset(x, y, u, v, sky):
+    low, high = mix(rgb(1., .80, .20), rgb(1., .36, .20), (y / .4).clamp(0, 1)), mix(rgb(1., .36, .20), rgb(.42, .14, .50), ((y - .4) / .6).clamp(0, 1))
+    return torch.where(length(u - .45, v(.22)) < .2, rgb(1., .97, .70), torch.where(y < .4, low, high)), rgb(.55, .26, .28)
+
+
+def city(x, y, u, v, sky):
+    house = y < .45 + .3 * torch.sin((x * 3.2).floor() * 2.4) + .12
+    window = (((x * 12.8) % 1 - .5).abs() < .26) & (((y * 9) % 1 - .5).abs() < .24)
+    front = torch.where(window, rgb(1., .90, .45), rgb(.22, .25, .34))
+    return torch.where(house, front, sky(rgb(.85, .88, .93), rgb(.55, .68, .84))), rgb(.38, .39, .42)
+
+
+def ocean(x, y, u, v, sky):
+    crest = torch.sin(x * 9 + 2.5 * torch.sin(y * 17)) * torch.sin(y * 26) > .62
+    sea = torch.where(crest, rgb(.85, .95, 1.), mix(rgb(.05, .32, .62), rgb(.02, .20, .50), y.clamp(0, 1)))
+    return torch.where(y < .62, sea, sky(rgb(.95, .97, 1.), rgb(.55, .80, .97))), rgb(.10, .42, .66)
+
+
+BACKDROPS = {"forest": forest, "beach": beach, "desert": desert, "snow": snow, "night sky": night_sky, "sunset": sunset, "city": city, "ocean": ocean}
+
+
 def backdrop(g, name, wall):
-    """Wall and floor colours of every sample (3, N). `y` runs from 0 where the floor ends to about 1 at the top."""
+    """Wall and floor colours of every sample (3, N). `y` runs from 0 where the floor ends to 1 at the top, `x` along the wall from somewhere."""
     top = g.v[g.is_floor].max()
-    x, y, z = g.u + g.phase, (g.v - top) / (1 - top), g.behind[2]
-    sky = lambda low, high: mix(low, high, y.clamp(0, 1))
+    x, y = g.u + g.phase, (g.v - top) / (1 - top)
     if name is None:
-        return torch.where(g.is_floor, mix(RGB[wall], RGB["brown"], .45) + 0 * y, RGB[wall] + 0 * y)
-    if name == "forest":
-        trunk = ((x * 2.3 + .12 * torch.sin(y * 4)) % 1 < .22) & (y < .8)
-        leaves = mix(rgb(.05, .26, .08), rgb(.28, .58, .16), .5 + .5 * torch.sin(x * 17 + 3 * torch.sin(y * 9)) * torch.sin(y * 15 + x * 5))
-        back, floor = torch.where(trunk, rgb(.25, .15, .07), leaves), rgb(.24, .42, .12)
-    elif name == "beach":
-        back = torch.where(y < .30, mix(rgb(.35, .85, .85), rgb(.05, .45, .75), (y / .3).clamp(0, 1)), sky(rgb(.80, .93, 1.), rgb(.35, .68, .98)))
-        floor = rgb(.98, .86, .58)
-    elif name == "desert":
-        dune = y < .28 + .16 * torch.sin(x * 3.5)
-        near = y < .12 + .10 * torch.sin(x * 5 + 2)
-        back = torch.where(near, rgb(.80, .42, .14), torch.where(dune, rgb(.93, .60, .24), sky(rgb(1., .88, .62), rgb(.97, .74, .42))))
-        floor = rgb(.88, .53, .20)
-    elif name == "snow":
-        fir = (((x * 1.9) % 1 - .5).abs() < .46 * (.85 - y).clamp(min=0) * (.6 + .4 * ((y * 4) % 1 < .5))) & (y < .85)
-        flake = length((x * 6 + (y * 5).floor() * .37) % 1 - .5, (y * 5) % 1 - .5) < .17
-        back = torch.where(flake, rgb(1., 1., 1.), torch.where(fir, rgb(.42, .58, .62), sky(rgb(.88, .93, .98), rgb(.66, .78, .90))))
-        floor = rgb(.98, .99, 1.)
-    elif name == "night sky":
-        dots = length((x * 3.5 + (y * 4).floor() * .41) % 1 - .5, (y * 4) % 1 - .5) < .13
-        moon = (length(g.u + .62, (y - .68) * (1 - top) * 1.) < .17) & (length(g.u + .54, (y - .74) * (1 - top)) > .15)
-        back = torch.where(moon | dots, rgb(1., .97, .78), sky(rgb(.13, .15, .38), rgb(.03, .03, .14)))
-        floor = rgb(.16, .17, .30)
-    elif name == "sunset":
-        sun = length(g.u - .45, (y - .22) * (1 - top)) < .2
-        glow = torch.where(y < .4, mix(rgb(1., .80, .20), rgb(1., .36, .20), (y / .4).clamp(0, 1)), mix(rgb(1., .36, .20), rgb(.42, .14, .50), ((y - .4) / .6).clamp(0, 1)))
-        back, floor = torch.where(sun, rgb(1., .97, .70), glow), rgb(.55, .26, .28)
-    elif name == "city":
-        house = y < .45 + .3 * torch.sin((x * 3.2).floor() * 2.4) + .12
-        window = (((x * 12.8) % 1 - .5).abs() < .26) & (((y * 9) % 1 - .5).abs() < .24)
-        back = torch.where(house, torch.where(window, rgb(1., .90, .45), rgb(.22, .25, .34)), sky(rgb(.85, .88, .93), rgb(.55, .68, .84)))
-        floor = rgb(.38, .39, .42)
-    elif name == "ocean":
-        crest = torch.sin(x * 9 + 2.5 * torch.sin(y * 17)) * torch.sin(y * 26) > .62
-        sea = torch.where(crest, rgb(.85, .95, 1.), mix(rgb(.05, .32, .62), rgb(.02, .20, .50), y.clamp(0, 1)))
-        back, floor = torch.where(y < .62, sea, sky(rgb(.95, .97, 1.), rgb(.55, .80, .97))), rgb(.10, .42, .66)
-    return torch.where(g.is_floor, floor * (1 + .06 * torch.sin(z * 9 + 2 * torch.sin(g.behind[0] * 4))), back)
+        return torch.where(g.is_floor, mix(RGB[wall], RGB["brown"], .45), RGB[wall])
+    back, floor = BACKDROPS[name](x, y, g.u, lambda height: (y - height) * (1 - top), lambda low, high: mix(low, high, y.clamp(0, 1)))
+    return torch.where(g.is_floor, floor * (1 + .06 * torch.sin(g.behind[2] * 9 + 2 * torch.sin(g.behind[0] * 4))), back)
 
 
 def add_sprite(g, picture, name, light):
@@ -436,13 +444,13 @@ def add_sprite(g, picture, name, light):
     cx, cy = min(max(left, .66), .98 - r), .34 if name in ("butterfly", "balloon") else bottom + .02
     near = ((g.u - cx).abs() < 1.3 * r) & ((g.v - cy).abs() < 1.5 * r)
     x, y = (g.u[near] - cx) / r, (g.v[near] - cy) / r
-    round_ = unit(torch.stack([x, y, (1.3 - x * x - y * y).clamp(min=.1).sqrt()]))
+    bulge = unit(torch.stack([x, y, (1.3 - x * x - y * y).clamp(min=.1).sqrt()]))
     color = picture[:, near]
     if name not in ("butterfly", "balloon"):
         color = color * (1 - .35 * (length(x * .8, (y + .95) * 3.5) < .7).float())      # it stands on the floor
-    lit = light.gain * (light.ambient + light.falls(g)[near] * light.on(round_))
-    for where, paint_ in SPRITES[name](x, y):
-        color = torch.where(where, paint_ * lit, color)
+    lit = light.gain * (light.ambient + light.falls(g)[near] * light.on(bulge))
+    for where, paint in SPRITES[name](x, y):
+        color = torch.where(where, paint * lit, color)
     picture[:, near] = color
 
 
@@ -453,8 +461,9 @@ def oval(x, y, cx, cy, rx, ry):
 def butterfly(x, y):
     a, body = x.abs(), rgb(.12, .06, .10)
     upper, lower = oval(a, y, .54, .34, .48, .46), oval(a, y, .44, -.42, .36, .40)
+    antennae = ((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98)
     return [((upper < 1) | (lower < 1), body), ((upper < .78) | (lower < .74), rgb(1., .52, .05)), (oval(a, y, .64, .42, .15, .15) < 1, rgb(1., .95, .6)),
-            (oval(a, y, 0, -.05, .11, .62) < 1, body), (((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98), body)]
+            ((oval(a, y, 0, -.05, .11, .62) < 1) | antennae, body)]
 
 
 def flower(x, y):
@@ -470,8 +479,8 @@ def balloon(x, y):
 
 
 def crown(x, y):
-    teeth = .12 + .72 * ((x * 2.6 / 1.56 + 1.5) % 1 - .5).abs() * 2 - .04
-    jewel = length((x.abs() - .42), y + .62) < .12
+    teeth = .08 + 1.44 * ((x / .6 + 1.5) % 1 - .5).abs()
+    jewel = length(x.abs() - .42, y + .62) < .12
     return [((x.abs() < .9) & (y > -.95) & (y < teeth), rgb(1., .78, .10)), ((x.abs() < .9) & (y > -.82) & (y < -.42), rgb(.86, .55, .05)),
             (jewel, rgb(.15, .5, 1.)), (length(x, y + .62) < .13, rgb(.9, .08, .15))]
 
@@ -482,10 +491,10 @@ def party_hat(x, y):
 
 
 def leaf(x, y):
-    along, across = (x + y) * .7071, (x - y) * .7071
-    blade = across.abs() < .46 * (1 - (along - .12).abs() / 1.0).clamp(min=0) ** .7
-    vein = (across.abs() < .045) | (((along * 3.2 - across.abs() * 3.2) % 1 < .18) & (across.abs() < .34))
-    return [((across.abs() < .06) & (along > -1.25) & (along < 0), rgb(.30, .42, .10)), (blade, rgb(.30, .72, .14)), (blade & vein, rgb(.14, .42, .08))]
+    along, across = (x + y) * .7071, ((x - y) * .7071).abs()
+    blade = across < .46 * (1 - (along - .12).abs()).clamp(min=0) ** .7
+    vein = (across < .045) | (((along * 3.2 - across * 3.2) % 1 < .18) & (across < .34))
+    return [((across < .06) & (along > -1.25) & (along < 0), rgb(.30, .42, .10)), (blade, rgb(.30, .72, .14)), (blade & vein, rgb(.14, .42, .08))]
 
 
 SPRITES = {"butterfly": butterfly, "flower": flower, "balloon": balloon, "crown": crown, "party hat": party_hat, "leaf": leaf}
