@@ -222,9 +222,8 @@ def self_supervised_loss(features, image, generator=None):
 
 
 def s_patch(f_a, f_b, target):
-    """Share of a's patches (those with a target) whose most similar patch in b is the right one -> (exact, right or next to it), two floats.
-
-    f (B, H, W, D), target (B, H*W) from `correspondence`. The paper's text is cut where it defines the score: exact is our reading, the second number ours."""
+    """Of a's patches with a target, the share whose most similar patch in b is it, and is it or next to it -> two floats. f (B, H, W, D), target (B, H*W) from
+    `correspondence`. The public text of the paper is cut where it defines the score: the first number is our reading, the second ours."""
     W, seen = f_b.shape[2], target >= 0
     a, b = (F.normalize(f.flatten(1, 2), dim=-1) for f in (f_a, f_b))
     found, right = (a @ b.mT).argmax(2)[seen], target[seen]                             # (patches,)
@@ -324,9 +323,8 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
 
 
-def heat(quality, size):
-    """quality (H, W) in [0, 1] -> PIL picture: blue is 0, red is 1."""
-    q = quality.clamp(0, 1)
+def heat(q, size):
+    """q (H, W) in [0, 1] -> PIL picture: blue is 0, red is 1."""
     rgb = torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)
     return Image.fromarray((255 * rgb).byte().numpy()).resize(size, Image.NEAREST)
 
@@ -336,7 +334,8 @@ def heat_map(features, reference, generated):
     """Two PIL pictures -> one: reference, generated picture, and the quality of each of its patches (min-max: blue is the worst patch, red the best)."""
     f = [features(to_tensor(image)[None]) for image in (reference, generated)]
     quality = patch_quality(f[1], f[0])
-    panels = [reference.resize(generated.size), generated, heat(patch_weights(quality, quality.shape[1:])[0], generated.size)]
+    size = [n * max(1, 256 // generated.width) for n in generated.size]                 # small pictures are enlarged
+    panels = [reference.resize(size, Image.NEAREST), generated.resize(size, Image.NEAREST), heat(patch_weights(quality, quality.shape[1:])[0], size)]
     return Image.fromarray(np.concatenate([np.array(panel.convert("RGB")) for panel in panels], axis=1)), quality[0]
 
 
