@@ -204,23 +204,23 @@ def load_pair(flux, controlnet, device, dtype, offload):
 
 
 @torch.no_grad()
-def render(flux, controlnet, prompts, sources, seeds, size=64, controls=None, mode="canny", low=100, high=200, scale=0.4, start=0.0, end=1.0, steps=28,
-           guidance=3.5, strength=1.0, cfg=1.0, negative="", device="cpu", dtype=torch.float32, offload=False, batch=1, stage=contextlib.nullcontext, progress=iter):
-    """N prompts and N source pictures (uint8 (H,W,3) of one size; or all None: then size x size is drawn from the text alone) -> N uint8 pictures (H,W,3).
+def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None, mode="canny", scale=0.4, start=0.0, end=1.0, steps=28, guidance=3.5, strength=1.0,
+           cfg=1.0, negative="", device="cpu", dtype=torch.float32, offload=False, batch=1, stage=contextlib.nullcontext, progress=iter):
+    """N prompts -> N uint8 pictures (H,W,3), shape = (H, W). flux, controlnet: folders; sources and controls: N pictures uint8 (H,W,3) each, or None.
 
-    flux, controlnet: folders. Each part is loaded, used for all N and freed before the next; the net is not loaded when it would not run.
-    seeds: one a picture. Its noise depends on nothing else, and with batch 1 neither does the picture. controls: ready control pictures, in place of
-    those that `control_picture` draws. mode .. cfg: as in `steer` and `denoise`; stage(name): a context around each part, to measure it."""
+    Each part is loaded, used for all N and freed before the next. sources are needed where strength < 1. The net is not loaded without controls, at scale 0
+    and where no step lies between start and end. seeds: one a picture; its noise depends on nothing else, and with batch 1 neither does the picture.
+    mode .. cfg: as in `steer` and `denoise`; stage(name): a context around each part, to measure it; progress: around the steps of each batch."""
     ran = steps - int(steps - steps * strength)
-    controlled = sources[0] is not None and scale != 0 and any(runs(i, ran, start, end) for i in range(ran))
+    controlled = controls is not None and scale != 0 and any(runs(i, ran, start, end) for i in range(ran))
     with stage("text encoders"):
         txt, pooled = encode_prompt(flux, [*prompts, negative] if cfg != 1 else prompts, device, dtype, batch)
     with stage("autoencoder, in"):
         vae = VAE.load(Path(flux) / "vae", device)
+        h, w = (side // vae.factor for side in shape)
         encode = lambda pictures: torch.cat([pack(vae.encode(to_tensor(picture, device))) for picture in pictures])      # (N, L, 64)
         source = encode(sources) if strength < 1 else None
-        edges = encode(controls or [control_picture(s, mode, low, high) for s in sources]).to(dtype) if controlled else None
-        h, w = (side // vae.factor for side in ((size, size) if sources[0] is None else sources[0].shape[:2]))
+        control = encode(controls).to(dtype) if controlled else None
         vae.to("cpu")
     with stage("Flux + ControlNet" if controlled else "Flux"):
         model, net = load_pair(flux, controlnet if controlled else None, device, dtype, offload)
@@ -228,11 +228,11 @@ def render(flux, controlnet, prompts, sources, seeds, size=64, controls=None, mo
         for i in range(0, len(prompts), batch):
             rows = slice(i, min(i + batch, len(prompts)))
             noise = torch.cat([pack(torch.randn(1, model.x_embedder.in_features // 4, h, w, generator=torch.Generator().manual_seed(s))) for s in seeds[rows]]).to(device)
-            control = net and steer(net, edges[rows], txt[rows], pooled[rows], ids, levels, guidance, MODES.index(mode), scale, start, end)
+            steering = net and steer(net, control[rows], txt[rows], pooled[rows], ids, levels, guidance, MODES.index(mode), scale, start, end)
             against = (txt[-1:].expand(len(noise), -1, -1), pooled[-1:].expand(len(noise), -1)) if cfg != 1 else None
             out.append(denoise(model, noise, txt[rows], pooled[rows], ids, levels, guidance, source if source is None else source[rows], strength, against, cfg,
-                               control, progress))
-        del model, net, control
+                               steering, progress))
+        del model, net, steering
     with stage("autoencoder, out"):
         vae.to(device)
         return [to_picture(vae.decode(latent[None])) for latent in unpack(torch.cat(out), h, w)]

@@ -29,7 +29,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import cdpo
 import lora
-from controlnet import MODES, render
+from controlnet import MODES, control_picture, render
 from graph import User, read_jsonl, read_users
 from qwen import Qwen, Tokenizer, read_json, resolve
 
@@ -105,7 +105,9 @@ def parse(argv=None):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help, line breaks of the docstring kept."""
+    """Defaults in the help where there is one, line breaks of the docstring kept."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
 
 
 def split_list(text):
@@ -239,19 +241,19 @@ def wrap(text, font, width):
 
 
 def grid(cells, columns=4):
-    """[(PIL picture, heading, text)] -> one PIL picture; small pictures are enlarged."""
-    font, bold = ImageFont.load_default(14), ImageFont.load_default(16)
+    """[(PIL picture, heading, text, small print)] -> one PIL picture; small pictures are enlarged."""
+    faces = [(ImageFont.load_default(size), color) for size, color in ((16, "black"), (14, "black"), (12, "dimgray"))]
     scale = max(1, 256 // cells[0][0].width)
     width, height = (side * scale for side in cells[0][0].size)
-    texts = [[(bold, line) for line in wrap(head, bold, width)] + [(font, line) for line in wrap(text, font, width)] for _, head, text in cells]
-    columns, row = min(columns, len(cells)), height + 22 * max(map(len, texts)) + 24
+    texts = [[(line, *face) for text, face in zip(texts, faces) for line in wrap(text, face[0], width)] for _, *texts in cells]
+    columns, row = min(columns, len(cells)), height + 20 * max(map(len, texts)) + 24
     sheet = Image.new("RGB", (columns * (width + 16) + 16, -(-len(cells) // columns) * row + 16), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, ((picture, _, _), lines) in enumerate(zip(cells, texts)):
+    pen = ImageDraw.Draw(sheet)
+    for i, ((picture, *_), lines) in enumerate(zip(cells, texts)):
         x, y = 16 + i % columns * (width + 16), 16 + i // columns * row
         sheet.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-        for n, (face, line) in enumerate(lines):
-            draw.text((x, y + height + 8 + 22 * n), line, "black", face)
+        for n, (line, font, color) in enumerate(lines):
+            pen.text((x, y + height + 8 + 20 * n), line, color, font)
     return sheet
 
 
@@ -273,24 +275,30 @@ def meter(device):
 
 # ---- all of it ---------------------------------------------------------------------------------------------------------------
 def source_pictures(args, flux):
-    """(source, control picture or None), uint8 (H,W,3) each, source None when a new picture is to be drawn; fills in the sample's image and caption, and the size."""
+    """(source, control, (H, W)): uint8 (H,W,3) each, or None where there is none; fills in the sample's image and caption, and the size."""
     if not args.image and not args.caption:
         scene = read_jsonl(f"{SAMPLE}/scenes.jsonl", image=str, caption=str)[SCENE]
         args.image, args.caption = f"{SAMPLE}/{scene['image']}", scene["caption"]
     vae = read_json(flux / "vae" / "config.json")
     args.size, multiple = args.size or vae["sample_size"], 2 ** len(vae["block_out_channels"])          # FLUX.1: 16
-    if not args.image:
-        return None, None
+    if not args.image:                                    # a new picture, from noise alone
+        args.strength = 1.0
+        return None, None, (max(multiple, args.size // multiple * multiple),) * 2
     source = fit(read_image(args.image), args.size, multiple)
-    return source, args.control_image and np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
+    if args.control_image:
+        control = np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
+    else:
+        control = control_picture(source, args.control_mode, args.low, args.high)
+    return source, control, source.shape[:2]
 
 
-def draw(args, flux, dtype, source, control, prompts, stage):
+def draw(args, flux, dtype, source, control, shape, prompts, stage):
     """A picture for each prompt, uint8 (H,W,3), all of one source and from the same noise."""
-    N, net = len(prompts), resolve(args.controlnet, ["config.json", "*.safetensors"]) if source is not None and args.control_scale else None
-    return render(flux, net, prompts, [source] * N, [args.seed] * N, args.size, control is not None and [control] * N, args.control_mode, args.low, args.high,
-                  args.control_scale, args.control_start, args.control_end, args.steps, args.guidance, args.strength, args.true_cfg, args.negative,
-                  args.device, dtype, args.offload, stage=stage, progress=lambda steps: tqdm(steps, disable=None, leave=False))
+    net = resolve(args.controlnet, ["config.json", "*.safetensors"]) if control is not None and args.control_scale else None
+    sources, controls = ([picture] * len(prompts) if picture is not None else None for picture in (source, control))
+    return render(flux, net, prompts, [args.seed] * len(prompts), shape, sources, controls, args.control_mode, args.control_scale, args.control_start, args.control_end,
+                  args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, stage=stage,
+                  progress=lambda steps: tqdm(steps, disable=None, leave=False))
 
 
 def main(argv=None):
@@ -298,22 +306,23 @@ def main(argv=None):
     out, dtype, stage = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], meter(args.device)
     out.parent.mkdir(parents=True, exist_ok=True)
     flux = resolve(args.flux, FLUX_PARTS)
-    source, control = source_pictures(args, flux)
+    source, control, shape = source_pictures(args, flux)
     print(f"{args.image or 'a new picture'}: {args.caption}")
     wishes = write_instructions(args, dtype, stage)
     prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) for wish in wishes]
-    pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, prompts, stage)]
-    records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
-               for w, prompt in zip(wishes, prompts)]
     for wish in wishes:
         print(f"{wish.user.name}: {wish.instruction}" + (f"   ({wish.note})" if wish.note else ""))
+    pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, shape, prompts, stage)]
+    records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
+               for w, prompt in zip(wishes, prompts)]
     names = [re.sub(r"[^\w.-]+", "_", wish.user.name) for wish in wishes]                # as part of a file's name
     files = [out.with_stem(f"{out.stem}_{name}") for name in names] if len(wishes) > 1 else [out]
     for file, picture, record in zip(files, pictures, records):
         save(file, picture, record)
     if len(wishes) > 1:
-        first = [(Image.fromarray(source), "source", args.caption)] if source is not None else []
-        save(out, grid(first + [(picture, wish.user.name, wish.instruction) for wish, picture in zip(wishes, pictures)]), {"edits": records})
+        cells = [(Image.fromarray(source), "source", args.caption, "")] if source is not None else []
+        cells += [(picture, w.user.name, w.instruction, f"likes {', '.join(w.user.likes) or 'nothing in particular'}") for w, picture in zip(wishes, pictures)]
+        save(out, grid(cells), {"edits": records})
     print("wrote", ", ".join(map(str, dict.fromkeys([out, *files]))))
 
 
