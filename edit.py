@@ -3,7 +3,7 @@
     python edit.py                                             # a shipped picture for three shipped people, in a grid: out/edit.png
     python edit.py --user romantic-poet gothic-rocker          # the same picture for others in --users
     python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset" --dislikes "pink"
-    python edit.py --caption "A white vase"  --user ana        # no picture: one is drawn, for ana
+    python edit.py --caption "A white vase" --user desert-host # no picture: a new one is drawn, to that person's taste
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg --caption "A sofa by a window" --users users.jsonl --user ana
 
 The C-DPO policy reads the caption and the person's soft tokens and writes an instruction; FLUX.1 draws "caption. instruction", held in place by
@@ -137,6 +137,7 @@ def read_image(path):
     first frame. ValueError in one sentence when there is no picture at `path`."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    Image.MAX_IMAGE_PIXELS = 2 ** 28                       # of which Pillow reads twice as many, and 200 million come out of telephones
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)         # reads the pixels, too
