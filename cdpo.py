@@ -177,7 +177,8 @@ class UserTokens(nn.Module):
         """Everything needed to embed a new user: weights, node vectors, attribute features, edges; names and sizes as metadata."""
         graph = {"graph.edges": self.graph.edges.to(torch.int32), "graph.features": self.graph.features}
         tensors = {name: t.detach().cpu().contiguous() for name, t in {**self.state_dict(), **graph}.items()}
-        save_file(tensors, file, {"users": json.dumps(self.graph.users), "attributes": json.dumps(self.graph.attributes), "config": json.dumps(self.config)})
+        meta = {"users": self.graph.users, "attributes": self.graph.attributes, "config": self.config}
+        save_file(tensors, file, {"collaborative": json.dumps(meta)})                                   # one key: safetensors writes several in any order
 
     @classmethod
     def load(cls, file, device="cpu"):
@@ -186,9 +187,9 @@ class UserTokens(nn.Module):
             raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
         try:
             with safe_open(file, "pt") as f:
-                meta, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
-            graph = PreferenceGraph(json.loads(meta["users"]), json.loads(meta["attributes"]), tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
-            model = cls(graph, **json.loads(meta["config"]))
+                meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
+            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
+            model = cls(graph, **meta["config"])
             model.load_state_dict(tensors)
         except Exception as e:
             raise ValueError(f"{file} is not a whole collaborative.safetensors: {type(e).__name__} {e}") from None

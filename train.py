@@ -68,7 +68,7 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("edits", "sft eval", str, "mini/data/edits.jsonl", "generic edits in InstructPix2Pix's format"),
         ("users-test", "eval", str, "mini/data/users_test.jsonl", "held-out users"),
         ("pairs-test", "eval", str, "mini/data/pairs_test.jsonl", "their pairs; only the captions are read"),
-        ("start", "cdpo eval", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
+        ("sft", "cdpo eval", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
         ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
     ],
     "model": [
@@ -462,7 +462,7 @@ class CDPO(Stage):
         self.owner, self.of_user = [index[p["user"]] for p in self.pairs], defaultdict(list)
         for i, u in enumerate(self.owner):
             self.of_user[u].append(i)
-        self.model, self.tokenizer = load_policy(args, args.start)
+        self.model, self.tokenizer = load_policy(args, args.sft)
         self.model.eval()                                                            # no dropout in DPO, as in TRL
         self.tokens = self.user_tokens(users)
         self.similar(users)
@@ -474,7 +474,7 @@ class CDPO(Stage):
         self.groups = [{"params": [p for n, p in self.trained.items() if n not in split], "weight_decay": args.weight_decay}]
         if split:
             self.groups.append({"params": list(split.values()), "lr": args.gnn_lr, "weight_decay": args.weight_decay})
-        self.inputs = [args.users, args.pairs, args.qwen, f"{args.start}/adapter_model.safetensors", f"{args.graph}/collaborative.safetensors"]
+        self.inputs = [args.users, args.pairs, args.qwen, f"{args.sft}/adapter_model.safetensors", f"{args.graph}/collaborative.safetensors"]
 
     def user_tokens(self, users):
         """The trainable way from a user to soft tokens, or None for DPO-Vanilla."""
@@ -504,7 +504,7 @@ class CDPO(Stage):
     def reference_logprobs(self):
         """(P,2) on the CPU: computed once, each different (caption, answer) once, shared out over the processes; kept for other runs beside this one."""
         args = self.args
-        file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.start}/adapter_model.safetensors')}-{args.dtype}.safetensors"
+        file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.sft}/adapter_model.safetensors')}-{args.dtype}.safetensors"
         if file.exists():
             return load_file(file)["logps"]
         texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
@@ -635,7 +635,7 @@ def answers(args, policy, folder, method, users, captions, seed):
 
 def trained(args, flags, seed):
     """The folder of a cdpo run with these flags and this seed, trained now unless it stands already."""
-    given = [x for name in ("preset", "users", "pairs", "start", "graph", "qwen", "dtype", "device") for x in (f"--{name}", str(getattr(args, name)))]
+    given = [x for name in ("preset", "users", "pairs", "sft", "graph", "qwen", "dtype", "device") for x in (f"--{name}", str(getattr(args, name)))]
     name = "-".join(f.strip("-") for f in flags) or "default"
     run = parse(["cdpo", *given, *flags, "--seed", str(seed), "--out", f"{args.out}/{name}-seed{seed}"])
     if not (Path(run.out) / f"step_{run.steps}").exists():
@@ -645,7 +645,7 @@ def trained(args, flags, seed):
 
 def rates(args, policy, judge, users, captions, method, flags, seed, condition):
     """{"likes": rate, ...} of one method, one seed, one condition."""
-    folder = args.start if flags is None else trained(args, flags, seed)
+    folder = args.sft if flags is None else trained(args, flags, seed)
     shown = [replace(u, **CONDITIONS[condition]) for u in users]
     verdicts = [judge(users[i], *rest) for i, *rest in answers(args, policy, folder, method, shown, captions, seed)]
     return {name: statistics.fmean(v[name] for v in verdicts) for name in verdicts[0]}
@@ -669,7 +669,7 @@ def evaluate(args):
     captions = [list(by_user[u.name]) for u in users]
     edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
     judge = Judge(users + train_users, [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")])
-    policy, memo = load_policy(args, args.start), {}
+    policy, memo = load_policy(args, args.sft), {}
     policy[0].eval()
 
     def measure(method, flags, condition="likes + dislikes"):
