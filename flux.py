@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import RMSNorm, load_checkpoint, read_json
+from qwen import RMSNorm, Unfilled, load_checkpoint, read_json
 
 
 class Pretrained(nn.Module):
@@ -37,7 +37,7 @@ class Pretrained(nn.Module):
         if found != cls.kind:
             raise ValueError(f"{path} holds a {found!r}, {cls.__name__} reads {cls.kind!r}")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), Unfilled():
                 model = cls(config)
         except KeyError as error:
             raise ValueError(f"{path}/config.json lacks {error}") from error

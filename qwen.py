@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -80,6 +81,13 @@ def check_fit(what, expected, stored):
                for name, tensor in expected.items() if name in stored and stored[name].shape != tensor.shape]
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
+
+
+class Unfilled(TorchFunctionMode):
+    """A context in which new modules are not drawn at random, for weights that are about to be loaded: on the meta device, torch imports its compiler (3 s) to do so."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def load_checkpoint(module, path, rename=lambda name: name):
@@ -318,7 +326,7 @@ class Qwen(nn.Module):
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve, Config.read and load_checkpoint."""
         path = resolve(path, ["*.json", "*.safetensors"])
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = cls(Config.read(path))
         load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
         return model.to(device, dtype).eval().requires_grad_(False)
