@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import os
 import re
 import resource
 import sys
@@ -21,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # read when torch is loaded; threads that spin while they wait make a busy laptop 50 times slower
 import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
