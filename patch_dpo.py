@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from flux import choose, merge_heads, split_heads
+from flux import choose, merge_heads, rope_table, rotate, split_heads
 from qwen import load_checkpoint, read_json, resolve
 
 
@@ -237,17 +237,12 @@ def hpatches(folder, size):
     if not groups:
         raise ValueError(f"{folder} holds no HPatches sequence (folders with 1.ppm and H_1_2)")
     for group in groups:
-        for k in range(2, 7):
-            (a, from_a), (b, from_b) = read(group / "1.ppm"), read(group / f"{k}.ppm")
-            transform = np.linalg.inv(from_b) @ np.loadtxt(group / f"H_1_{k}") @ from_a
-            yield group.name, *(to_tensor(x.resize((size, size), Image.BICUBIC)) for x in (a, b)), torch.tensor(transform, dtype=torch.float32)
-
-
-def read(file):
-    """A picture and the matrix from [-1, 1] coordinates to its pixels (the first pixel's centre is 0)."""
-    image = Image.open(file).convert("RGB")
-    w, h = image.size
-    return image, np.array([[w / 2, 0, w / 2 - 0.5], [0, h / 2, h / 2 - 0.5], [0, 0, 1]])
+        images = [Image.open(group / f"{k}.ppm").convert("RGB") for k in range(1, 7)]
+        pixels = [np.array([[w / 2, 0, w / 2 - 0.5], [0, h / 2, h / 2 - 0.5], [0, 0, 1]]) for w, h in (image.size for image in images)]   # from [-1, 1]
+        small = [to_tensor(image.resize((size, size), Image.BICUBIC)) for image in images]
+        for k in range(1, 6):
+            transform = np.linalg.inv(pixels[k]) @ np.loadtxt(group / f"H_1_{k + 1}") @ pixels[0]
+            yield group.name, small[0], small[k], torch.tensor(transform, dtype=torch.float32)
 
 
 # ---- the image prompt --------------------------------------------------------------------------------------------------------
@@ -264,17 +259,26 @@ class ImagePrompt(nn.Module):
         for v in self.to_v_ip:
             nn.init.zeros_(v.weight)
 
-    def look(self, flux, references):
-        """From now on `flux` attends to `references` (B, M, S, D), features of M pictures each; None: to the text alone."""
+    def look(self, flux, references, ids=None):
+        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, S, D), square maps of M pictures each; None: to the text alone.
+
+        Ours: queries and keys are rotated as in Flux's own attention, each reference stretched over the picture. Without places the prompt learned a third as fast."""
+        if references is not None:
+            side, (h, w) = math.isqrt(references.shape[2]), (ids[:, 1:].amax(0) + 1).tolist()
+            y, x = ((torch.arange(side, device=ids.device) + 0.5) / side * n - 0.5 for n in (h, w))
+            places = F.pad(torch.cartesian_prod(y, x), (1, 0))                          # (S, 3)
+            turn, turn_ref = (rope_table(at, flux.axes) for at in (ids, places))
         for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
             block.attn.image_prompt = None
             if references is not None:
-                k, v = (proj(references).unflatten(-1, (self.heads, -1)).transpose(2, 3) for proj in (to_k, to_v))  # (B, M, H, S, d)
-                block.attn.image_prompt = partial(self.attend, k, v)
+                k, v = (proj(references).unflatten(-1, (self.heads, -1)) for proj in (to_k, to_v))   # (B, M, S, H, d)
+                k = rotate(k.flatten(0, 1), turn_ref).unflatten(0, k.shape[:2])
+                block.attn.image_prompt = partial(self.attend, turn, k.transpose(2, 3), v.transpose(2, 3))
 
-    def attend(self, k, v, q):
-        """q (B, H, L, d) -> (B, H, L, d): the sum over references of their attentions."""
-        z = F.scaled_dot_product_attention(q[:, None].to(k.dtype).expand(-1, k.shape[1], -1, -1, -1), k, v)  # (S6) (B, M, H, L, d)
+    def attend(self, turn, k, v, q):
+        """q (B, H, L, d), k and v (B, M, H, S, d) -> (B, H, L, d): the sum over references of their attentions."""
+        turned = rotate(q.transpose(1, 2).to(k.dtype), turn).transpose(1, 2)[:, None]   # (B, 1, H, L, d)
+        z = F.scaled_dot_product_attention(turned.expand(-1, k.shape[1], -1, -1, -1), k, v)  # (S6) (B, M, H, L, d)
         return self.scale * z.sum(1).to(q.dtype)                                        # (S7)
 
     def save(self, file):
@@ -323,20 +327,16 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
 
 
-def heat(q, size):
-    """q (H, W) in [0, 1] -> PIL picture: blue is 0, red is 1."""
-    rgb = torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)
-    return Image.fromarray((255 * rgb).byte().numpy()).resize(size, Image.NEAREST)
-
-
 @torch.no_grad()
 def heat_map(features, reference, generated):
-    """Two PIL pictures -> one: reference, generated picture, and the quality of each of its patches (min-max: blue is the worst patch, red the best)."""
+    """Two PIL pictures -> (one PIL picture: reference, generated, the quality of its patches from blue, the worst, to red, the best; quality (H, W))."""
     f = [features(to_tensor(image)[None]) for image in (reference, generated)]
     quality = patch_quality(f[1], f[0])
     size = [n * max(1, 256 // generated.width) for n in generated.size]                 # small pictures are enlarged
-    panels = [reference.resize(size, Image.NEAREST), generated.resize(size, Image.NEAREST), heat(patch_weights(quality, quality.shape[1:])[0], size)]
-    return Image.fromarray(np.concatenate([np.array(panel.convert("RGB")) for panel in panels], axis=1)), quality[0]
+    q = patch_weights(quality, quality.shape[1:])[0]                                    # (H, W) in [0, 1]
+    colours = Image.fromarray((255 * torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)).byte().numpy())
+    panels = [np.array(image.convert("RGB").resize(size, Image.NEAREST)) for image in (reference, generated, colours)]
+    return Image.fromarray(np.concatenate(panels, axis=1)), quality[0]
 
 
 if __name__ == "__main__":
