@@ -1,24 +1,29 @@
 """Pretrains the miniature checkpoints from scratch, each by one command, in the public checkpoints' own layouts.
 
-    python mini/pretrain.py pictures     # mini/data/pictures.safetensors: 2,400 scenes, each plain and after 13 edits; 3 minutes
+    python mini/pretrain.py pictures     # mini/data/pictures.safetensors: 2,400 scenes, each plain and after 13 edits
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
     python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder*,tokenizer*,scheduler} and mini/controlnet, trained together
-    python mini/pretrain.py decoder      # mini/flux/vae: the decoder alone goes on; may run beside the next stage
-    python mini/pretrain.py distil       # the same files: classifier-free guidance moves into the guidance embedding, as in FLUX.1-dev
+    python mini/pretrain.py decoder      # mini/flux/vae: the decoder alone goes on; may run beside the stage before
+    python mini/pretrain.py distil       # flux's files: classifier-free guidance moves into the guidance embedding, as in FLUX.1-dev
     python mini/pretrain.py controlnet   # mini/controlnet alone, the transformer frozen: another control for a trained Flux
     python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
-    python mini/pretrain.py vae --minutes 2 && python mini/pretrain.py flux --minutes 8 --out /tmp/mini       # a smoke recipe that learns visibly
 
-Every stage takes --minutes (its whole schedule: warm-up and one cosine), --seed and --threads, keeps its state in mini/data/STAGE.pt every minute and
-goes on from there when started again. Sizes, losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
+The shipped files are the first five and the last, in this order, with the default --seed 0 and --minutes (on one thread of two busy cores: about 11 ms
+of autoencoder a picture, 9 ms of Flux with its ControlNet a sample). A recipe that learns visibly in ten minutes, and touches nothing shipped:
+    M="--out /tmp/mini --work /tmp/mini/data"; for s in "pictures --scenes 400" "vae --minutes 3" "flux --minutes 6"; do python mini/pretrain.py $s $M; done
+
+Every stage is one schedule (warm-up, one cosine), keeps its state in --work once a minute and goes on from there when started again.
+Sizes, losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
 """
 import argparse
 import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +43,7 @@ from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack        
 from patch_dpo import ImageFeatures                                                    # noqa: E402
 from render import Geometry                                                            # noqa: E402
 
+MINUTES = {"pictures": 0, "vae": 11, "decoder": 25, "flux": 60, "distil": 10, "controlnet": 20, "vit": 12}     # on one thread of a 2-core machine
 SIZE, EDITS = 64, 13                                                                   # pixels; edited pictures a scene
 VAE_CONFIG = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": [16, 32, 64], "layers_per_block": 1,
               "norm_num_groups": 8, "act_fn": "silu", "mid_block_add_attention": False, "use_quant_conv": False, "use_post_quant_conv": False, "force_upcast": True,
@@ -90,73 +96,87 @@ def control(image, mode):
 
 
 # ---- one loop for all stages -------------------------------------------------------------------------------------------------
-def fit(name, models, step_loss, a, lr, batch, ema=.998, save=None, betas=(.9, .99)):
-    """AdamW on `models` {name: module} with loss = step_loss(generator, batch) for a.minutes: 2 % warm-up, then one cosine to zero. Returns the averaged weights.
+class Run:
+    """A stage under way: parameters, AdamW, the parameters' running average, steps and training seconds; all of it in `file`, so that it can go on after a stop."""
+    def __init__(self, models, lr, file):
+        self.parameters, self.lr, self.file = [p for m in models.values() for p in m.parameters() if p.requires_grad], lr, file
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, (.9, .99), weight_decay=.01)
+        self.step, self.seconds, self.average = 0, 0.0, [p.detach().clone() for p in self.parameters]
 
-    The schedule runs on training seconds, which a resumed run counts on. Batch k is a function of (seed, k)."""
-    parameters = [p for m in models.values() for p in m.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=.01)
-    state, file = {"step": 0, "seconds": 0.0, "average": [p.detach().clone() for p in parameters]}, a.work / f"{name}.pt"
-    if file.is_file() and not a.fresh:
-        saved = torch.load(file)
-        state = saved["state"]
-        optimizer.load_state_dict(saved["optimizer"])
-        for p, value in zip(parameters, saved["parameters"]):
-            p.data.copy_(value)
-    total, wrote, published, losses = 60 * a.minutes, time.time(), time.time(), []
-    while state["seconds"] < total:
-        start, done = time.time(), state["seconds"] / total
-        optimizer.param_groups[0]["lr"] = lr * min(1, (state["step"] + 1) / 200) * .5 * (1 + math.cos(math.pi * done))
-        loss = step_loss(torch.Generator().manual_seed(a.seed * 10 ** 7 + state["step"]), batch)
-        optimizer.zero_grad()
+    def restore(self):
+        saved = torch.load(self.file)
+        self.step, self.seconds, self.average = (saved["state"][key] for key in ("step", "seconds", "average"))
+        self.optimizer.load_state_dict(saved["optimizer"])
+        torch._foreach_copy_([p.data for p in self.parameters], saved["parameters"])
+
+    def store(self):
+        state, part = {"step": self.step, "seconds": self.seconds, "average": self.average}, self.file.with_suffix(".part")
+        torch.save({"state": state, "optimizer": self.optimizer.state_dict(), "parameters": [p.detach() for p in self.parameters]}, part)
+        os.replace(part, self.file)
+
+    def learn(self, loss, done):
+        """One step; `done` is the finished share of the schedule: 200 steps of warm-up within one cosine to zero."""
+        self.optimizer.param_groups[0]["lr"] = self.lr * min(1, (self.step + 1) / 200) * .5 * (1 + math.cos(math.pi * done))
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        decay = min(ema, (state["step"] + 1) / (state["step"] + 10))
-        torch._foreach_lerp_(state["average"], [p.detach() for p in parameters], 1 - decay)
-        losses.append(loss.item())
-        state["step"], state["seconds"] = state["step"] + 1, state["seconds"] + time.time() - start
-        last = state["seconds"] >= total
-        if state["step"] % 100 == 0:
-            print(f"{name} step {state['step']}: loss {sum(losses[-100:]) / len(losses[-100:]):.4f}, {state['seconds'] / 60:.1f} of {a.minutes} min", flush=True)
-        if last or time.time() - wrote > 60:
-            torch.save({"state": state, "optimizer": optimizer.state_dict(), "parameters": [p.detach() for p in parameters]}, file.with_suffix(".tmp"))
-            os.replace(file.with_suffix(".tmp"), file)
-            wrote = time.time()
-        if last or time.time() - published > 60 * a.every:
-            with averaged(parameters, state["average"]):
-                save()
-            published = time.time()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - min(.998, self.step / (self.step + 9)))
 
-
-class averaged:
-    """Within the block the parameters hold their running average."""
-    def __init__(self, parameters, average):
-        self.parameters, self.average = parameters, average
-
-    def __enter__(self):
-        self.kept = [p.detach().clone() for p in self.parameters]
+    @contextmanager
+    def averaged(self):
+        """Within the block the parameters hold their running average."""
+        kept = [p.detach().clone() for p in self.parameters]
         torch._foreach_copy_([p.data for p in self.parameters], self.average)
+        yield
+        torch._foreach_copy_([p.data for p in self.parameters], kept)
 
-    def __exit__(self, *_):
-        torch._foreach_copy_([p.data for p in self.parameters], self.kept)
+
+def fit(name, models, loss_of, a, lr, batch, save):
+    """Trains `models` {name: module} on loss_of(generator, batch) for a.minutes of training time, and calls save() with the averaged weights every a.every minutes and at the end.
+
+    Batch k is a function of (seed, k). A stopped run goes on where it was; a finished one does nothing."""
+    run, losses, stored, saved = Run(models, lr, a.work / f"{name}.pt"), [], time.time(), time.time()
+    if run.file.is_file() and not a.fresh:
+        run.restore()
+    while run.seconds < 60 * a.minutes:
+        start = time.time()
+        loss = loss_of(torch.Generator().manual_seed(a.seed * 10 ** 7 + run.step), batch)
+        run.learn(loss, run.seconds / (60 * a.minutes))
+        losses.append(loss.item())
+        run.seconds += time.time() - start
+        last = run.seconds >= 60 * a.minutes
+        if last or run.step % 100 == 0:
+            print(f"{name} step {run.step}: loss {sum(losses[-100:]) / len(losses[-100:]):.4f}, {run.seconds / 60:.1f} of {a.minutes} min", flush=True)
+        if last or time.time() - stored > 60:
+            run.store()
+            stored = time.time()
+        if last or time.time() - saved > 60 * a.every:
+            with run.averaged():
+                save()
+            saved = time.time()
 
 
-def publish(folder, config, model=None, name="diffusion_pytorch_model.safetensors", **files):
-    """Writes one part of a checkpoint: config.json, the weights in bf16, and other JSON files."""
+def write_json(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, content in {**({"config": config} if config else {}), **files}.items():
+    for stem, content in files.items():
         (folder / f"{stem}.json").write_text(json.dumps(content, indent=2) + "\n")
-    if model is not None:
-        save_file({k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, folder / name, {"format": "pt"})
+
+
+def publish(folder, model, config, name="diffusion_pytorch_model.safetensors"):
+    """One part of a checkpoint: config.json and the weights, in bf16."""
+    write_json(folder, config=config)
+    save_file({k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, folder / name, {"format": "pt"})
 
 
 # ---- the autoencoder ---------------------------------------------------------------------------------------------------------
-def vae(a, found=None):
-    """Mean squared error, twice for the colour differences, with a little noise on the latent instead of a KL term: hues survive, the latents stay smooth."""
+def vae(a, found=None, noise=.1, sharp=.1, lr=3e-3):
+    """Squared error, again for the colour differences, and a little absolute error; a little noise on the latent instead of a KL term: hues survive, the latents stay smooth."""
     torch.manual_seed(a.seed)
-    images, _ = read_pictures(a)
-    images, model, config = images.flatten(0, 1), found or VAE(VAE_CONFIG), {**VAE_CONFIG, **({"shift_factor": found.shift, "scaling_factor": found.scale} if found else {})}
+    images, model, config = read_pictures(a)[0].flatten(0, 1), found or VAE(VAE_CONFIG), dict(VAE_CONFIG)
+    if found:
+        config.update(shift_factor=model.shift, scaling_factor=model.scale)
     model.scale, model.shift = 1.0, 0.0                                                # while it trains
 
     def loss(g, batch):
@@ -165,27 +185,26 @@ def vae(a, found=None):
         x = to_unit(chosen)
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = model.moments(x)
-            y = model.decode(mean + (.05 if found else .1) * torch.randn(mean.shape, generator=g))
-        error = y.float() - x
+            y = model.decode(mean + noise * torch.randn(mean.shape, generator=g))
+        error, small = y.float() - x, 3e-3 * mean.float().square().mean() + 1e-3 * (logvar.float() - math.log(.01)).square().mean()
         chroma = error - error.mean(1, keepdim=True)
-        return (error.square().mean() + chroma.square().mean() + (.3 if found else .1) * error.abs().mean()
-                + 3e-3 * mean.float().square().mean() + 1e-3 * (logvar.float() + 4.6).square().mean())       # log .1^2
+        return error.square().mean() + chroma.square().mean() + sharp * error.abs().mean() + small
 
     def save():
-        z = torch.cat([model.encode(to_unit(x)) for x in images[::97].split(64)])
+        z, x = torch.cat([model.encode(to_unit(x)) for x in images[::97].split(64)]), to_unit(images[5::997])
         if not found:
             config.update(shift_factor=round(z.mean().item(), 4), scaling_factor=round(1 / z.std().item(), 4))
-        publish(a.out / "flux/vae", config, model)
-        x = to_unit(images[5::997])
-        print(f"vae: {-10 * math.log10((model.decode(model.encode(x)).clamp(-1, 1) - x).square().mean().item() / 4):.1f} dB, latents {z.std(0).mean():.2f}", flush=True)
-    fit("decoder" if found else "vae", {"vae": model}, loss, a, lr=1.5e-3 if found else 3e-3, batch=16, save=torch.no_grad()(save))
+        publish(a.out / "flux/vae", model, config)
+        print(f"vae: {-10 * math.log10((model.decode(model.encode(x)).clamp(-1, 1) - x).square().mean().item() / 4):.1f} dB", flush=True)
+    fit("decoder" if found else "vae", {"vae": model}, loss, a, lr, batch=16, save=torch.no_grad()(save))
 
 
 def decoder(a):
-    """Goes on with the decoder alone: the latents, and a Flux trained on them, stay valid. (The printed dB are those of the frozen encoder's means.)"""
-    model = VAE.load(a.out / "flux/vae")
-    model.encoder.requires_grad_(False)
-    vae(a, model)
+    """Goes on with the decoder alone: the latents, and a Flux trained on them, stay valid."""
+    found = VAE.load(a.out / "flux/vae")
+    found.encoder.requires_grad_(False)
+    vae(a, found, noise=.05, sharp=.3, lr=1.5e-3)
+
 
 # ---- the text encoders' tokenizers -------------------------------------------------------------------------------------------
 def corpus():
@@ -196,7 +215,7 @@ def corpus():
 
 
 def train_tokenizers(folder):
-    """tokenizer/ like CLIP's (vocab.json, merges.txt; the end token has the highest id) and tokenizer_2/ like T5's (tokenizer.json). -> their vocabulary sizes"""
+    """tokenizer/ like CLIP's (vocab.json, merges.txt; the end token has the highest id) and tokenizer_2/ like T5's (tokenizer.json)."""
     words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = normalizers.Lowercase(), words
@@ -205,19 +224,22 @@ def train_tokenizers(folder):
     trained = json.loads(bpe.to_str())["model"]
     vocab = dict.fromkeys([*trained["vocab"], *(b + "</w>" for b in bytes_), "<|startoftext|>", "<|endoftext|>"])
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    publish(folder / "tokenizer", {}, vocab={token: i for i, token in enumerate(vocab)}, special_tokens_map=special,
-            tokenizer_config={"tokenizer_class": "CLIPTokenizer", "model_max_length": WORDS, "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special})
+    write_json(folder / "tokenizer", vocab={token: i for i, token in enumerate(vocab)}, special_tokens_map=special,
+               tokenizer_config={"tokenizer_class": "CLIPTokenizer", "model_max_length": WORDS, "do_lower_case": True, "add_prefix_space": False, "errors": "replace", **special})
     (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in trained["merges"]) + "\n", encoding="utf-8")
-    t5 = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
-    t5.normalizer, t5.pre_tokenizer, t5.decoder = normalizers.NFKC(), pre_tokenizers.Metaspace(), decoders.Metaspace()
-    t5.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     letters = [chr(c) for c in range(33, 127)]
-    t5.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=700, initial_alphabet=letters, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False))
+    pieces.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=700, initial_alphabet=letters, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False))
+    ranked = sorted(pieces.get_vocab(), key=pieces.token_to_id)
+    t5 = Tokenizer(models.Unigram([(piece, 0.0 if i < 3 else -10 - i / 1e4) for i, piece in enumerate(ranked)], 2, False))    # of near-equal scores, the fewest pieces win
+    t5.normalizer, t5.decoder = normalizers.NFKC(), decoders.Metaspace()
+    t5.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    t5.add_special_tokens(["<pad>", "</s>", "<unk>"])
     t5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    publish(folder / "tokenizer_2", {}, special_tokens_map=special, tokenizer_config={"tokenizer_class": "T5TokenizerFast", "model_max_length": WORDS, "extra_ids": 0, **special})
+    write_json(folder / "tokenizer_2", special_tokens_map=special, tokenizer_config={"tokenizer_class": "T5TokenizerFast", "model_max_length": WORDS, "extra_ids": 0, **special})
     t5.save(str(folder / "tokenizer_2/tokenizer.json"))
-    return len(vocab), t5.get_vocab_size()
 
 
 # ---- Flux, its text encoders and its ControlNet ------------------------------------------------------------------------------
@@ -232,10 +254,10 @@ T5_CONFIG = {"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model":
              "tie_word_embeddings": False, "decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 SCHEDULER_CONFIG = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
                     "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-CANNY, GREY = 0, 5                                                                     # ControlNet-Union's mode numbers
 MODEL_INDEX = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
                "text_encoder_2": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "T5TokenizerFast"],
                "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+CANNY, GREY = 0, 5                                                                     # ControlNet-Union's mode numbers
 
 
 @torch.no_grad()
@@ -256,8 +278,10 @@ def latents(a):
 def new_models(a):
     """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and the ControlNet adds nothing at first."""
     torch.manual_seed(a.seed)
-    clip_words, t5_words = train_tokenizers(a.out / "flux")
-    clip, t5 = {**CLIP_CONFIG, "vocab_size": clip_words}, {**T5_CONFIG, "vocab_size": t5_words}
+    if a.fresh or not (a.out / "flux/tokenizer_2/tokenizer.json").is_file():             # a resumed run keeps its ids
+        train_tokenizers(a.out / "flux")
+    words = [TextTokenizer.load(a.out / "flux" / part).backend.get_vocab_size() for part in ("tokenizer", "tokenizer_2")]
+    clip, t5 = {**CLIP_CONFIG, "vocab_size": words[0]}, {**T5_CONFIG, "vocab_size": words[1]}
     found = {"transformer": Flux(FLUX_CONFIG), "controlnet": ControlNet(CONTROL_CONFIG), "text_encoder": CLIPText(clip), "text_encoder_2": T5(t5)}
     for name, p in [*found["transformer"].named_parameters(), *found["controlnet"].named_parameters()]:
         if "norm1" in name or "norm.linear" in name or "norm_out" in name:
@@ -267,20 +291,20 @@ def new_models(a):
     return found
 
 
-def load_models(a):
+def load_models(folder):
     parts = {"transformer": Flux, "text_encoder": CLIPText, "text_encoder_2": T5}
-    found = {name: kind.load(a.out / "flux" / name) for name, kind in parts.items()}
-    return {**found, "controlnet": ControlNet.load(a.out / "controlnet")}
+    found = {name: kind.load(folder / "flux" / name) for name, kind in parts.items()}
+    return {**found, "controlnet": ControlNet.load(folder / "controlnet")}
 
 
 def save_models(a, found):
-    publish(a.out / "flux/transformer", FLUX_CONFIG, found["transformer"])
-    publish(a.out / "controlnet", CONTROL_CONFIG, found["controlnet"])
-    publish(a.out / "flux/text_encoder", {**CLIP_CONFIG, "vocab_size": len(found["text_encoder"].text_model.embeddings.token_embedding.weight)}, found["text_encoder"], "model.safetensors")
-    publish(a.out / "flux/text_encoder_2", {**T5_CONFIG, "vocab_size": len(found["text_encoder_2"].shared.weight)}, found["text_encoder_2"], "model.safetensors")
-    (a.out / "flux/scheduler").mkdir(exist_ok=True)
-    (a.out / "flux/scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER_CONFIG, indent=2) + "\n")
-    (a.out / "flux/model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+    clip = {**CLIP_CONFIG, "vocab_size": len(found["text_encoder"].text_model.embeddings.token_embedding.weight)}
+    publish(a.out / "flux/transformer", found["transformer"], FLUX_CONFIG)
+    publish(a.out / "controlnet", found["controlnet"], CONTROL_CONFIG)
+    publish(a.out / "flux/text_encoder", found["text_encoder"], clip, "model.safetensors")
+    publish(a.out / "flux/text_encoder_2", found["text_encoder_2"], {**T5_CONFIG, "vocab_size": len(found["text_encoder_2"].shared.weight)}, "model.safetensors")
+    write_json(a.out / "flux/scheduler", scheduler_config=SCHEDULER_CONFIG)
+    write_json(a.out / "flux", model_index=MODEL_INDEX)
 
 
 def velocity(found, x, t, guidance, ids, seen, mode, keep):
@@ -296,13 +320,13 @@ def flux(a, found=None, teacher=None, train=None, lr=1.5e-3):
 
     Of the samples 10 % have no words (for classifier-free guidance), 10 % no control. With a `teacher` the target is its guided velocity."""
     found = found or new_models(a)
-    pictures_, controls, prompts = latents(a)
+    targets, controls, prompts = latents(a)
     tokenizers = TextTokenizer.load(a.out / "flux/tokenizer"), TextTokenizer.load(a.out / "flux/tokenizer_2")
     words = [tokenizer([""] + [p for scene in prompts for p in scene]) for tokenizer in tokenizers]               # row 0: no words
 
     def loss(g, batch):
-        scene, which = torch.randint(len(pictures_), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
-        x0, eps = pictures_[scene, which].float(), torch.randn(batch, 64, 64, generator=g)
+        scene, which = torch.randint(len(targets), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
+        x0, eps = targets[scene, which].float(), torch.randn(batch, 64, 64, generator=g)
         t = torch.sigmoid(torch.randn(batch, generator=g) * 1.1 + .3)                                              # logit-normal
         kind = torch.multinomial(torch.tensor([.70, .14, .08, .08]), batch, replacement=True, generator=g)
         mode = torch.where(kind == 1, GREY, CANNY)
@@ -324,13 +348,16 @@ def flux(a, found=None, teacher=None, train=None, lr=1.5e-3):
 
 def distil(a):
     """The student sees the guidance g ~ U(1, 6) and learns the teacher's v_plain + g (v_asked - v_plain): one pass instead of two."""
-    teacher, student = load_models(a), load_models(a)
-    flux(a, student, teacher, lr=4e-4)
+    kept = a.work / "teacher"
+    if a.fresh or not (a.work / "distil.pt").is_file():                                 # a stopped run goes on with the teacher it had
+        for part in ("flux", "controlnet"):
+            shutil.copytree(a.out / part, kept / part, dirs_exist_ok=True)
+    flux(a, load_models(kept), load_models(kept), lr=4e-4)
 
 
 def controlnet(a):
     """A new ControlNet for the trained Flux, which stays as it is."""
-    found = {**load_models(a), "controlnet": new_models(a)["controlnet"]}
+    found = {**load_models(a.out), "controlnet": new_models(a)["controlnet"]}
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         found[name].requires_grad_(False)
     flux(a, found, train=["controlnet"])
@@ -356,15 +383,16 @@ def vit(a):
         scene, which = torch.randint(len(images), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
         x = to_unit(images[scene, which])
         hidden = (torch.rand(batch, 1, 8, 8, generator=g) < .3).float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             tokens = model.tokens(x * (1 - F.interpolate(hidden, scale_factor=8)))
             named, patches = heads["name"](tokens[:, 0]).float(), heads["patch"](tokens[:, 1:]).float()
         truth = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).mT                                             # (B, 64, 3*4*4)
         return F.binary_cross_entropy_with_logits(named, labels[scene, which]) * 10 + (patches - truth).square().mean()
 
     def save():
-        publish(a.out / "vit", VIT_CONFIG, model, "model.safetensors", preprocessor_config=PIXELS)
-    fit("vit", {"vit": model, "heads": heads}, loss, a, lr=1e-3, batch=64, save=save)
+        publish(a.out / "vit", model, VIT_CONFIG, "model.safetensors")
+        write_json(a.out / "vit", preprocessor_config=PIXELS)
+    fit("vit", {"vit": model, "heads": heads}, loss, a, lr=1.5e-3, batch=32, save=save)
 
 
 def main():
@@ -385,9 +413,6 @@ def main():
     torch.set_flush_denormal(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     globals()[a.stage](a)
-
-
-MINUTES = {"pictures": 0, "vae": 11, "decoder": 20, "flux": 60, "distil": 10, "controlnet": 20, "vit": 4}
 
 if __name__ == "__main__":
     main()
