@@ -1,4 +1,4 @@
-"""PatchDPO and what it is compared with, from one image prompt and with equal budgets: held-out scenes, mean and standard deviation over seeds, a Markdown table.
+"""PatchDPO and what it is compared with, from one image prompt (trained first) and with equal budgets: held-out scenes, mean and standard deviation over seeds, a Markdown table.
 
     python bench/patch.py                    # 5 losses x 3 seeds
     python bench/patch.py --seeds 1 --steps 20 --out runs/quick
@@ -18,21 +18,26 @@ LOSSES = {"reconstruction": "--loss reconstruction", "Diffusion-DPO": "--loss dp
 MEASURES = ["identity", "truth", "psnr", "asked"]
 
 
+def train(flags, out, more):
+    subprocess.run([sys.executable, "train.py", "patch", *flags.split(), "--out", str(out), *more], cwd=ROOT, check=True)
+    return json.loads((ROOT / out / "report.json").read_text())
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--out", type=Path, default=Path("runs/bench_patch"))
     args, more = p.parse_known_args()
-    reports = {}
+    reports, start = {}, args.out / "start"
+    if not (ROOT / start / "image_prompt.safetensors").is_file():
+        train("--loss start --steps 600 --lr 3e-3", start, more)
     for seed in range(args.seeds):
+        same = ["--seed", str(seed), "--image-prompt", str(start / "image_prompt.safetensors"), "--generated", str(args.out / f"generated-{seed}"), *more]
         for name, flags in LOSSES.items():
-            out = args.out / f"{flags.split()[-1]}-{seed}"
-            subprocess.run([sys.executable, "train.py", "patch", *flags.split(), "--seed", str(seed), "--out", str(out), "--generated", str(args.out / f"generated-{seed}"), *more],
-                           cwd=ROOT, check=True)
-            reports.setdefault(name, []).append(json.loads((ROOT / out / "report.json").read_text()))
+            reports.setdefault(name, []).append(train(flags, args.out / f"{flags.split()[-1]}-{seed}", same))
     print(f"\n| {args.seeds} seeds | {' | '.join(MEASURES)} |\n|---|{'---|' * len(MEASURES)}")
-    start = next(iter(reports.values()))[0]
-    print("| start | " + " | ".join(f"{start[f'before {m}']:.3f}" for m in MEASURES) + " |")
+    before = next(iter(reports.values()))[0]
+    print("| start | " + " | ".join(f"{before[f'before {m}']:.3f}" for m in MEASURES) + " |")
     for name, runs in reports.items():
         cells = [[run[f"after {m}"] for run in runs] for m in MEASURES]
         print(f"| {name} (`{LOSSES[name]}`) | " + " | ".join(f"{statistics.mean(c):.3f} ± {statistics.pstdev(c):.3f}" for c in cells) + " |")
