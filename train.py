@@ -50,8 +50,8 @@ PRESETS = {
     "mini": {
         "graph": dict(embedder="mini/qwen", hidden=64, out_dim=64, steps=300, lr=5e-3, weight_decay=1e-2, drop=0.9, feature_norm=4.0),
         "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
-        "cdpo": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, gnn_lr=5e-4, warmup=20, lam=0.15, k=3, similarity="likes", tokens=4, soft_hidden=128,
-                     nll=1.0, drop=0.9),
+        "cdpo": dict(qwen="mini/qwen", steps=600, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=1.0, k=3, similarity="likes", neighbours="sampled", tokens=4,
+                     soft_hidden=128, beta=0.2, nll=2.0, drop=0.9),
     },
     "paper": {
         "graph": dict(embedder="Linq-AI-Research/Linq-Embed-Mistral", hidden=1024, out_dim=1024, steps=150, lr=3e-5, weight_decay=0.0, drop=0.0, feature_norm=0.0),
@@ -116,7 +116,8 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
     "evaluation": [
         ("seeds", "eval", int, 3, "training runs of each method"),
         ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
-        ("ablate", "eval", bool, False, "also train and print the sweeps over lambda and k"),
+        ("ablate", "eval", bool, False, "also train and print the sweeps over lambda, k, similarity, ..."),
+        ("short", "eval", int, 0, "steps of each of those runs, where the preset's are too many"),
     ],
 }
 FREE = {"device", "save_every", "out", "checkpointing"}      # may differ when a run is continued
@@ -273,7 +274,10 @@ def gradients(stage, args, step, stop):
     grads = [p.grad for p in stage.trained.values()]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([*totals.values(), float(stop)]).to(grads[0])])
     if world() > 1:
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as e:
+            raise ValueError(f"another process of this run is gone ({str(e).splitlines()[0][:80]}); the same command continues from the last checkpoint") from None
         for g, summed in zip(grads, flat.split([g.numel() for g in grads] + [len(totals) + 1])):
             g.copy_(summed.view_as(g))
     values = flat[-len(totals) - 1:].tolist()
@@ -325,6 +329,8 @@ def fit(stage, args):
     out, chief = Path(args.out), rank() == 0
     held = lock(out) if chief else None
     if chief:
+        for rest in out.glob(".tmp_*"):                                              # of a run that was killed while saving
+            shutil.rmtree(rest, ignore_errors=True)
         check_config(out, {**vars(args), "inputs": digest(*stage.inputs)})
     if world() > 1:
         dist.barrier()
@@ -508,7 +514,8 @@ class CDPO(Stage):
         if file.exists():
             return load_file(file)["logps"]
         texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
-        groups = [texts[at:at + 8] for _, same in itertools.groupby(texts, lambda t: t[0]) for texts in [list(same)] for at in range(0, len(texts), 8)]
+        by_caption = [list(same) for _, same in itertools.groupby(texts, lambda t: t[0])]
+        groups = [same[at:at + 8] for same in by_caption for at in range(0, len(same), 8)]   # answers that share one pass over their prompt
         found = torch.zeros(len(groups), 8)
         lora.use(self.model, "reference")
         for at in tqdm(range(rank() * args.micro, len(groups), world() * args.micro), desc="reference", disable=rank() > 0):
@@ -637,7 +644,8 @@ def trained(args, flags, seed):
     """The folder of a cdpo run with these flags and this seed, trained now unless it stands already."""
     given = [x for name in ("preset", "users", "pairs", "sft", "graph", "qwen", "dtype", "device") for x in (f"--{name}", str(getattr(args, name)))]
     name = "-".join(f.strip("-") for f in flags) or "default"
-    run = parse(["cdpo", *given, *flags, "--seed", str(seed), "--out", f"{args.out}/{name}-seed{seed}"])
+    short = ["--steps", str(args.short)] if args.short else []
+    run = parse(["cdpo", *given, *flags, *short, "--seed", str(seed), "--out", f"{args.out}/{'-'.join([name, *short[1:]])}-seed{seed}"])
     if not (Path(run.out) / f"step_{run.steps}").exists():
         fit(CDPO(run), run)
     return run.out
@@ -707,7 +715,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"train.py: {e}")
     finally:
         if dist.is_initialized():
