@@ -81,7 +81,7 @@ class PreferenceGraph:
 
     def signs(self):
         """(U,A) int8: +1 liked, -1 disliked, 0 nothing said."""
-        table = torch.zeros(len(self.users), len(self.attributes), dtype=torch.int8)
+        table = torch.zeros(len(self.users), len(self.attributes), dtype=torch.int8, device=self.edges.device)
         table[self.edges[0], self.edges[1]] = self.edges[2].to(torch.int8)
         return table
 

@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import cdpo
@@ -324,25 +324,37 @@ def check_config(out, config):
         publish(out, lambda folder: (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n"), "config.json")
 
 
+def open_run(stage, args, out):
+    """Process 0's part before the first step: the lock, config.json, and no leftovers of a run that was killed while saving -> the held lock."""
+    held = lock(out)
+    for rest in out.glob(".tmp_*"):
+        shutil.rmtree(rest, ignore_errors=True)
+    check_config(out, {**vars(args), "inputs": digest(*stage.inputs)})
+    return held
+
+
+def cut_log(out, step):
+    """metrics.jsonl up to `step`: what came after will be written again, and a line that a kill tore apart is dropped."""
+    log = out / "metrics.jsonl"
+    lines = log.read_text().splitlines(True) if step and log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    publish(out, lambda folder: (folder / "metrics.jsonl").write_text("".join(kept)), "metrics.jsonl")
+    return log
+
+
 def fit(stage, args):
     """Train `stage` to the end, or to a signal; every file of args.out is written here, by process 0."""
-    out, chief = Path(args.out), rank() == 0
-    held = lock(out) if chief else None
-    if chief:
-        for rest in out.glob(".tmp_*"):                                              # of a run that was killed while saving
-            shutil.rmtree(rest, ignore_errors=True)
-        check_config(out, {**vars(args), "inputs": digest(*stage.inputs)})
+    out, chief, stop = Path(args.out), rank() == 0, []
+    held = open_run(stage, args, out) if chief else None
     if world() > 1:
         dist.barrier()
     optimizer = torch.optim.AdamW(stage.groups, lr=args.lr, weight_decay=0.0)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, stop, log = load_state(stage, optimizer, out), [], out / "metrics.jsonl"
-    if chief:                                                                        # lines after the resume point will be written again
-        kept = [line for line in log.read_text().splitlines(True) if json.loads(line)["step"] <= step] if step and log.exists() else []
-        publish(out, lambda folder: (folder / "metrics.jsonl").write_text("".join(kept)), "metrics.jsonl")
+    step = load_state(stage, optimizer, out)
+    log = cut_log(out, step) if chief else None
     before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief)
-    while step < args.steps:
+    bar, stopping = tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief), False
+    while step < args.steps and not stopping:
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * schedule(step, args.steps, getattr(args, "warmup", 0))
         rows, metrics, stopping = gradients(stage, args, step, bool(stop))
@@ -358,8 +370,6 @@ def fit(stage, args):
                 f.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
             if stopping or step % args.save_every == 0 or step == args.steps:
                 save_state(stage, optimizer, out, step)
-        if stopping:
-            break
     bar.close()
     for s, handler in before.items():
         signal.signal(s, handler)
@@ -715,7 +725,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, SafetensorError) as e:
         sys.exit(f"train.py: {e}")
     finally:
         if dist.is_initialized():
