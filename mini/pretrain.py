@@ -7,6 +7,7 @@
     python mini/pretrain.py distil       # flux's files: classifier-free guidance moves into the guidance embedding, as in FLUX.1-dev
     python mini/pretrain.py controlnet   # mini/controlnet alone, the transformer frozen: another control for a trained Flux
     python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
+    python mini/pretrain_qwen.py         # mini/qwen: the language model
 
 The shipped files are the first five and the last, in this order, with the default --seed 0 and --minutes (on one thread of two busy cores: about 11 ms
 of autoencoder a picture, 9 ms of Flux with its ControlNet a sample). A recipe that learns visibly in ten minutes, and touches nothing shipped:
