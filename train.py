@@ -3,6 +3,9 @@
     python train.py graph                    # preference graph + GraphSAGE -> runs/graph
     python train.py sft                      # supervised fine-tuning on generic edits -> runs/sft
     python train.py cdpo                     # collaborative DPO from both -> runs/cdpo
+    python train.py patch --loss start --out runs/image_prompt   # an image prompt for Flux: reference pictures beside the text
+    python train.py patch                    # PatchDPO on it -> runs/patch
+    python train.py dro                      # Diffusion-DRO, a LoRA for Flux -> runs/dro
     python train.py eval --seeds 3           # trains the baselines too; Markdown tables
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
 
@@ -16,6 +19,7 @@ One loop serves every stage. What it promises:
 - A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
 """
 import argparse
+import copy
 import fcntl
 import functools
 import hashlib
@@ -36,13 +40,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import cdpo
 import graph
 import lora
-from qwen import Qwen, Tokenizer, embed_texts
+from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, unpack
+from patch_dpo import ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, record, s_patch, self_supervised_loss, to_tensor, warp
+from qwen import Qwen, Tokenizer, embed_texts, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
 # A preset is a dict of flag values for each stage, nothing more. "paper" is Table 12 where it speaks; its silence is filled as marked.
@@ -52,17 +59,27 @@ PRESETS = {
         "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
         "cdpo": dict(qwen="mini/qwen", steps=600, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=1.0, k=3, similarity="likes", neighbours="sampled", tokens=4,
                      soft_hidden=128, beta=0.2, nll=2.0, drop=0.9),
+        "patch": dict(size=64, steps=150, batch=16, micro=16, lr=1e-3, warmup=10, beta=100.0),
+        "dro": dict(size=64, steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
     },
     "paper": {
         "graph": dict(embedder="Linq-AI-Research/Linq-Embed-Mistral", hidden=1024, out_dim=1024, steps=150, lr=3e-5, weight_decay=0.0, drop=0.0, feature_norm=0.0),
         "sft": dict(qwen="Qwen/Qwen2.5-7B-Instruct", dtype="bf16", checkpointing=True, steps=9375, batch=16, micro=4, lr=2e-6, warmup=0, dropout=0.05),
         "cdpo": dict(qwen="Qwen/Qwen2.5-7B-Instruct", dtype="bf16", checkpointing=True, steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, warmup=0, lam=0.15, k=3,
                      similarity="shared", tokens=8, soft_hidden=1024, nll=0.0, drop=0.0),   # ours: soft_hidden, beta, warmup, clip
+        # PatchDPO's and Diffusion-DRO's published runs, on Flux where theirs were on Stable Diffusion; ours: the features, dtype, cosine, LoRA, beta (Flow-GRPO's)
+        "patch": dict(flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base", dtype="bf16", checkpointing=True, size=512, samples=1, steps=30000, batch=32,
+                      micro=1, lr=3e-5, weight_decay=0.01, clip=0.0, beta=100.0),
+        "dro": dict(flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base", dtype="bf16", checkpointing=True, size=512, steps=1600, batch=256, micro=4, buffer=256,
+                    lr=1e-4, weight_decay=0.01, clip=1.0),
     },
 }
 FLAGS = {   # group -> (flag, stages, type or choices, default, help)
     "files": [
-        ("out", "sft graph cdpo eval", str, "", "folder to write; runs/STAGE when not given"),
+        ("scenes", "patch dro", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; the last --held-out scenes only evaluate"),
+        ("image-prompt", "patch", str, "runs/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start trains one from nothing"),
+        ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
+        ("out", "sft graph cdpo patch dro eval", str, "", "folder to write; runs/STAGE when not given"),
         ("users", "graph cdpo eval", str, "mini/data/users.jsonl", "training users"),
         ("pairs", "cdpo eval", str, "mini/data/pairs.jsonl", "preference pairs of the training users"),
         ("edits", "sft eval", str, "mini/data/edits.jsonl", "generic edits in InstructPix2Pix's format"),
@@ -72,13 +89,15 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
     ],
     "model": [
+        ("flux", "patch dro", str, "mini/flux", "FLUX.1: folder or hub repository"),
+        ("features", "patch dro", str, "mini/vit", "image features f: DINOv2 or ViT"),
         ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
-        ("dtype", "sft cdpo eval", ("fp32", "bf16"), "fp32", "of the frozen weights; what is trained is always fp32"),
-        ("device", "sft graph cdpo eval", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
-        ("checkpointing", "sft cdpo", bool, False, "recompute each layer in the backward pass: less memory, a third more time"),
+        ("dtype", "sft cdpo patch dro eval", ("fp32", "bf16"), "fp32", "of the frozen weights; what is trained is always fp32"),
+        ("device", "sft graph cdpo patch dro eval", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
+        ("checkpointing", "sft cdpo patch dro", bool, False, "recompute each layer in the backward pass: less memory, a third more time"),
         ("chunk", "sft cdpo", int, 4096, "answer tokens that meet the vocabulary at once"),
-        ("rank", "sft", int, 16, "LoRA rank; alpha is --alpha"),
-        ("alpha", "sft", int, 32, "LoRA alpha"),
+        ("rank", "sft dro", int, 16, "LoRA rank; alpha is --alpha"),
+        ("alpha", "sft dro", int, 32, "LoRA alpha"),
         ("dropout", "sft", float, 0.05, "LoRA dropout; DPO runs without, as in TRL"),
     ],
     "graph": [
@@ -96,22 +115,40 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("similarity", "cdpo", ("shared", "signed", "likes"), "shared", "what they share: anything named (the letter of Eq. 6), agreements less clashes, likes"),
         ("neighbour-user", "cdpo", ("target", "neighbour"), "target", "whose soft tokens a neighbour's pair is read with; the paper leaves it open"),
         ("neighbours", "cdpo", ("exact", "sampled"), "exact", "all k a step, or one drawn in proportion to similarity: unbiased, twice the cost of none"),
-        ("beta", "cdpo", float, 0.1, "DPO's temperature (not in the paper; TRL's default)"),
+        ("beta", "cdpo patch", float, 0.1, "DPO's temperature (not in the paper; TRL's default)"),
         ("nll", "cdpo", float, 0.0, "weight of the chosen answer's mean token loss beside Eq. 7 (ours): holds the sentence together at large learning rates"),
         ("tokens", "cdpo", int, 8, "soft tokens"),
         ("soft-hidden", "cdpo", int, 128, "hidden width of the soft-token MLP"),
     ],
+    "pictures": [
+        ("loss", "patch", ("patch", "reconstruction", "dpo", "dro", "start"), "patch", "PatchDPO; or equal weights, Diffusion-DPO, Diffusion-DRO; or pretraining of an image prompt"),
+        ("power", "patch", int, 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
+        ("weights", "patch", ("minmax", "clip"), "minmax", "how quality becomes a weight (ours)"),
+        ("feature-steps", "patch", int, 0, "self-supervised patch training of f before it judges (ours)"),
+        ("feature-lr", "patch", float, 1e-4, "of it"),
+        ("hpatches", "patch", str, "", "folder of HPatches sequences on which S_patch is measured; held-out scenes and warped edits when not given"),
+        ("samples", "patch", int, 2, "generated pictures for each prompt and reference"),
+        ("types", "dro", str, "color,pattern,material,background,lighting,object", "edit types to learn"),
+        ("margin", "patch dro", float, 1e-3, "Diffusion-DRO's margin"),
+        ("refresh", "patch dro", int, 1, "M: steps between copies of the policy into the sampler, each with a new buffer"),
+        ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
+        ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
+        ("size", "patch dro", int, 512, "side of the pictures in pixels"),
+        ("guidance", "patch dro", float, 3.5, "guidance of painted pictures"),
+        ("train-guidance", "patch dro", float, 1.0, "guidance inside the losses and on DRO's trajectories; 1 is none (ours)"),
+        ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
+    ],
     "optimisation": [
-        ("steps", "sft graph cdpo", int, 150, "optimiser steps (graph: epochs)"),
-        ("batch", "sft cdpo", int, 32, "global batch, whatever the number of processes"),
-        ("micro", "sft cdpo", int, 16, "rows of one forward pass; a batch of several is accumulated"),
-        ("lr", "sft graph cdpo", float, 5e-3, "peak learning rate (AdamW)"),
+        ("steps", "sft graph cdpo patch dro", int, 150, "optimiser steps (graph: epochs)"),
+        ("batch", "sft cdpo patch dro", int, 32, "global batch, whatever the number of processes"),
+        ("micro", "sft cdpo patch dro", int, 16, "rows of one forward pass; a batch of several is accumulated"),
+        ("lr", "sft graph cdpo patch dro", float, 5e-3, "peak learning rate (AdamW)"),
         ("gnn-lr", "cdpo", float, 5e-4, "of the graph encoder"),
-        ("warmup", "sft cdpo", int, 0, "steps of linear warm-up before the cosine"),
-        ("weight-decay", "sft graph cdpo", float, 0.0, "AdamW's; in the graph stage of the user vectors only"),
-        ("clip", "sft graph cdpo", float, 1.0, "largest gradient norm; 0 never clips"),
-        ("seed", "sft graph cdpo", int, 0, "of everything random"),
-        ("save-every", "sft graph cdpo", int, 50, "steps between resume points"),
+        ("warmup", "sft cdpo patch dro", int, 0, "steps of linear warm-up before the cosine"),
+        ("weight-decay", "sft graph cdpo patch dro", float, 0.0, "AdamW's; in the graph stage of the user vectors only"),
+        ("clip", "sft graph cdpo patch dro", float, 1.0, "largest gradient norm; 0 never clips"),
+        ("seed", "sft graph cdpo patch dro", int, 0, "of everything random"),
+        ("save-every", "sft graph cdpo patch dro", int, 50, "steps between resume points"),
     ],
     "evaluation": [
         ("seeds", "eval", int, 3, "training runs of each method"),
@@ -129,7 +166,8 @@ def parse(argv=None):
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True)
     for stage, text in (("sft", "supervised fine-tuning of a LoRA adapter on generic edits"), ("graph", "pretrain GraphSAGE on like or dislike"),
-                        ("cdpo", "collaborative DPO and its baselines"), ("eval", "train, sample, compare; Markdown tables")):
+                        ("cdpo", "collaborative DPO and its baselines"),
+                        ("patch", "an image prompt for Flux: PatchDPO and what it is compared with"), ("dro", "Diffusion-DRO: a LoRA for Flux"), ("eval", "train, sample, compare; Markdown tables")):
         p = stages.add_parser(stage, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12")
         for title, flags in FLAGS.items():
@@ -585,7 +623,277 @@ class CDPO(Stage):
             self.tokens.save(folder / "collaborative.safetensors")
 
 
-STAGES = {"sft": SFT, "graph": Graph, "cdpo": CDPO}
+# ------------------------------------------------------------------------------------------------ pictures: patch and dro
+def load_picture(file, size):
+    """A picture file -> (3, size, size) in [-1, 1], cut to a square."""
+    return to_tensor(ImageOps.fit(Image.open(file).convert("RGB"), (size, size)))
+
+
+def save_picture(image, file):
+    Image.fromarray(((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(file)
+
+
+class Pictures(Stage):
+    """What patch and dro share: a frozen Flux, edits of scenes.jsonl as items, velocity errors of three models (`select` makes Flux one of them), and the
+    evaluation on held-out scenes. An item is an edit: its prompt, the scene's picture as reference, and the true picture (the scene's where it is not known)."""
+
+    def __init__(self, args, types):
+        self.args, folder, scenes = args, Path(args.scenes).parent, graph.read_jsonl(args.scenes, image=str, caption=str)
+        if len(scenes) <= args.held_out:
+            raise ValueError(f"{args.scenes} holds {len(scenes)} scenes: --held-out {args.held_out} leaves none to train on")
+        train, held = ([{**e, "scene": folder / s["image"], "prompt": f"{s['caption']}. {e['instruction']}", "truth": folder / e.get("image", s["image"])}
+                        for s in part for e in s.get("edits", []) if e["edit_type"] in types] for part in (scenes[:-args.held_out], scenes[-args.held_out:]))
+        self.items, self.count = train + held, len(train)                            # the first `count` are trained on
+        files = sorted({e[key] for e in self.items for key in ("scene", "truth")})
+        self.scene, self.truth = (torch.tensor([files.index(e[key]) for e in self.items]) for key in ("scene", "truth"))     # (N,) into pictures
+        self.pictures = torch.stack([load_picture(file, args.size) for file in files])   # (P, 3, H, W)
+        path, dtype = resolve(args.flux, ["*.json", "*.safetensors", "*.txt", "*.model"]), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        self.txt, self.pooled = encode_prompt(path, [e["prompt"] for e in self.items], args.device, dtype)
+        self.flux = Flux.load(path / "transformer", args.device, dtype).requires_grad_(False)
+        self.flux.checkpointing, self.vae = args.checkpointing, VAE.load(path / "vae", args.device).requires_grad_(False)
+        self.latent = self.encode(self.pictures)                                     # (P, L, 64)
+        self.features, self.inputs = ImageFeatures.load(args.features, args.device).requires_grad_(False), (args.scenes, path / "transformer", args.features)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """(N, 3, H, W) -> packed latents (N, L, 64); the latent grid (h, w) is kept for the way back."""
+        z = torch.cat([self.vae.encode(part.to(self.args.device)) for part in images.split(16)])     # (N, C, h, w)
+        self.grid, self.ids = tuple(z.shape[2:]), image_ids(*z.shape[2:], self.args.device)
+        return pack(z)
+
+    @torch.no_grad()
+    def look(self, f, images):
+        """f's tokens of pictures: (N, 1 + S, D)."""
+        return torch.cat([f.tokens(part.to(self.args.device)) for part in images.split(64)])
+
+    def rows(self, step):
+        """(item, number in the batch, step): whatever is drawn for a row depends on the seed and its last two."""
+        return [(item, n, step) for n, item in enumerate(order(self.count, self.args.batch, self.args.seed, step))]
+
+    def draw(self, rows):
+        """Noise (B, L, 64) and times (B,), logit-normal as Flux was trained."""
+        sources = [generator(self.args.seed, "noise", step, n) for _, n, step in rows]
+        noise, t = (torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.args.device) for shape in (self.latent.shape[1:], ()))
+        return noise, t.sigmoid()
+
+    def velocity(self, who, item, x, t):
+        """By "policy", "sampler" or "reference", for items (B,), at x (B, L, 64) and t (B,) -> (B, L, 64) fp32; only the policy's has a gradient."""
+        self.select(who, item)
+        with torch.set_grad_enabled(who == "policy"):
+            txt, guidance = self.txt[item], torch.full_like(t, self.args.train_guidance) if self.flux.guided else None
+            return self.flux(x.to(txt.dtype), txt, self.pooled[item], t, guidance, self.ids, txt.new_zeros(txt.shape[1], 3)).float()
+
+    def error(self, who, item, latent, noise, t):
+        """Prediction - target on pictures: x_t = (1-t) x_0 + t eps, target eps - x_0."""
+        return self.velocity(who, item, (1 - t[:, None, None]) * latent + t[:, None, None] * noise, t) - (noise - latent)
+
+    def dpo(self, rows, win, lose):
+        """Diffusion-DPO on latents (B, L, 64): same noise and time in a pair. The policy comes last, so that checkpointing recomputes it as it was."""
+        (noise, t), item = self.draw(rows), torch.tensor([row[0] for row in rows]).repeat(2)
+        reference, policy = (self.error(who, item, torch.cat([win, lose]), noise.repeat(2, 1, 1), t.repeat(2)).square().mean((1, 2)).chunk(2) for who in ("reference", "policy"))
+        losses = diffusion_dpo_loss(*policy, *reference, self.args.beta)
+        return losses.sum(), {"accuracy": (losses < math.log(2)).float().sum()}
+
+    def refresh(self, step):
+        """Rows for DRO. Every --refresh steps the sampler becomes the policy and paints a new buffer, from which each step draws a batch of points.
+        The sampler's weights are saved with the policy's: a resumed run paints the same buffer."""
+        args = self.args
+        if new := step % args.refresh == 0:
+            for own, other in zip(self.sampler, self.policy):
+                own.data.copy_(other.data)
+        if new or self.path is None:
+            item, g = torch.tensor(order(self.count, args.buffer, args.seed, step // args.refresh)), generator(args.seed, "buffer", step // args.refresh)
+            noise = torch.randn(args.buffer, *self.latent.shape[1:], generator=g).to(args.device)
+            self.path = record(functools.partial(self.velocity, "sampler", item), noise, item, args.paint_steps, g)
+        self.drawn = self.path.draw(args.batch, generator(args.seed, "draw", step))
+        return [(item, n, step) for n, item in enumerate(self.drawn[3].tolist())]
+
+    def dro(self, rows, expert):
+        """Diffusion-DRO: expert pictures (latents (B, L, 64)) against points of the sampler's trajectories, same prompt and time."""
+        number, item = torch.tensor([row[1] for row in rows]), torch.tensor([row[0] for row in rows]).repeat(2)
+        x, v, t = (part[number] for part in self.drawn[:3])
+        noise, _ = self.draw(rows)
+        both = torch.cat([(1 - t[:, None, None]) * expert + t[:, None, None] * noise, x])
+        reference, policy = ((self.velocity(who, item, both, t.repeat(2)) - torch.cat([noise - expert, v])).square().mean((1, 2)).chunk(2) for who in ("reference", "policy"))
+        losses = dro_loss(policy[0], reference[0], policy[1], reference[1], self.args.margin)
+        return losses.sum(), {"active": (losses > 0).float().sum(), "drift": reference[1].sum()}
+
+    @torch.no_grad()
+    def paint(self, who, items, seed):
+        """A picture of each item -> (n, 3, H, W); each starts from its own noise, so that the batch does not matter."""
+        found, levels = [], sigmas(self.args.paint_steps, self.latent.shape[1])
+        for item in torch.tensor(items).split(32):
+            noise = torch.stack([torch.randn(self.latent.shape[1:], generator=generator(seed, "picture", i)) for i in item.tolist()]).to(self.args.device)
+            self.select(who, item)
+            x = denoise(self.flux, noise, self.txt[item], self.pooled[item], self.ids, levels, self.args.guidance)
+            found.append(self.vae.decode(unpack(x, *self.grid)).clamp(-1, 1).cpu())
+        return torch.cat(found)
+
+    @functools.cached_property
+    def report(self):
+        """Held-out items painted before (the reference) and after (the policy) from the same noise -> {measure: value}. identity, truth: cosine of f's class token to
+        the reference picture's, the true picture's; asked: the picture is nearer to its own truth than to that of any other edit of this type."""
+        held, found = list(range(self.count, len(self.items))), {}
+        scene, truth = self.pictures[self.scene[held]], self.pictures[self.truth[held]]
+        kind = [(self.items[i]["scene"], self.items[i]["edit_type"]) for i in held]
+        other = torch.tensor([[a != b for b in kind] for a in kind])
+        f_scene, f_truth = (self.look(self.features, images)[:, 0] for images in (scene, truth))
+        painted = {name: self.paint(who, held, 0) for name, who in (("before", "reference"), ("after", "policy"))}
+        for name, images in painted.items():
+            f, away = self.look(self.features, images)[:, 0], torch.cdist(images.flatten(1), truth.flatten(1))
+            found |= {f"{name} identity": F.cosine_similarity(f, f_scene).mean().item(), f"{name} truth": F.cosine_similarity(f, f_truth).mean().item(),
+                      f"{name} psnr": (10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3)))).mean().item(),
+                      f"{name} asked": (away.masked_fill(other, math.inf).argmin(1) == torch.arange(len(held))).float().mean().item()}
+        shown = torch.stack([scene, *painted.values(), truth])[:, :: max(1, len(held) // 12)]            # (4, n, 3, H, W), a sheet of four rows
+        self.sheet = shown.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        return found
+
+    def finish(self):
+        return self.report
+
+    def describe(self, rows):
+        return "; ".join(self.items[row[0]]["prompt"] for row in rows)
+
+    def export(self, folder):
+        (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        save_picture(self.sheet, folder / "pictures.png")
+
+
+class Patch(Pictures):
+    """PatchDPO's three stages for an image prompt on a frozen Flux: generate, judge every patch, optimise. --loss names what it is compared with."""
+
+    def __init__(self, args):
+        if args.loss != "start" and not Path(args.image_prompt).is_file():
+            raise ValueError(f"{args.image_prompt} is not there; `python train.py patch --loss start --out {Path(args.image_prompt).parent}` trains one")
+        super().__init__(args, ("background", "lighting", "object"))                 # edits that leave the object what it was
+        if args.loss == "start":                                                     # a new image prompt: every picture is its own reference
+            self.scene[:self.count] = self.truth[:self.count]
+        self.maps = self.look(self.features, self.pictures)[:, None, 1:]             # (P, 1, S, D): one reference each
+        torch.manual_seed(args.seed)
+        prompt = ImagePrompt(self.flux, self.maps.shape[-1]) if args.loss == "start" else ImagePrompt.load(args.image_prompt, self.flux, self.maps.shape[-1])
+        self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
+        self.policy, self.sampler, self.path = *(list(self.prompts[who].parameters()) for who in ("policy", "sampler")), None
+        self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
+        self.groups = [{"params": self.policy, "weight_decay": args.weight_decay}]
+        self.inputs += () if args.loss == "start" else (args.image_prompt,)
+        if args.loss in ("patch", "reconstruction", "dpo"):
+            self.generated(Path(args.generated or f"{args.out}/generated"))
+
+    def select(self, who, item):
+        self.prompts[who].look(self.flux, self.maps[self.scene[item]], self.ids)
+
+    def generated(self, folder):
+        """Latents (N, G, L, 64) and weights {"generated", "reference"} (N, G, h, w) of the pictures in `folder`, made there first when there are none."""
+        if rank() == 0 and not folder.is_dir():
+            publish(folder, self.generate, "generated pictures")
+        if world() > 1:
+            dist.barrier()
+        rows, quality = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), load_file(folder / "quality.safetensors")
+        if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items[:self.count]]:
+            raise ValueError(f"{folder} holds pictures of other prompts: give another --generated, or delete the folder")
+        pictures = torch.stack([load_picture(folder / name, self.args.size) for row in rows for name in row["generated"]])       # (N*G, 3, H, W)
+        self.made = self.encode(pictures).unflatten(0, (len(rows), -1))
+        self.weights = {key: patch_weights(q.flatten(0, 1), self.grid, self.args.weights).unflatten(0, q.shape[:2]).to(self.args.device) for key, q in quality.items()}
+        like = quality["generated"].mean((2, 3))                                     # (N, G): which one Diffusion-DPO calls better
+        self.best, self.worst = like.argmax(1), like.argmin(1)
+
+    @torch.no_grad()
+    def generate(self, folder):
+        """Stage 1: pictures by the model as it starts. Stage 2: the quality of all their patches. Both stay on disk, to be used again."""
+        sets = [self.paint("reference", range(self.count), (self.args.seed, j)) for j in range(self.args.samples)]
+        lines = [{"prompt": e["prompt"], "reference": str(e["scene"]), "generated": [f"{n:05d}_{j}.png" for j in range(len(sets))]} for n, e in enumerate(self.items[:self.count])]
+        for n, line in enumerate(lines):
+            for name, images in zip(line["generated"], sets):
+                save_picture(images[n], folder / name)
+        f, side = self.judge(folder), math.isqrt(self.maps.shape[2])
+        reference, *made = (self.look(f, images)[:, 1:].unflatten(1, (side, side)) for images in (self.pictures[self.scene[:self.count]], *sets))    # (N, H, W, D)
+        quality = {"generated": [patch_quality(x, reference) for x in made], "reference": [patch_quality(reference, x) for x in made]}
+        save_file({key: torch.stack(q, 1).cpu() for key, q in quality.items()}, folder / "quality.safetensors")      # (N, G, H, W)
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    @torch.enable_grad()
+    def judge(self, folder):
+        """The f that judges patches: --features, after --feature-steps of self-supervised patch training (ours), which is kept in `folder`."""
+        args, f, g = self.args, copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
+        before, optimizer = self.s_patch(f), torch.optim.AdamW(f.parameters(), args.feature_lr)
+        for _ in tqdm(range(args.feature_steps), desc="features"):
+            loss = self_supervised_loss(f, self.pictures[self.truth[torch.randint(self.count, (16,), generator=g)]].to(args.device), g)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        save_file(f.state_dict(), folder / "model.safetensors")
+        for name in ("config.json", "preprocessor_config.json"):
+            shutil.copy(resolve(args.features) / name, folder)
+        print("S_patch, exact and within one patch: {:.3f} {:.3f} before, {:.3f} {:.3f} after {} steps of patch training".format(*before, *self.s_patch(f), args.feature_steps))
+        return f
+
+    @torch.no_grad()
+    def s_patch(self, f):
+        """On pairs with known geometry: HPatches' where --hpatches is given, else held-out scenes and their edits seen from elsewhere."""
+        if self.args.hpatches:
+            _, a, b, transform = map(list, zip(*hpatches(self.args.hpatches, self.args.size)))
+            a, b, transform = torch.stack(a), torch.stack(b), torch.stack(transform)
+        else:
+            a, b = (self.pictures[where[self.count:]] for where in (self.scene, self.truth))
+            view = random_views(len(a), generator("views"))
+            b, transform = warp(b, view), torch.linalg.inv(view)
+        maps, side = [self.look(f, images)[:, 1:] for images in (a, b)], math.isqrt(self.maps.shape[2])
+        return s_patch(*(m.unflatten(1, (side, side)) for m in maps), correspondence(transform, side, side).to(self.args.device))
+
+    def rows(self, step):
+        return self.refresh(step) if self.args.loss == "dro" else super().rows(step)
+
+    def loss(self, rows):
+        args, item = self.args, torch.tensor([row[0] for row in rows])
+        reference = self.latent[self.scene[item]]
+        if args.loss == "dro":
+            return self.dro(rows, reference)
+        if args.loss == "dpo":
+            return self.dpo(rows, self.made[item, self.best[item]], self.made[item, self.worst[item]])
+        noise, t = self.draw(rows)
+        if args.loss == "start":
+            return self.error("policy", item, reference, noise, t).square().mean((1, 2)).sum(), {}
+        which = torch.tensor([number(args.seed, "which", step, n) % self.made.shape[1] for _, n, step in rows])
+        pair = torch.cat([self.made[item, which], reference])                        # (2B, L, 64): one noise and one time for both
+        error = self.error("policy", item.repeat(2), pair, noise.repeat(2, 1, 1), t.repeat(2))
+        generated, reference = unpack(error, *self.grid).chunk(2)                    # (B, C, h, w)
+        weights = [self.weights[key][item, which] for key in ("generated", "reference")]
+        if args.loss == "reconstruction":
+            weights = [torch.full_like(w, 0.5) for w in weights]
+        return patch_dpo_loss(generated, reference, *weights, args.power).sum(), {}
+
+    def export(self, folder):
+        super().export(folder)
+        self.prompts["policy"].save(folder / "image_prompt.safetensors")
+
+
+class DRO(Pictures):
+    """Diffusion-DRO for a LoRA on Flux: the experts are true pictures of edits, the negatives the model's own. The second adapter's place holds the sampler."""
+
+    def __init__(self, args):
+        super().__init__(args, args.types.split(","))
+        torch.manual_seed(args.seed)
+        lora.inject(self.flux, args.rank, args.alpha, 0.0, ["to_q", "to_k", "to_v", "to_out.0"])
+        self.policy, self.sampler = ([getattr(layer, part)[name] for layer in lora.layers(self.flux).values() for part in ("lora_A", "lora_B")]
+                                     for name in ("policy", "reference"))
+        self.trained, self.path = {name: p for name, p in self.flux.named_parameters() if ".lora_" in name}, None
+        self.groups = [{"params": self.policy, "weight_decay": args.weight_decay}]
+
+    def select(self, who, item):
+        lora.use(self.flux, {"policy": "policy", "sampler": "reference", "reference": None}[who])
+
+    def rows(self, step):
+        return self.refresh(step)
+
+    def loss(self, rows):
+        return self.dro(rows, self.latent[self.truth[[row[0] for row in rows]]])
+
+    def export(self, folder):
+        super().export(folder)
+        lora.save_adapter(self.flux, folder, base_model=self.args.flux)
+
+
+STAGES = {"sft": SFT, "graph": Graph, "cdpo": CDPO, "patch": Patch, "dro": DRO}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation: what do held-out users get?
