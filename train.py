@@ -36,6 +36,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import cdpo
+import controlnet
 import graph
 import lora
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, unpack
@@ -61,6 +63,7 @@ PRESETS = {
                      soft_hidden=128, beta=0.2, nll=2.0, drop=0.9),
         "patch": dict(size=64, steps=150, batch=16, micro=16, lr=1e-3, warmup=10, beta=100.0),
         "dro": dict(size=64, steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
+        "eval": dict(guidance=3.5, control_scale=1.0, picture_steps=20, strength=0.8),
     },
     "paper": {
         "graph": dict(embedder="Linq-AI-Research/Linq-Embed-Mistral", hidden=1024, out_dim=1024, steps=150, lr=3e-5, weight_decay=0.0, drop=0.0, feature_norm=0.0),
@@ -72,11 +75,13 @@ PRESETS = {
                       micro=1, lr=3e-5, weight_decay=0.01, clip=0.0, beta=100.0),
         "dro": dict(flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base", dtype="bf16", checkpointing=True, size=512, steps=1600, batch=256, micro=4, buffer=256,
                     lr=1e-4, weight_decay=0.01, clip=1.0),
+        "eval": dict(qwen="Qwen/Qwen2.5-7B-Instruct", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union", dtype="bf16",
+                     guidance=35.0, control_scale=0.4, picture_steps=60, strength=1.0),
     },
 }
 FLAGS = {   # group -> (flag, stages, type or choices, default, help)
     "files": [
-        ("scenes", "patch dro", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; the last --held-out scenes only evaluate"),
+        ("scenes", "patch dro eval", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; in training the last --held-out scenes only evaluate"),
         ("image-prompt", "patch", str, "runs/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start trains one from nothing"),
         ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
         ("out", "sft graph cdpo patch dro eval", str, "", "folder to write; runs/STAGE when not given"),
@@ -89,7 +94,7 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
     ],
     "model": [
-        ("flux", "patch dro", str, "mini/flux", "FLUX.1: folder or hub repository"),
+        ("flux", "patch dro eval", str, "mini/flux", "FLUX.1: folder or hub repository"),
         ("features", "patch dro", str, "mini/vit", "image features f: DINOv2 or ViT"),
         ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
         ("dtype", "sft cdpo patch dro eval", ("fp32", "bf16"), "fp32", "of the frozen weights; what is trained is always fp32"),
@@ -134,7 +139,7 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
         ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
         ("size", "patch dro", int, 512, "side of the pictures in pixels"),
-        ("guidance", "patch dro", float, 3.5, "guidance of painted pictures"),
+        ("guidance", "patch dro eval", float, 3.5, "guidance of painted pictures"),
         ("train-guidance", "patch dro", float, 1.0, "guidance inside the losses and on DRO's trajectories; 1 is none (ours)"),
         ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
     ],
@@ -151,6 +156,11 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("save-every", "sft graph cdpo patch dro", int, 50, "steps between resume points"),
     ],
     "evaluation": [
+        ("half", "eval", ("both", "text", "pictures"), "both", "which tables: what the instructions ask for, what the pictures show"),
+        ("controlnet", "eval", str, "mini/controlnet", "ControlNet-Union of the pictures"),
+        ("control-scale", "eval", float, 0.4, "its weight"),
+        ("picture-steps", "eval", int, 60, "Euler steps of a picture"),
+        ("strength", "eval", float, 1.0, "1 draws from noise, held by the edges alone; less starts from the noised source"),
         ("seeds", "eval", int, 3, "training runs of each method"),
         ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
         ("ablate", "eval", bool, False, "also train and print the sweeps over lambda, k, similarity, ..."),
@@ -986,17 +996,86 @@ def table(title, columns, rows):
     return "\n".join(["", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def evaluate(args):
-    """The text side: every method, `--seeds` runs of each, held-out users. Prints Markdown and keeps it in OUT/text.md.  (The image side: not here yet.)"""
-    users, train_users = graph.read_users(args.users_test), graph.read_users(args.users)
-    by_user = defaultdict(dict)
+# ------------------------------------------------------------------------------------------------ evaluation: do the pictures show it, and keep the rest?
+def read_truth(path):
+    """scenes.jsonl -> [(caption, source, {attribute: (edit type, instruction, true picture)})] of the scenes that come with true pictures; uint8 (H,W,3)."""
+    def read(name):
+        return np.asarray(Image.open(Path(path).parent / name).convert("RGB"))
+    rows = [row for row in graph.read_jsonl(path, image=str, caption=str) if row.get("edits")]
+    if not rows:
+        raise ValueError(f"{path} holds no scene with true pictures of its edits")
+    return [(r["caption"], read(r["image"]), {e["attribute"]: (e["edit_type"], e["instruction"], read(e["image"])) for e in r["edits"]}) for r in rows]
+
+
+def edge_overlap(a, b):
+    """Intersection over union of two pictures' Canny edges, where an edge within one pixel counts as met."""
+    a, b = (torch.from_numpy(controlnet.canny(x) > 0)[None] for x in (a, b))
+    met = sum((x & (F.max_pool2d(y.float(), 3, 1, 1) > 0)).sum().item() for x, y in ((a, b), (b, a))) / 2
+    return met / max(a.sum().item() + b.sum().item() - met, 1)
+
+
+def psnr(a, b, where=...):
+    error = (a[where].astype(np.float64) - b[where]) ** 2
+    return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9)) if error.size else math.nan
+
+
+def picture_measures(picture, scene, asked):
+    """What a picture of `asked` is worth: `asked visible` if its own true picture is the nearest of all attributes of that edit type; overlap of its edges
+    with the source's; PSNR against the true picture, everywhere and where the true picture is the source (8 of 255 apart at most)."""
+    _, source, truth = scene
+    kind, _, true = truth[asked]
+    distance = {a: np.square(picture.astype(np.float64) - t).mean() for a, (k, _, t) in truth.items() if k == kind}
+    kept = np.abs(true.astype(int) - source).max(-1) <= 8
+    return {"asked visible": min(distance, key=distance.get) == asked, "edges": edge_overlap(picture, source), "PSNR": psnr(picture, true), "PSNR, unedited": psnr(picture, true, kept)}
+
+
+def draw(args, scenes, instructions, strength):
+    """Pictures of (scene, instruction) pairs, with the seed of their place in the list."""
+    sources = [s[1] for s in scenes]
+    return controlnet.render(resolve(args.flux), resolve(args.controlnet), [f"{s[0]}. {text}" for s, text in zip(scenes, instructions)], list(range(len(scenes))),
+                             sources[0].shape[:2], sources, [controlnet.control_picture(s) for s in sources], scale=args.control_scale, steps=args.picture_steps,
+                             guidance=args.guidance, strength=strength, device=args.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], batch=32)
+
+
+def mean_row(name, rows):
+    """A table row: means over the dicts `rows`, without the nans (nothing of the picture was to be kept)."""
+    return [name, str(len(rows)), *(f"{statistics.fmean(v):.3f}" if (v := [r[n] for r in rows if not math.isnan(r[n])]) else "-" for n in rows[0])] if rows else [name, "0"]
+
+
+def picture_tables(args, users, judge, say):
+    """Markdown: every edit of every scene at strength 1 and at the default, beside the untouched source and the truth; then the methods' own instructions,
+    one picture a held-out user. say(method, flags, captions) -> [(user index, caption, text, ended)]."""
+    truth = read_truth(args.scenes)
+    asked = [(scene, a) for scene in truth for a in scene[2]]
+    drawn = {"the source, untouched": [s[1] for s, _ in asked], "the true picture": [s[2][a][2] for s, a in asked]}
+    for strength in sorted({1.0, args.strength}, reverse=True):
+        drawn[f"strength {strength:g}"] = draw(args, [s for s, _ in asked], [s[2][a][1] for s, a in asked], strength)
+    scores = {name: [picture_measures(p, s, a) for p, (s, a) in zip(pictures, asked)] for name, pictures in drawn.items()}
+    names = ["asked visible", "edges", "PSNR", "PSNR, unedited"]
+    text = table("Every edit of every held-out scene", ["", "pictures", *names], [mean_row(name, rows) for name, rows in scores.items()])
+    kinds = sorted({s[2][a][0] for s, a in asked})
+    text += table("Asked visible, by edit type", ["", *kinds], [[name, *(f"{statistics.fmean(r['asked visible'] for r, (s, a) in zip(rows, asked) if s[2][a][0] == kind):.3f}"
+                                                                         for kind in kinds)] for name, rows in scores.items()])
+    mine, rows = [truth[i % len(truth)] for i in range(len(users))], []
+    for method, flags in METHODS.items():
+        said = [(i, t, judge.names.findall(t)) for i, _, t, _ in say(method, flags, [[s[0]] for s in mine])]
+        said = [(i, t, found[0]) for i, t, found in said if len(found) == 1 and found[0] in mine[i][2]]
+        found = []
+        for (i, _, a), picture in zip(said, draw(args, [mine[i] for i, *_ in said], [t for _, t, _ in said], args.strength)):
+            nearest = min(mine[i][2], key=lambda x: np.square(picture.astype(np.float64) - mine[i][2][x][2]).mean())
+            taste = {*users[i].likes, *users[i].hidden}
+            found.append({**picture_measures(picture, mine[i], a), "shows a like": nearest in taste, "shows a dislike": nearest in users[i].dislikes})
+        rows.append(mean_row(method, found))
+    return text + table(f"The methods' own instructions, strength {args.strength:g}; the picture shows the attribute whose true picture is nearest of all",
+                        ["method", "pictures", *names, "shows a like", "shows a dislike"], rows)
+
+
+def text_tables(args, policy, judge, users):
+    """Markdown: every method, `--seeds` runs of each, sampled instructions for the captions of the users' pairs."""
+    by_user, memo = defaultdict(dict), {}
     for p in graph.read_jsonl(args.pairs_test, user=str, caption=str):
         by_user[p["user"]][p["caption"]] = None
     captions = [list(by_user[u.name]) for u in users]
-    edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
-    judge = Judge(users + train_users, [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")])
-    policy, memo = load_policy(args, args.sft), {}
-    policy[0].eval()
 
     def measure(method, flags, condition="likes + dislikes"):
         key = (method, tuple(flags or ()), condition)
@@ -1016,8 +1095,25 @@ def evaluate(args):
             runs = measure("C-DPO", [f"--{flag}", value])
             rows.append([value, *(cell([r[n] for r in runs]) for n in names), cell([r["hit"] - b["hit"] for r, b in zip(runs, base)])])
         text += table(f"C-DPO, --{flag}", [flag, *names, "hit less lambda 0's, same seed"], rows)
-    publish(Path(args.out), lambda folder: (folder / "text.md").write_text(text + "\n"), "text.md")
-    print(text)
+    return text
+
+
+def evaluate(args):
+    """What held-out users get: the words, then the pictures. Markdown, printed and kept in OUT/text.md and OUT/pictures.md."""
+    users, train_users = graph.read_users(args.users_test), graph.read_users(args.users)
+    edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
+    judge = Judge(users + train_users, [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")])
+    policy = load_policy(args, args.sft)
+    policy[0].eval()
+
+    def say(method, flags, captions):                                                # one instruction a user and caption, first seed
+        once = argparse.Namespace(**{**vars(args), "answers": 1})
+        return answers(once, policy, args.sft if flags is None else trained(args, flags, 0), method, users, captions, 0)
+    for half, tables in (("text", lambda: text_tables(args, policy, judge, users)), ("pictures", lambda: picture_tables(args, users, judge, say))):
+        if args.half in (half, "both"):
+            text = tables()
+            publish(Path(args.out), lambda folder: (folder / f"{half}.md").write_text(text + "\n"), f"{half}.md")
+            print(text)
 
 
 def main(argv=None):
