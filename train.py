@@ -163,8 +163,8 @@ FLAGS = {   # group -> (flag, stages, type or choices, default, help)
         ("strength", "eval", float, 1.0, "1 draws from noise, held by the edges alone; less starts from the noised source"),
         ("seeds", "eval", int, 3, "training runs of each method"),
         ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
-        ("ablate", "eval", bool, False, "also train and print the sweeps over lambda, k, similarity, ..."),
-        ("short", "eval", int, 0, "steps of each of those runs, where the preset's are too many"),
+        ("sweep", "eval", str, "", "train and print sweeps in place of the methods: some of lam,k,similarity,neighbour-user,neighbours"),
+        ("short", "eval", int, 0, "steps of each training run, where the preset's are too many"),
     ],
 }
 FREE = {"device", "save_every", "out", "checkpointing"}      # may differ when a run is continued
@@ -916,7 +916,7 @@ METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it s
     "C-DPO, lambda 0": ["--lam", "0"],
     "C-DPO": [],
 }
-SWEEPS = {"lam": ("0", "0.15", "0.5", "1"), "k": ("1", "2", "3", "5", "12"), "similarity": ("shared", "signed", "likes"), "neighbour-user": ("target", "neighbour"),
+SWEEPS = {"lam": (0.0, 0.15, 0.5, 1.0), "k": (1, 2, 3, 5, 12), "similarity": ("shared", "signed", "likes"), "neighbour-user": ("target", "neighbour"),
           "neighbours": ("exact", "sampled")}
 CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
 
@@ -1085,17 +1085,24 @@ def text_tables(args, policy, judge, users):
 
     names = ("likes", "would like", "hit", "dislikes", "malformed")
     count = f"{len(users)} held-out users, {sum(map(len, captions)) * args.answers} answers a seed at temperature 1, {args.seeds} seeds"
+    if args.sweep:
+        return "".join(sweep_table(args, measure, flag, names, count) for flag in args.sweep.split(","))
     text = table(f"What the instruction asks for ({count})", ["method", *names],
                  [[m, *(cell([r[n] for r in measure(m, f)]) for n in names)] for m, f in METHODS.items()])
-    text += table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS],
-                  [[m, *(cell([r["hit"] for r in measure(m, f, c)]) for c in CONDITIONS)] for m, f in METHODS.items()])
-    for flag, values in SWEEPS.items() if args.ablate else ():
-        base, rows = measure("C-DPO", ["--lam", "0"]), []
-        for value in values:
-            runs = measure("C-DPO", [f"--{flag}", value])
-            rows.append([value, *(cell([r[n] for r in runs]) for n in names), cell([r["hit"] - b["hit"] for r, b in zip(runs, base)])])
-        text += table(f"C-DPO, --{flag}", [flag, *names, "hit less lambda 0's, same seed"], rows)
-    return text
+    return text + table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS],
+                        [[m, *(cell([r["hit"] for r in measure(m, f, c)]) for c in CONDITIONS)] for m, f in METHODS.items()])
+
+
+def sweep_table(args, measure, flag, names, count):
+    """Markdown: C-DPO with each value of one flag; the last column is the gain over lambda 0 of the same seed."""
+    if flag not in SWEEPS:
+        raise ValueError(f"--sweep {flag}: allowed are {', '.join(SWEEPS)}")
+    base, rows = measure("C-DPO", ["--lam", "0"]), []
+    default = getattr(parse(["cdpo", "--preset", args.preset]), flag.replace("-", "_"))
+    for value in SWEEPS[flag]:
+        runs = measure("C-DPO", [] if value == default else [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)])
+        rows.append([str(value), *(cell([r[n] for r in runs]) for n in names), cell([r["hit"] - b["hit"] for r, b in zip(runs, base)])])
+    return table(f"C-DPO, --{flag} ({count})", [flag, *names, "hit less lambda 0's"], rows)
 
 
 def evaluate(args):
@@ -1110,9 +1117,10 @@ def evaluate(args):
         once = argparse.Namespace(**{**vars(args), "answers": 1})
         return answers(once, policy, args.sft if flags is None else trained(args, flags, 0), method, users, captions, 0)
     for half, tables in (("text", lambda: text_tables(args, policy, judge, users)), ("pictures", lambda: picture_tables(args, users, judge, say))):
-        if args.half in (half, "both"):
+        if args.half in (half, "both") and (half == "text" or not args.sweep):
             text = tables()
-            publish(Path(args.out), lambda folder: (folder / f"{half}.md").write_text(text + "\n"), f"{half}.md")
+            name = args.sweep.replace(",", "-") or half
+            publish(Path(args.out), lambda folder: (folder / f"{name}.md").write_text(text + "\n"), f"{name}.md")
             print(text)
 
 
