@@ -434,6 +434,8 @@ def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
     model, tokenizer = Qwen.load(args.qwen, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]), Tokenizer.load(args.qwen)
     if adapter:
+        if not Path(adapter, "adapter_config.json").is_file():
+            raise ValueError(f"{adapter} holds no adapter: `python train.py sft` writes one to runs/sft")
         lora.load_adapter(model, adapter)
         lora.copy_adapter(model)
     else:
