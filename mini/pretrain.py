@@ -9,7 +9,7 @@
     python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
     python mini/pretrain_qwen.py         # mini/qwen: the language model
 
-The shipped files are the first five and the last, in this order, with the default --seed 0 and --minutes (on one thread of two busy cores: about 11 ms
+The shipped files are these stages but `controlnet`, in this order, with the default --seed 0 and --minutes (on one thread of two busy cores: about 11 ms
 of autoencoder a picture, 9 ms of Flux with its ControlNet a sample). A recipe that learns visibly in ten minutes, and touches nothing shipped:
     M="--out /tmp/mini --work /tmp/mini/data"; for s in "pictures --scenes 400" "vae --minutes 3" "flux --minutes 6"; do python mini/pretrain.py $s $M; done
 
