@@ -995,7 +995,7 @@ def cell(values):
 
 
 def table(title, columns, rows):
-    return "\n".join(["", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(["", "", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 # ------------------------------------------------------------------------------------------------ evaluation: do the pictures show it, and keep the rest?
