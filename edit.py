@@ -37,7 +37,7 @@ from qwen import Qwen, Tokenizer, read_json, resolve
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which says nothing of strength (1: edges alone hold the picture), thresholds and seed
-    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet", dtype="fp32", steps=20, guidance=3.5, strength=1.0, control_scale=1.0),
+    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet", dtype="fp32", steps=20, guidance=3.5, strength=0.8, control_scale=1.0),
     "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union",
                   dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
 }
