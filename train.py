@@ -59,7 +59,7 @@ PRESETS = {
     "mini": {
         "graph": dict(embedder="mini/qwen", hidden=64, out_dim=64, steps=300, lr=5e-3, weight_decay=1e-2, drop=0.9, feature_norm=4.0),
         "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
-        "cdpo": dict(qwen="mini/qwen", steps=600, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=1.0, k=3, similarity="likes", neighbours="sampled", tokens=4,
+        "cdpo": dict(qwen="mini/qwen", steps=600, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=0.5, k=3, similarity="likes", neighbours="sampled", tokens=4,
                      soft_hidden=128, beta=0.2, nll=2.0, drop=0.9),
         "patch": dict(size=64, steps=150, batch=16, micro=16, lr=1e-3, warmup=10, beta=100.0),
         "dro": dict(size=64, steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
