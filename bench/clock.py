@@ -89,10 +89,10 @@ def draw(module, args, seed=0):
 
 
 def twin(build, ours):
-    """The peer's module that `build()` makes, with the very tensors of ours."""
+    """The peer's module that `build()` makes, with the very tensors of ours (but for its adapters)."""
     with torch.device("meta"):
         module = build()
-    module.load_state_dict(ours.state_dict(), assign=True)
+    module.load_state_dict({name: t for name, t in ours.state_dict().items() if ".lora_" not in name}, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -44,16 +44,16 @@ def build(module, config, args):
 class Scene:
     """Both sides' Flux and ControlNet over the same drawn weights, and inputs for one picture."""
 
-    def __init__(self, args, net=True):
+    def __init__(self, args, net=True, **changes):
         import diffusers
         self.args, real = args, args.random
-        config = REAL if real else SMALL
+        config = {**(REAL if real else SMALL), **changes}
         self.flux = build(flux.Flux, config, args)
         self.their_flux = twin(lambda: diffusers.FluxTransformer2DModel(**config), self.flux)
         h, g = args.size // 8, torch.Generator().manual_seed(0)
         normal = lambda *shape: torch.randn(*shape, generator=g).to(args.device, getattr(torch, args.dtype))
         self.img, self.txt, self.pooled = normal(1, h * h // 4, 64), normal(1, 512 if real else 64, config["joint_attention_dim"]), normal(1, 768)
-        self.ids, self.levels = flux.image_ids(h, h, args.device), flux.sigmas(args.steps, h * h // 4)
+        self.ids, self.txt_ids, self.levels = flux.image_ids(h, h, args.device), torch.zeros(self.txt.shape[1], 3, device=args.device), flux.sigmas(args.steps, h * h // 4)
         if net:
             self.net = build(controlnet.ControlNet, {**config, **NET[real]}, args)
             self.their_net = twin(lambda: diffusers.FluxControlNetModel(**config | NET[real]), self.net)
@@ -71,6 +71,14 @@ class Scene:
         self.pipeline = diffusers.FluxControlNetPipeline(schedule, vae, None, None, None, None, self.their_flux, self.their_net)
         self.pipeline.set_progress_bar_config(disable=True)
 
+    def inputs(self):
+        """Of Flux.forward. Time and guidance such that bf16 holds 1000 of them exactly: diffusers rounds there, we do not, and that is not what is compared."""
+        return self.img, self.txt, self.pooled, *(torch.full((1,), x, device=self.args.device) for x in (0.5, 4.0)), self.ids, self.txt_ids
+
+    def their_step(self):
+        img, txt, pooled, t, guidance, ids, txt_ids = self.inputs()
+        return self.their_flux(img, txt, pooled, t.to(img), ids, txt_ids, guidance, return_dict=False)[0]
+
     def ours(self, end=1.0):
         """The paper's edit: guidance 35, ControlNet at 0.4."""
         with torch.no_grad():
@@ -84,18 +92,13 @@ class Scene:
                              control_guidance_end=end, num_inference_steps=self.args.steps, latents=self.img, height=side, width=side, output_type="latent").images
 
 
+@torch.no_grad()
 def correct(args):
     """How far the sides are from fp32 and from each other on two double and two single blocks of the same width: a line of text."""
-    global REAL, SMALL
-    whole = REAL, SMALL
-    REAL, SMALL = ({**c, "num_layers": 2, "num_single_layers": 2} for c in whole)
-    with torch.no_grad():
-        s = Scene(args, net=False)
-        REAL, SMALL = whole
-        t, guidance, none = (torch.full((1,), x, device=args.device) for x in (0.7, 35.0, 0.0))
-        ours = s.flux(s.img, s.txt, s.pooled, t, guidance, s.ids, none.expand(s.txt.shape[1], 3))
-        theirs = s.their_flux(s.img, s.txt, s.pooled, t.to(s.img), s.ids, none.expand(s.txt.shape[1], 3), guidance, return_dict=False)[0]
-        exact = s.flux.float()(s.img.float(), s.txt.float(), s.pooled.float(), t, guidance, s.ids, none.expand(s.txt.shape[1], 3))
+    s = Scene(args, net=False, num_layers=2, num_single_layers=2)
+    ours = s.flux(*s.inputs())
+    exact = s.flux.float()(*(x.float() for x in s.inputs()))
+    theirs = s.their_step()
     return f"from fp32, two blocks of each kind differ by {relative(ours, exact):.0e} (ours), {relative(theirs, exact):.0e} (diffusers), from each other by {relative(ours, theirs):.0e}"
 
 
@@ -103,22 +106,19 @@ def sizes(args):
     return f"{'FLUX.1-dev' if args.random else 'FLUX.1 at 384 channels, 4 + 8 blocks'}, {args.size} x {args.size} pixels"
 
 
+@torch.no_grad()
 def step(args):
     """One forward of the transformer, without ControlNet."""
     agree, s = correct(args), Scene(args, net=False)
-    t, guidance, txt_ids = torch.full((1,), 0.7, device=args.device), torch.full((1,), 35.0, device=args.device), torch.zeros(s.txt.shape[1], 3, device=args.device)
-    whole = lambda: s.flux(s.img, s.txt, s.pooled, t, guidance, s.ids, txt_ids)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        modulation, rope = s.flux.modulation(t, guidance, s.pooled), s.flux.rope(txt_ids, s.ids)
-        whole()
-    within = lambda: s.flux.velocity(s.img, s.txt, modulation, rope)
-    sides = {"ours": whole, "ours, as within the loop": within}
-    sides["diffusers"] = lambda: s.their_flux(s.img, s.txt, s.pooled, t.to(s.img), s.ids, txt_ids, guidance, return_dict=False)
-    with torch.no_grad():
-        times = in_turn(sides, args, warm=2)
-        if args.compile:
-            [block.compile() for block in s.flux.blocks()]
-            times["ours, blocks compiled"] = in_turn({0: within}, args, warm=3)[0]
+    img, txt, pooled, t, guidance, ids, txt_ids = s.inputs()
+    modulation, rope = s.flux.modulation(t, guidance, pooled), s.flux.rope(txt_ids, ids)
+    with FlopCounterMode(display=False) as counter:
+        s.flux(*s.inputs())
+    within = lambda: s.flux.velocity(img, txt, modulation, rope)
+    times = in_turn({"ours": lambda: s.flux(*s.inputs()), "ours, as within the loop": within, "diffusers": s.their_step}, args, warm=2)
+    if args.compile:
+        [block.compile() for block in s.flux.blocks()]
+        times["ours, blocks compiled"] = in_turn({0: within}, args, warm=3)[0]
     flops, rate = counter.get_total_flops(), rates(args)[0]
     rows = [[n, ms(x), f"**{times['diffusers'] / x:.2f}**", f"{flops / x / 1e12:.3g}", f"{flops / x / rate:.0%}"] for n, x in times.items()]
     return f"{sizes(args)}; {agree}\n\n" + table(["", "a forward", "times the peer's speed", "TFLOP/s", "of the chip's own matrix products"], rows)
@@ -181,7 +181,7 @@ def pretend(args, at):
     lora.load_adapter = lambda model, folder: lora.inject(model, dropout=0.0)
     people = read_users(ROOT / "mini/sample/users.jsonl")
     names = attribute_names(people)
-    tokens = cdpo.UserTokens(PreferenceGraph.build(people, names, torch.randn(len(names), 4096)), hidden_dim=1024, out_dim=1024, soft=dict(hidden_dim=1024, out_dim=3584))
+    tokens = cdpo.UserTokens(PreferenceGraph.build(people, names, torch.randn(len(names), 4096)), hidden_dim=1024, out_dim=1024, soft=dict(hidden_dim=1024, out_dim=text.SHAPES[True]["hidden_size"]))
     (at / "policy").mkdir()
     tokens.save(at / "policy" / "collaborative.safetensors")
     return ["--preset", "paper", "--user", people[0].name, *(f"--{part}={at / part}" for part in ("qwen", "flux", "controlnet", "policy")), f"--size={args.size}"]

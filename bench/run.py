@@ -21,6 +21,7 @@ from clock import where
 
 ROWS = {"decode": text.decode, "cdpo": text.cdpo_step, "trl": text.trl_step, "read": text.reading, "read-flux": picture.reading, "flux": picture.step, "edit": picture.loop,
         "graph": people.epoch, "similar": people.similar, "stages-cdpo": text.stages, "stages-edit": picture.stages, "growth-cdpo": text.growth, "growth-edit": picture.growth}
+ROUNDS = {"cdpo": 1, "edit": 1}         # where a call takes minutes; else 3
 SIDES = {"cdpo": text.side, "trl": text.side, "read": text.read_side, "read-flux": picture.read_side}
 
 
@@ -30,7 +31,7 @@ def parse(argv=None):
     p.add_argument("--random", action="store_true", help="the sizes of the real models, in bf16 on a GPU")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; bfloat16 with --random, else float32")
-    p.add_argument("--rounds", type=int, default=3, help="timed calls of each side")
+    p.add_argument("--rounds", type=int, help="timed calls of each side (3; cdpo and edit 1)")
     p.add_argument("--compile", action="store_true", help="flux, edit: ours with each block compiled, too")
     group = p.add_argument_group("sizes; the defaults depend on --random")
     group.add_argument("--layers", type=int, help="cdpo, trl: layers of Qwen (8; 28)")
@@ -63,7 +64,9 @@ def main():
     if args.child:
         args = argparse.Namespace(**json.loads(args.child))
         return print(json.dumps(SIDES[args.row](args, args.side)))
+    given = args.rounds
     for args.row in args.rows or ROWS:
+        args.rounds = given or ROUNDS.get(args.row, 3)
         print(f"\n**{args.row}**: {ROWS[args.row](args)}\n`python bench/run.py {' '.join([args.row, *(a for a in sys.argv[1:] if a not in ROWS)])}` on {where(args)}", flush=True)
 
 

@@ -86,11 +86,9 @@ class Step:
             lora.copy_adapter(self.model, "reference", "policy")
         self.model.model.checkpointing = args.random
         self.users = community(args) if args.k else None
-        self.trained = [p for m in (self.model, self.users) if m for p in m.parameters() if p.requires_grad]
         self.rows = [[self.pair() for _ in range(1 + args.k)] for _ in range(args.batch)]       # own, neighbours
         self.who = torch.randint(args.users, (args.batch,), generator=self.g)
         self.similarity = torch.rand(args.batch, args.k, generator=self.g).to(args.device)
-        self.cache = {}
 
     def pair(self):
         a = self.args
@@ -102,6 +100,9 @@ class Step:
         for at in range(0, self.args.batch, self.args.micro):
             rows = self.rows[at:at + self.args.micro]
             yield [pair for row in rows for pair in row], self.who[at:at + len(rows)].repeat_interleave(1 + self.args.k).to(self.args.device), self.similarity[at:at + len(rows)]
+
+    def sequences(self, pairs):
+        return torch.tensor([prompt + answers[side] for side in (0, 1) for prompt, answers in pairs], device=self.args.device)   # (2N, T), first all chosen
 
     def soft(self, who):
         return self.users and self.users.soft(self.users.embeddings()[who])                     # (N, 8, D)
@@ -124,8 +125,8 @@ class Step:
     def make_peft(self):
         """The same base weights under transformers and peft, the same adapters."""
         import peft
-        base = transformers_twin(self.config, Plain(self.model), self.args)
-        self.peft = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear"))
+        base = transformers_twin(self.config, self.model, self.args)
+        self.peft = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")).train()      # checkpointing works in training only
         if self.args.random:
             self.peft.gradient_checkpointing_enable({"use_reentrant": False})
             self.peft.enable_input_require_grads()
@@ -144,8 +145,7 @@ class Step:
             self.peft.add_adapter("ref", self.peft.peft_config["default"])
             self.copy("ref", "reference")
         for pairs, who, similarity in self.parts():
-            ids = torch.tensor([p + answers[side] for side in (0, 1) for p, answers in pairs], device=self.args.device)          # (2N, T)
-            soft = self.soft(who)
+            ids, soft = self.sequences(pairs), self.soft(who)
             with torch.no_grad():
                 self.peft.set_adapter("ref")
                 reference = self.logprobs(ids, None).chunk(2)
@@ -170,41 +170,27 @@ class Step:
 
     def trl(self):
         for pairs, *_ in self.parts():
-            ids = torch.tensor([p + answers[side] for side in (0, 1) for p, answers in pairs], device=self.args.device)
+            ids = self.sequences(pairs)
             answer = (torch.arange(ids.shape[1], device=ids.device) >= self.args.prompt).long().expand_as(ids)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": answer}
             yield self.trainer.compute_loss(self.trainer.model, inputs) * len(pairs) / self.args.batch
 
     def make(self, side):
-        if side == "ours":
-            self.refer()
-        else:
-            self.make_trl() if side == "trl" else self.make_peft()
-        trained = self.trained if side == "ours" else [p for m in (self.peft, self.users) if m for p in m.parameters() if p.requires_grad]
-        return lambda: self.step(getattr(self, side), trained)
+        """A function that takes one step the way of this side -> (loss, gradient norm)."""
+        self.refer() if side == "ours" else self.make_trl() if side == "trl" else self.make_peft()
+        trained = [p for m in (self.model if side == "ours" else self.peft, self.users) if m for p in m.parameters() if p.requires_grad]
+        losses, optimizer = getattr(self, side), torch.optim.AdamW(trained, lr=0.0)
 
-    def step(self, losses, trained):
-        """-> (loss, gradient norm)."""
-        if not hasattr(self, "optimizers"):
-            self.optimizers = {}
-        optimizer = self.optimizers.setdefault(losses.__name__, torch.optim.AdamW(trained, lr=0.0))
-        optimizer.zero_grad()
-        total = 0.0
-        for loss in losses():
-            loss.backward()
-            total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-        optimizer.step()
-        return total, norm
-
-
-class Plain:
-    """Our model's state without its adapters."""
-    def __init__(self, model):
-        self.model = model
-
-    def state_dict(self):
-        return {name: t for name, t in self.model.state_dict().items() if ".lora_" not in name}
+        def step():
+            optimizer.zero_grad()
+            total = 0.0
+            for loss in losses():
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            optimizer.step()
+            return total, norm
+        return step
 
 
 def side(args, which):
@@ -215,13 +201,11 @@ def side(args, which):
 
 
 def compare(args, peer):
-    step = Step(args)
-    sides = {"ours": step.make("ours"), peer: step.make(peer)}
-    found = {name: f() for name, f in sides.items()}                                            # loss, gradient norm
-    t, n = in_turn(sides, args, warm=0), args.batch * (1 + args.k)
-    once, bytes_ = seconds(step.refer, args.device), {name: alone(args, name)["peak"] for name in sides}
-    del step
-    rows = [[label, ms(t[name]), f"{n / t[name]:.2f}", f"**{t[peer] / t[name]:.2f}**", gb(bytes_[name]), f"**{bytes_[name] / bytes_[peer]:.2f}**", "{:.5f}, {:.5f}".format(*found[name])]
+    most = {name: alone(args, name)["peak"] for name in ("ours", peer)}
+    step, found = Step(args), {}
+    sides = {name: lambda name=name, f=step.make(name): found.update({name: f()}) for name in most}                # loss, gradient norm
+    t, n, once = in_turn(sides, args, warm=0), args.batch * (1 + args.k), seconds(step.refer, args.device)
+    rows = [[label, ms(t[name]), f"{n / t[name]:.2f}", f"**{t[peer] / t[name]:.2f}**", gb(most[name]), f"**{most[name] / most[peer]:.2f}**", "{:.5f}, {:.5f}".format(*found[name])]
             for name, label in (("ours", "ours"), (peer, {"theirs": "transformers + peft", "trl": "trl DPOTrainer"}[peer]))]
     return (f"Qwen2.5-{'7B' if args.random else '0.5B'} with {args.layers} layers, {args.batch} users, k {args.k}, prompt {args.prompt}, answer {args.answer}; "
             f"our reference pass, once for each pair in a run: {ms(once)}\n\n" + table(["", "a step", "pairs/s", "times the peer's speed", "peak memory", "of the peer's", "loss, gradient norm"], rows))
