@@ -41,7 +41,7 @@ PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which
     "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union",
                   dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
 }
-SAMPLE, SCENE, PERSONAS = "mini/sample", 1, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
+SAMPLE, SCENE, PERSONAS = "mini/sample", 4, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
 FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]
 FLAGS = {       # group -> (flag, type or choices, default, help)
     "what": [
