@@ -1067,6 +1067,99 @@ def test_mini_qwen_follows_guidance():
     assert sum(a in text for a, (text, _) in zip(TYPE_OF, answers)) >= 0.8 * len(TYPE_OF)
 
 
+# -------------------- mini --------------------
+sys.path.insert(0, str(ROOT / "mini"))
+
+
+def test_mini_the_same_scene_gives_the_same_bytes_and_another_seed_another_pose():
+    """A picture is a function of scene and attributes alone."""
+    import render
+    scene = {"object": "mug", "color": "blue", "wall": "mint", "seed": 3}
+    first = render.render(scene, ("gold",))
+    render.geometry.cache_clear()
+    assert np.array_equal(first, render.render(scene, ("gold",))) and first.shape == (64, 64, 3) and first.dtype == np.uint8
+    assert not np.array_equal(first, render.render({**scene, "seed": 4}, ("gold",)))
+
+
+def test_mini_every_attribute_looks_different_from_every_other_and_from_none():
+    """On every object the 45 edits and the plain picture differ pairwise by more than 0.9 grey levels on average over the whole picture."""
+    import concepts, render
+    for i, name in enumerate(concepts.OBJECTS):
+        g = render.Geometry({"object": name, "seed": i})
+        seen = np.stack([g.shade("grey", "cream", a).astype(np.float32) for a in [(), *((a,) for a in concepts.TYPE_OF)]]).reshape(46, -1)
+        apart = np.abs(seen[:, None] - seen[None]).mean(2) + 99 * np.eye(46)
+        assert apart.min() > .9, (name, apart.min(), divmod(int(apart.argmin()), 46))
+
+
+def test_mini_a_color_edit_leaves_the_room_alone():
+    """Outside the object the ground truth of a colour edit is the source, pixel for pixel."""
+    import render
+    g = render.Geometry({"object": "vase", "seed": 1})
+    a, b = g.shade("white", "lilac"), g.shade("white", "lilac", ("navy",))
+    inside = np.zeros(128 * 128, bool)
+    inside[g.pixels.numpy()] = True
+    inside = inside.reshape(64, 2, 64, 2).any((1, 3))
+    assert np.array_equal(a[~inside], b[~inside]) and (a[inside] != b[inside]).any(1).mean() > .9
+
+
+def test_mini_every_object_has_edges_whatever_its_color_and_wall():
+    """Canny finds at least 40 edge pixels on the object in every combination of object, colour and wall."""
+    import concepts, render
+    from controlnet import canny
+    for i, name in enumerate(concepts.OBJECTS):
+        g = render.Geometry({"object": name, "seed": 10 + i})
+        inside = np.zeros(128 * 128, bool)
+        inside[g.pixels.numpy()] = True
+        inside = inside.reshape(64, 2, 64, 2).any((1, 3))
+        for color in concepts.COLORS:
+            for wall in concepts.WALLS:
+                assert (canny(g.shade(color, wall))[inside] > 0).sum() >= 40, (name, color, wall)
+
+
+def test_mini_an_unknown_attribute_is_named():
+    """The error names the attribute that does not exist."""
+    import render
+    raises(ValueError, "plaid", render.render, {"object": "mug", "color": "blue", "wall": "mint", "seed": 3}, ("plaid",))
+
+
+def test_mini_every_training_prompt_fits_and_no_word_is_unknown():
+    """Each single-edit prompt ends before the 32nd token in both tokenizers and has no unknown token in T5's."""
+    import concepts
+    from flux import TextTokenizer
+    prompts = [f"{concepts.caption('maroon', o, 'cream')}. {concepts.instruction(o, a, i)}" for o in concepts.OBJECTS for a in concepts.TYPE_OF for i in range(4)]
+    clip, t5 = (TextTokenizer.load(ROOT / "mini/flux" / part)(prompts) for part in ("tokenizer", "tokenizer_2"))
+    assert (clip[:, -1] == clip.max()).all() and (t5[:, -1] == 0).all() and not (t5 == 2).any()
+    assert len(set(map(tuple, clip.tolist()))) == len(set(map(tuple, t5.tolist()))) == len(set(prompts))
+
+
+def test_mini_the_shipped_picture_models_load_in_diffusers_and_transformers():
+    """Peers read mini/flux, mini/controlnet and mini/vit as they read the public checkpoints: no missing and no unexpected weight."""
+    diffusers, transformers, flux = peer("diffusers"), peer("transformers"), ROOT / "mini/flux"
+    for kind, path in ((diffusers.AutoencoderKL, flux / "vae"), (diffusers.FluxTransformer2DModel, flux / "transformer"), (diffusers.FluxControlNetModel, ROOT / "mini/controlnet"),
+                       (transformers.CLIPTextModel, flux / "text_encoder"), (transformers.T5EncoderModel, flux / "text_encoder_2"), (transformers.Dinov2Model, ROOT / "mini/vit")):
+        _, found = kind.from_pretrained(path, output_loading_info=True)
+        assert not found["missing_keys"] - {"embeddings.mask_token", "encoder.embed_tokens.weight"} if isinstance(found["missing_keys"], set) else not found["missing_keys"], (kind, found)
+        assert not found["unexpected_keys"], (kind, found)
+
+
+def test_mini_the_shipped_autoencoder_gives_a_picture_back():
+    """A held-out render survives the autoencoder with at least 26 dB."""
+    import render
+    from flux import VAE
+    vae = VAE.load(ROOT / "mini/flux/vae")
+    images = [render.render({"object": o, "color": "white", "wall": "lilac", "seed": 2_000_000 + i}, a) for i, (o, a) in enumerate([("mug", ("hot pink",)), ("bag", ("forest",)), ("apple", ())])]
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        error = (vae.decode(vae.encode(x)).clamp(-1, 1) - x).square().mean()
+    assert -10 * np.log10(error.item() / 4) > 26, error
+
+
+def test_mini_all_of_it_is_under_25_mb():
+    """What is tracked in mini/ (data is not) weighs less than 25 MB."""
+    files = subprocess.run(["git", "ls-files", "mini"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert sum((ROOT / f).stat().st_size for f in files if (ROOT / f).is_file()) < 25e6
+
+
 # -------------------- train --------------------
 SAMPLE = {name: f"mini/sample/{name}.jsonl" for name in ("users", "pairs", "edits")}
 
