@@ -1134,6 +1134,8 @@ def main(argv=None):
             raise ValueError("eval is one process; train the runs it compares under torchrun, then run it alone: it takes those that stand")
         return evaluate(args)
     fit(STAGES[args.stage](args), args)
+    if world() > 1:
+        dist.barrier()                                                               # leave together: gloo aborts where one process is gone while another still closes
 
 
 if __name__ == "__main__":
