@@ -183,6 +183,9 @@ def stream(net, device):
 
 
 # ---- from prompts and pictures to pictures -----------------------------------------------------------------------------------
+FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]    # of a hub repository; not the single-file copy beside them
+
+
 def to_tensor(picture, device):
     """uint8 (H,W,3) -> (1, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).to(device).permute(2, 0, 1)[None] / 127.5 - 1

@@ -31,7 +31,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import cdpo
 import lora
-from controlnet import MODES, control_picture, render
+from controlnet import FLUX_PARTS, MODES, control_picture, render
 from graph import User, read_jsonl, read_users
 from qwen import Qwen, Tokenizer, read_json, resolve
 
@@ -42,7 +42,6 @@ PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which
                   dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
 }
 SAMPLE, SCENE, PERSONAS = "mini/sample", 4, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
-FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]
 FLAGS = {       # group -> (flag, type or choices, default, help)
     "what": [
         ("image", str, None, "photograph to edit, any format Pillow reads; without it and --caption a shipped sample, with --caption alone a new picture"),

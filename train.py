@@ -54,6 +54,8 @@ from patch_dpo import ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_
 from qwen import Qwen, Tokenizer, embed_texts, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 # A preset is a dict of flag values for each stage, nothing more. "paper" is Table 12 where it speaks; its silence is filled as marked.
 PRESETS = {
     "mini": {
@@ -432,7 +434,7 @@ def fit(stage, args):
 # ------------------------------------------------------------------------------------------------ stages
 def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
-    model, tokenizer = Qwen.load(args.qwen, args.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]), Tokenizer.load(args.qwen)
+    model, tokenizer = Qwen.load(args.qwen, args.device, DTYPES[args.dtype]), Tokenizer.load(args.qwen)
     if adapter:
         if not Path(adapter, "adapter_config.json").is_file():
             raise ValueError(f"{adapter} holds no adapter: `python train.py sft` writes one to runs/sft")
@@ -659,7 +661,7 @@ class Pictures(Stage):
         files = sorted({e[key] for e in self.items for key in ("scene", "truth")})
         self.scene, self.truth = (torch.tensor([files.index(e[key]) for e in self.items]) for key in ("scene", "truth"))     # (N,) into pictures
         self.pictures = torch.stack([load_picture(file, args.size) for file in files])   # (P, 3, H, W)
-        path, dtype = resolve(args.flux, ["*.json", "*.safetensors", "*.txt", "*.model"]), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        path, dtype = resolve(args.flux, controlnet.FLUX_PARTS), DTYPES[args.dtype]
         self.txt, self.pooled = encode_prompt(path, [e["prompt"] for e in self.items], args.device, dtype)
         self.flux = Flux.load(path / "transformer", args.device, dtype).requires_grad_(False)
         self.flux.checkpointing, self.vae = args.checkpointing, VAE.load(path / "vae", args.device).requires_grad_(False)
@@ -1021,22 +1023,26 @@ def psnr(a, b, where=...):
     return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9)) if error.size else math.nan
 
 
+def nearest(picture, truths):
+    """Which of {attribute: true picture} the picture is nearest to, in mean squared error."""
+    return min(truths, key=lambda a: np.square(picture.astype(np.float64) - truths[a]).mean())
+
+
 def picture_measures(picture, scene, asked):
     """What a picture of `asked` is worth: `asked visible` if its own true picture is the nearest of all attributes of that edit type; overlap of its edges
     with the source's; PSNR against the true picture, everywhere and where the true picture is the source (8 of 255 apart at most)."""
     _, source, truth = scene
     kind, _, true = truth[asked]
-    distance = {a: np.square(picture.astype(np.float64) - t).mean() for a, (k, _, t) in truth.items() if k == kind}
     kept = np.abs(true.astype(int) - source).max(-1) <= 8
-    return {"asked visible": min(distance, key=distance.get) == asked, "edges": edge_overlap(picture, source), "PSNR": psnr(picture, true), "PSNR, unedited": psnr(picture, true, kept)}
+    return {"asked visible": nearest(picture, {a: t for a, (k, _, t) in truth.items() if k == kind}) == asked, "edges": edge_overlap(picture, source), "PSNR": psnr(picture, true), "PSNR, unedited": psnr(picture, true, kept)}
 
 
 def draw(args, scenes, instructions, strength):
     """Pictures of (scene, instruction) pairs, with the seed of their place in the list."""
     sources = [s[1] for s in scenes]
-    return controlnet.render(resolve(args.flux), resolve(args.controlnet), [f"{s[0]}. {text}" for s, text in zip(scenes, instructions)], list(range(len(scenes))),
+    return controlnet.render(resolve(args.flux, controlnet.FLUX_PARTS), resolve(args.controlnet), [f"{s[0]}. {text}" for s, text in zip(scenes, instructions)], list(range(len(scenes))),
                              sources[0].shape[:2], sources, [controlnet.control_picture(s) for s in sources], scale=args.control_scale, steps=args.picture_steps,
-                             guidance=args.guidance, strength=strength, device=args.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], batch=32)
+                             guidance=args.guidance, strength=strength, device=args.device, dtype=DTYPES[args.dtype], batch=32)
 
 
 def mean_row(name, rows):
@@ -1064,9 +1070,9 @@ def picture_tables(args, users, judge, say):
         said = [(i, t, found[0]) for i, t, found in said if len(found) == 1 and found[0] in mine[i][2]]
         found = []
         for (i, _, a), picture in zip(said, draw(args, [mine[i] for i, *_ in said], [t for _, t, _ in said], args.strength)):
-            nearest = min(mine[i][2], key=lambda x: np.square(picture.astype(np.float64) - mine[i][2][x][2]).mean())
+            shown = nearest(picture, {x: t for x, (*_, t) in mine[i][2].items()})
             taste = {*users[i].likes, *users[i].hidden}
-            found.append({**picture_measures(picture, mine[i], a), "shows a like": nearest in taste, "shows a dislike": nearest in users[i].dislikes})
+            found.append({**picture_measures(picture, mine[i], a), "shows a like": shown in taste, "shows a dislike": shown in users[i].dislikes})
         rows.append(mean_row(method, found))
     return text + table(f"The methods' own instructions, strength {args.strength:g}; the picture shows the attribute whose true picture is nearest of all",
                         ["method", "pictures", *names, "shows a like", "shows a dislike"], rows)
