@@ -84,7 +84,7 @@ PRESETS = {
 FLAGS = {   # group -> (flag, stages, type or choices, default, help)
     "files": [
         ("scenes", "patch dro eval", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; in training the last --held-out scenes only evaluate"),
-        ("image-prompt", "patch", str, "runs/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start trains one from nothing"),
+        ("image-prompt", "patch", str, "mini/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start trains one from nothing"),
         ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
         ("out", "sft graph cdpo patch dro eval", str, "", "folder to write; runs/STAGE when not given"),
         ("users", "graph cdpo eval", str, "mini/data/users.jsonl", "training users"),
@@ -447,6 +447,15 @@ def load_policy(args, adapter=None):
     return model, tokenizer
 
 
+def read_asked(path, **fields):
+    """Rows of a JSON-lines file in which every row has `fields` and may have "guidance", what the user adds in words (ours); "" where it has none."""
+    rows = graph.read_jsonl(path, **fields)
+    for row in rows:
+        if not isinstance(row.setdefault("guidance", ""), str):
+            raise ValueError(f"{path}:{row['line']}: \"guidance\" must be a string, got {json.dumps(row['guidance'])[:60]}")
+    return rows
+
+
 def trainable(prefix, module):
     return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad} if module else {}
 
@@ -455,7 +464,7 @@ class SFT(Stage):
     """Next-token loss on the instruction alone; each example counts the same, however long (ours)."""
 
     def __init__(self, args):
-        self.args, self.edits, self.inputs = args, graph.read_jsonl(args.edits, input=str, edit=str), (args.edits, args.qwen)
+        self.args, self.edits, self.inputs = args, read_asked(args.edits, input=str, edit=str), (args.edits, args.qwen)
         if not self.edits:
             raise ValueError(f"{args.edits} holds no edit")
         self.model, self.tokenizer = load_policy(args)
@@ -467,7 +476,7 @@ class SFT(Stage):
         return order(len(self.edits), self.args.batch, self.args.seed, step)
 
     def loss(self, rows):
-        texts = [cdpo.encode(self.tokenizer, cdpo.prompt(self.edits[i]["input"]), self.edits[i]["edit"]) for i in rows]
+        texts = [cdpo.encode(self.tokenizer, cdpo.prompt(e["input"], e["guidance"]), e["edit"]) for e in (self.edits[i] for i in rows)]
         length = torch.tensor([len(answer) for _, (answer,) in texts], device=self.args.device)
         return -(cdpo.answer_logprobs(self.model, texts, chunk=self.args.chunk)[:, 0] / length).sum(), {}
 
@@ -520,7 +529,7 @@ class CDPO(Stage):
 
     def __init__(self, args):
         self.args, users = args, graph.read_users(args.users)
-        self.pairs = graph.read_jsonl(args.pairs, user=str, caption=str, chosen=str, rejected=str)
+        self.pairs = read_asked(args.pairs, user=str, caption=str, chosen=str, rejected=str)
         index = {u.name: i for i, u in enumerate(users)}
         for pair in self.pairs:
             if pair["user"] not in index:
@@ -534,7 +543,7 @@ class CDPO(Stage):
         self.model.eval()                                                            # no dropout in DPO, as in TRL
         self.tokens = self.user_tokens(users)
         self.similar(users)
-        self.encode = functools.lru_cache(None)(lambda caption, *texts: cdpo.encode(self.tokenizer, cdpo.prompt(caption), *texts))
+        self.encode = functools.lru_cache(None)(lambda caption, *texts, guidance="": cdpo.encode(self.tokenizer, cdpo.prompt(caption, guidance), *texts))
         self.reference = self.reference_logprobs()                                   # (P, 2) chosen, rejected
         self.trained = {**trainable("", self.model), **trainable("collaborative.", self.tokens)}
         slow = ("collaborative.sage.", "collaborative.vectors") if args.user == "graph" else ("nothing",)
@@ -570,18 +579,18 @@ class CDPO(Stage):
 
     @torch.no_grad()
     def reference_logprobs(self):
-        """(P,2) on the CPU: computed once, each different (caption, answer) once, shared out over the processes; kept for other runs beside this one."""
+        """(P,2) on the CPU: computed once, each different (prompt, answer) once, shared out over the processes; kept for other runs beside this one."""
         args = self.args
         file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.sft}/adapter_model.safetensors')}-{args.dtype}.safetensors"
         if file.exists():
             return load_file(file)["logps"]
-        texts = sorted({(p["caption"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
-        by_caption = [list(same) for _, same in itertools.groupby(texts, lambda t: t[0])]
-        groups = [same[at:at + 8] for same in by_caption for at in range(0, len(same), 8)]   # answers that share one pass over their prompt
+        texts = sorted({(p["caption"], p["guidance"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
+        by_prompt = [list(same) for _, same in itertools.groupby(texts, lambda t: t[:2])]
+        groups = [same[at:at + 8] for same in by_prompt for at in range(0, len(same), 8)]   # answers that share one pass over their prompt
         found = torch.zeros(len(groups), 8)
         lora.use(self.model, "reference")
         for at in tqdm(range(rank() * args.micro, len(groups), world() * args.micro), desc="reference", disable=rank() > 0):
-            rows = [self.encode(group[0][0], *(text for _, text in group)) for group in groups[at:at + args.micro]]
+            rows = [self.encode(group[0][0], *(text for *_, text in group), guidance=group[0][1]) for group in groups[at:at + args.micro]]
             logps = cdpo.answer_logprobs(self.model, rows, chunk=args.chunk)
             found[at:at + args.micro, :logps.shape[1]] = logps.cpu()
         lora.use(self.model, "policy")
@@ -589,7 +598,7 @@ class CDPO(Stage):
             found = found.to(args.device)
             dist.all_reduce(found)
         place = {t: x for group, row in zip(groups, found.tolist()) for t, x in zip(group, row)}
-        logps = torch.tensor([[place[p["caption"], p[side]] for side in ("chosen", "rejected")] for p in self.pairs])
+        logps = torch.tensor([[place[p["caption"], p["guidance"], p[side]] for side in ("chosen", "rejected")] for p in self.pairs])
         if rank() == 0:
             file.parent.mkdir(parents=True, exist_ok=True)
             publish(file.parent, lambda folder: save_file({"logps": logps}, folder / file.name), "reference log-probabilities")
@@ -614,7 +623,7 @@ class CDPO(Stage):
         flat = [(self.owner[own], own) for own, _ in rows]                           # (whose soft tokens, which pair)
         flat += [(self.owner[own] if args.neighbour_user == "target" else v, pair) for own, near in rows for v, pair, _ in near]
         who, which = torch.tensor(flat).T                                            # (N,), (N,)
-        texts = [self.encode(p["caption"], p["chosen"], p["rejected"]) for p in (self.pairs[i] for i in which.tolist())]
+        texts = [self.encode(p["caption"], p["chosen"], p["rejected"], guidance=p["guidance"]) for p in (self.pairs[i] for i in which.tolist())]
         soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)])             # (N, S, D)
         chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft, args.chunk).T                              # (N,), (N,)
         ref_chosen, ref_rejected = self.reference[which].to(chosen).T
@@ -778,7 +787,7 @@ class Patch(Pictures):
 
     def __init__(self, args):
         if args.loss != "start" and not Path(args.image_prompt).is_file():
-            raise ValueError(f"{args.image_prompt} is not there; `python train.py patch --loss start --out {Path(args.image_prompt).parent}` trains one")
+            raise ValueError(f"{args.image_prompt}: no such file; `python train.py patch --loss start --out {Path(args.image_prompt).parent}` trains one")
         super().__init__(args, ("background", "lighting", "object"))                 # edits that leave the object what it was
         if args.loss == "start":                                                     # a new image prompt: every picture is its own reference
             self.scene[:self.count] = self.truth[:self.count]
