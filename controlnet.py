@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, unpack
+from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, to_picture, to_tensor as from_picture, unpack
 from qwen import read_json, read_tensors
 
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
@@ -186,14 +186,8 @@ def stream(net, device):
 FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]    # of a hub repository; not the single-file copy beside them
 
 
-def to_tensor(picture, device):
-    """uint8 (H,W,3) -> (1, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).to(device).permute(2, 0, 1)[None] / 127.5 - 1
-
-
-def to_picture(image):
-    """(1, 3, H, W), nominally in [-1, 1] -> uint8 (H,W,3)."""
-    return ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+def to_tensor(picture, device):                                        # until test_all.py takes flux.to_tensor
+    return from_picture(picture)[None].to(device)
 
 
 def load_pair(flux, controlnet, device, dtype, offload):
@@ -238,7 +232,7 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
         del model, net, steering
     with stage("autoencoder, out"):
         vae.to(device)
-        return [to_picture(vae.decode(latent[None])) for latent in unpack(torch.cat(out), h, w)]
+        return [to_picture(vae.decode(latent[None])[0]) for latent in unpack(torch.cat(out), h, w)]
 
 
 if __name__ == "__main__":

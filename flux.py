@@ -12,6 +12,7 @@ Sizes come from each folder's config.json (dev, schnell, the miniature); paramet
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -314,6 +315,16 @@ class VAE(Pretrained):
     def decode(self, latent):
         """latent (B, 16, h, w) -> image (B, 3, 8h, 8w), nominally in [-1, 1]; not clamped."""
         return self.decoder(latent / self.scale + self.shift)
+
+
+def to_tensor(picture):
+    """A picture, uint8 (H,W,3) or PIL RGB -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_picture(image):
+    """(3, H, W), nominally in [-1, 1] -> uint8 (H,W,3)."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def pack(latent):
