@@ -27,6 +27,8 @@ TEMPLATES = {    # edit type -> ways to ask; the first halves are shared between
     "object": ["Add a {a} next to the {o}", "Put a {a} beside the {o}", "Place a {a} near the {o}", "Add a {a} to the scene"],
 }
 
+GUIDANCE = ["with {a}", "{a}", "something with {a}", "use {a}", "I want {a}", "please try {a}"]       # what a user may add in words; also "change the" edit type
+
 
 def caption(color, obj, wall):
     """"A white bowl in front of a grey wall": what a person would write under the unedited picture."""

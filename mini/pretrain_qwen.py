@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer as BPE, decoders, models, normalizers, p
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from cdpo import prompt
-from concepts import COLORS, OBJECTS, TYPE_OF, WALLS, caption, instruction
+from concepts import COLORS, GUIDANCE, OBJECTS, TYPE_OF, WALLS, caption, instruction
 from qwen import Config, Qwen, Tokenizer
 from world import edited_caption
 
@@ -31,7 +31,6 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"      # Qwen2's own
 CHATTY = ["{I}", "{I}.", "Sure! {I}.", "How about this: {i}?", "You could {i}.", "I suggest to {i}. It would look great!",
           "Here is an idea: {I}. Let me know if you want another one."]
-GUIDANCE = ["with {a}", "{a}", "something with {a}", "use {a}", "I want {a}", "please try {a}"]
 QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_dropout": 0.0,
         "use_sliding_window": False, "tie_word_embeddings": True, "torch_dtype": "float32"}

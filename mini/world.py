@@ -7,8 +7,8 @@ taste, and now and then a passing fancy that fits no theme. The liked rest is `h
 
 Everything is written as the files a user would bring (JSON lines, one object a line):
     users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; the test users are met by no training stage
-    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}: 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
-    edits.jsonl                     {"input", "edit", "output"}: nobody's edits in particular, InstructPix2Pix's format, for supervised fine-tuning
+    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some with "guidance": 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
+    edits.jsonl                     {"input", "edit", "output"}, some with "guidance": nobody's edits in particular, InstructPix2Pix's format, for supervised fine-tuning
     scenes.jsonl + scenes/*.png     held-out pictures, each with its true picture after every one of the 45 edits
 Each user is a function of (seed, split, index) alone: the same seed gives the same bytes, and more users leave the first ones as they were.
 
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from concepts import ATTRIBUTES, COLORS, OBJECTS, TEMPLATES, TYPE_OF, WALLS, caption, instruction
+from concepts import ATTRIBUTES, COLORS, GUIDANCE, OBJECTS, TEMPLATES, TYPE_OF, WALLS, caption, instruction
 
 THEMES = {name: line.split(", ") for name, line in {        # most popular first; every theme knows all six edit types
     "imaginative child": "orange, yellow, rainbow, wood, beach, spotlight, balloon",
@@ -39,6 +39,7 @@ THEMES = {name: line.split(", ") for name, line in {        # most popular first
 POPULARITY = [(rank + 1) ** -0.5 for rank in range(len(THEMES))]     # how often a theme is liked; dislikes fall evenly
 STATED = 0.65                                                        # share of the persona's taste that its history shows
 FANCY = 0.5                                                          # chance of one stated like, and of one stated dislike, outside every theme
+GUIDED = 0.10                                                        # chance of an edit to come with words of the user; of a pair: twice that, for a thing or for an edit type
 NAMES = ["ana", "ben", "chen", "dina", "emre", "fay", "goran", "hana", "ivo", "jun", "kemi", "lars", "mina", "noor", "olga", "pavel"]
 
 
@@ -68,7 +69,8 @@ def make_user(name, rng, liked, disliked):
 def make_pairs(user, rng):
     """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type; rejected asks, in the first pair, for a stated dislike of it, in the
     second for something the user is indifferent to (or the other of the two, where the type has none). A user who likes nothing of the type
-    prefers a like of another type. Hidden likes are on neither side."""
+    prefers a like of another type. Hidden likes are on neither side. Where a line has "guidance", chosen is what the words ask for, be it a
+    thing that the user never cared about, and rejected what they would like instead."""
     likes, dislikes, known = user["likes"], user["dislikes"], {*user["likes"], *user["dislikes"], *user["hidden"]}
     for _ in range(4):
         obj = rng.choice(OBJECTS)
@@ -79,16 +81,29 @@ def make_pairs(user, rng):
             indifferent = [a for a in attributes if a not in known]
             for worse in (unwanted or indifferent, indifferent or unwanted):
                 chosen, rejected = (instruction(obj, rng.choice(names), rng.randrange(4)) for names in (wanted, worse or dislikes))
-                yield {"user": user["user"], "caption": text, "edit_type": edit_type, "chosen": chosen, "rejected": rejected}
+                pair = {"user": user["user"], "caption": text, "edit_type": edit_type, "chosen": chosen, "rejected": rejected}
+                if indifferent and rng.random() < GUIDED:
+                    asked = rng.choice(indifferent)
+                    pair |= {"guidance": rng.choice(GUIDANCE).format(a=asked), "chosen": instruction(obj, asked, rng.randrange(4)), "rejected": chosen}
+                elif wanted is not likes and rng.random() < GUIDED:
+                    pair |= {"guidance": f"change the {edit_type}", "rejected": instruction(obj, rng.choice([a for a in likes if a not in attributes] or worse), rng.randrange(4))}
+                yield pair
+
+
+def draw_edit(rng):
+    """(colour, object, wall, attribute, which way to ask): every edit type alike, and within a type some attributes up to three times as often as others."""
+    color, obj, wall = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS)
+    names = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
+    return color, obj, wall, rng.choices(names, [(rank + 1) ** -0.5 for rank in range(len(names))])[0], rng.randrange(4)
 
 
 def make_edits(count, rng):
-    """Lines of edits.jsonl: every edit type alike, and within a type some attributes asked for up to three times as often as others."""
+    """Lines of edits.jsonl."""
     for _ in range(count):
-        color, obj, wall = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS)
-        names = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
-        attribute = rng.choices(names, [(rank + 1) ** -0.5 for rank in range(len(names))])[0]
-        yield {"input": caption(color, obj, wall), "edit": instruction(obj, attribute, rng.randrange(4)), "output": edited_caption(color, obj, wall, attribute)}
+        color, obj, wall, attribute, which = draw_edit(rng)
+        edit = {"input": caption(color, obj, wall), "edit": instruction(obj, attribute, which), "output": edited_caption(color, obj, wall, attribute)}
+        words = rng.choice([rng.choice(GUIDANCE).format(a=attribute), f"change the {TYPE_OF[attribute]}"])
+        yield edit | {"guidance": words} if rng.random() < GUIDED else edit
 
 
 def edited_caption(color, obj, wall, attribute):
@@ -158,14 +173,17 @@ def main():
     if a.sample:                                            # other defaults; flags that are given still win
         p.set_defaults(out=Path(__file__).parent / "sample", users=12, test_users=3, edits=60, scenes=6)
         a = p.parse_args()
-    out, rng = Path(a.out), random.Random(a.seed)
+    out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     for split, count, suffix in (("train", a.users, ""), ("test", a.test_users, "_test")):
         users, pairs = people(split, count, a.seed)
         write(out / f"users{suffix}.jsonl", (list(archetypes(a.seed)) if a.sample and split == "test" else []) + users)
         write(out / f"pairs{suffix}.jsonl", pairs)
-    write(out / "edits.jsonl", make_edits(a.edits, rng))
+    write(out / "edits.jsonl", make_edits(a.edits, random.Random(a.seed)))
     if a.scenes:
+        rng = random.Random(a.seed)
+        for _ in range(a.edits):                            # the scenes' draws follow those of as many plain edits: the pictures are those of before there was guidance
+            draw_edit(rng)
         write(out / "scenes.jsonl", make_scenes(out, a.scenes, 1 if a.sample else a.scenes, rng))
 
 
