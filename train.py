@@ -49,8 +49,8 @@ import cdpo
 import controlnet
 import graph
 import lora
-from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, unpack
-from patch_dpo import ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, record, s_patch, self_supervised_loss, to_tensor, warp
+from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
+from patch_dpo import ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, record, s_patch, self_supervised_loss, warp
 from qwen import Qwen, Tokenizer, embed_texts, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -60,9 +60,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRESETS = {
     "mini": {
         "graph": dict(embedder="mini/qwen", hidden=64, out_dim=64, steps=300, lr=5e-3, weight_decay=1e-2, drop=0.9, feature_norm=4.0),
-        "sft": dict(qwen="mini/qwen", steps=150, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
-        "cdpo": dict(qwen="mini/qwen", steps=600, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=0.5, k=3, similarity="likes", neighbours="sampled", tokens=4,
-                     soft_hidden=128, beta=0.2, nll=2.0, drop=0.9),
+        "sft": dict(qwen="mini/qwen", steps=400, batch=32, micro=16, lr=5e-3, warmup=10, dropout=0.05),
+        "cdpo": dict(qwen="mini/qwen", steps=1200, batch=32, micro=16, lr=1e-2, gnn_lr=1e-3, warmup=20, lam=0.5, k=3, similarity="likes", neighbours="sampled", tokens=4,
+                     soft_hidden=128, beta=0.2, nll=8.0, drop=0.9),
         "patch": dict(size=64, steps=150, batch=16, micro=16, lr=1e-3, warmup=10, beta=100.0),
         "dro": dict(size=64, steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
         "eval": dict(guidance=3.5, control_scale=1.0, picture_steps=20, strength=0.8),
@@ -653,7 +653,7 @@ def load_picture(file, size):
 
 
 def save_picture(image, file):
-    Image.fromarray(((image + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()).save(file)
+    Image.fromarray(to_picture(image)).save(file)
 
 
 class Pictures(Stage):
