@@ -202,12 +202,13 @@ def load_pair(flux, controlnet, device, dtype, offload):
 
 @torch.no_grad()
 def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None, mode="canny", scale=0.4, start=0.0, end=1.0, steps=28, guidance=3.5, strength=1.0,
-           cfg=1.0, negative="", device="cpu", dtype=torch.float32, offload=False, batch=1, stage=contextlib.nullcontext, progress=iter):
+           cfg=1.0, negative="", device="cpu", dtype=torch.float32, offload=False, batch=1, look=None, stage=contextlib.nullcontext, progress=iter):
     """N prompts -> N uint8 pictures (H,W,3), shape = (H, W). flux, controlnet: folders; sources and controls: N pictures uint8 (H,W,3) each, or None.
 
     Each part is loaded, used for all N and freed before the next. sources are needed where strength < 1. The net is not loaded without controls, at scale 0
     and where no step lies between start and end. seeds: one a picture; its noise depends on nothing else, and with batch 1 neither does the picture.
-    mode .. cfg: as in `steer` and `denoise`; stage(name): a context around each part, to measure it; progress: around the steps of each batch."""
+    mode .. cfg: as in `steer` and `denoise`; look(model, ids): called once before the first step, hangs an image prompt
+    (patch_dpo.ImagePrompt.look) into the model; stage(name): a context around each part, to measure it; progress: around the steps of each batch."""
     ran = steps - int(steps - steps * strength)
     controlled = controls is not None and scale != 0 and any(runs(i, ran, start, end) for i in range(ran))
     with stage("text encoders"):
@@ -222,6 +223,8 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
     with stage("Flux + ControlNet" if controlled else "Flux"):
         model, net = load_pair(flux, controlnet if controlled else None, device, dtype, offload)
         ids, levels, out = image_ids(h, w, device), sigmas(steps, h * w // 4, read_json(Path(flux) / "scheduler" / "scheduler_config.json")), []
+        if look:
+            look(model, ids)
         for i in range(0, len(prompts), batch):
             rows = slice(i, min(i + batch, len(prompts)))
             noise = torch.cat([pack(torch.randn(1, model.x_embedder.in_features // 4, h, w, generator=torch.Generator().manual_seed(s))) for s in seeds[rows]]).to(device)
