@@ -7,6 +7,7 @@ kinds of control pictures; a learned token for the kind stands before its text. 
 Shakker checkpoints for the net, the C-DPO paper for the use (canny, scale 0.4). Shapes as in flux.py. Try it: python controlnet.py
 """
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +23,8 @@ MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # Instant
 
 # ---- control pictures --------------------------------------------------------------------------------------------------------
 def canny(image, low=100, high=200):
-    """Canny's edges of a picture: (H,W) or (H,W,3) uint8 -> (H,W) uint8 of 0 and 255.
-
-    Bit for bit what OpenCV's `Canny(image, low, high)` gives (3x3 Sobel, |dx| + |dy|), the edge map that public ControlNets
-    were trained on. Source: OpenCV's fixed-point arithmetic. ValueError: another dtype or shape.
-    """
+    """Canny's edges of a picture: (H,W) or (H,W,3) uint8 -> (H,W) uint8 of 0 and 255. ValueError: another dtype or shape.
+    Bit for bit what OpenCV's `Canny(image, low, high)` gives (3x3 Sobel, |dx| + |dy|, fixed point), the edge map that public ControlNets were trained on."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3:
         raise ValueError(f"canny wants uint8 (H,W) or (H,W,3), not {image.dtype} {image.shape}")
@@ -118,30 +116,21 @@ class ControlNet(Flux):
         the rest as in Flux -> (double_residuals, single_residuals), lists of (B, L, D)."""
         return self.residuals(img, control, txt, self.modulation(timestep, guidance, pooled), self.rope(txt_ids, img_ids), mode, scale)
 
-    def modulation(self, timestep, guidance, pooled):
-        temb = self.time_text_embed(timestep, guidance, pooled)                         # (B, D)
-        return torch.cat([block.modulation(temb) for block in self.blocks()], dim=1)    # (B, M, D)
-
     def rope(self, txt_ids, img_ids):
         return super().rope(txt_ids if self.controlnet_mode_embedder is None else torch.cat([txt_ids[:1], txt_ids]), img_ids)
 
     def residuals(self, img, control, txt, modulation, rope, mode=0, scale=1.0):
         img, txt = self.x_embedder(img) + self.controlnet_x_embedder(control), self.context_embedder(txt)      # (B, L, D), (B, T, D)
         if self.controlnet_mode_embedder is not None:
-            txt = torch.cat([self.mode_token(mode, len(img)), txt], dim=1)              # (B, 1+T, D)
-        taps = []
-        for block, mod in zip(self.blocks(), modulation.split([block.modulations for block in self.blocks()], dim=1)):
+            mode, table = torch.as_tensor(mode), self.controlnet_mode_embedder
+            if not ((0 <= mode) & (mode < table.num_embeddings)).all():
+                raise ValueError(f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
+            txt = torch.cat([table(mode.to(img.device).expand(len(img)))[:, None], txt], dim=1)               # (B, 1+T, D)
+        taps, outs, sizes = [], (*self.controlnet_blocks, *self.controlnet_single_blocks), [block.modulations for block in self.blocks()]
+        for block, mod, out in zip(self.blocks(), modulation.split(sizes, dim=1), outs):
             img, txt = block(img, txt, mod, rope)
-            taps.append(img)
-        taps = [scale * out(x) for out, x in zip((*self.controlnet_blocks, *self.controlnet_single_blocks), taps)]
+            taps.append(scale * out(img))
         return taps[:len(self.transformer_blocks)], taps[len(self.transformer_blocks):]
-
-    def mode_token(self, mode, batch):
-        table = self.controlnet_mode_embedder
-        mode = torch.as_tensor(mode, device=table.weight.device)
-        if not ((0 <= mode) & (mode < table.num_embeddings)).all():
-            raise ValueError(f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
-        return table(mode.expand(batch))[:, None]                                       # (B, 1, D)
 
 
 def runs(step, steps, start, end):
@@ -150,9 +139,7 @@ def runs(step, steps, start, end):
 
 
 def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scale=0.4, start=0.0, end=1.0):
-    """The `control` argument of flux.denoise: the net's residuals in the steps in which it `runs`, none in the others.
-
-    The modulation is computed here, once for all `levels`."""
+    """The `control` argument of flux.denoise: the net's residuals in the steps in which it `runs`, none in the others. Modulation and RoPE are computed here, for all `levels`."""
     rope, modulations = net.rope(txt.new_zeros(txt.shape[1], 3), img_ids), net.modulations(levels[:-1].to(txt.device), guidance, pooled)
 
     def residuals(step, steps, x, t):
@@ -162,23 +149,20 @@ def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scal
     return residuals
 
 
+def place(parameters, homes, device, *_):
+    """A hook: puts each parameter's tensor on the device; on the CPU that is its home tensor itself."""
+    for p, home in zip(parameters, homes):
+        p.data = home.to(device)
+
+
 def stream(net, device):
     """A transformer on `device` but for its blocks: they stay on the CPU, and each visits for its own forward, without its modulation layers."""
-    guests = [[p for name, p in block.named_parameters() if not name.startswith("norm")] for block in net.blocks()]
-    blocks = {p for block in net.blocks() for p in block.parameters()}
-    for p in set(net.parameters()) - blocks:
+    for p in set(net.parameters()) - {p for block in net.blocks() for p in block.parameters()}:
         p.data = p.data.to(device)
-    for block, visitors in zip(net.blocks(), guests):
+    for block in net.blocks():
+        visitors = [p for name, p in block.named_parameters() if not name.startswith("norm")]
         homes = [p.data for p in visitors]
-
-        def come(*_, visitors=visitors, homes=homes):
-            for p, home in zip(visitors, homes):
-                p.data = home.to(device)
-
-        def leave(*_, visitors=visitors, homes=homes):
-            for p, home in zip(visitors, homes):
-                p.data = home
-        block.register_forward_pre_hook(come), block.register_forward_hook(leave)
+        block.register_forward_pre_hook(partial(place, visitors, homes, device)), block.register_forward_hook(partial(place, visitors, homes, "cpu"))
     return net
 
 

@@ -10,6 +10,8 @@ Shapes: B batch, T text tokens, L image tokens, D width, H heads, d head width; 
 Sizes come from each folder's config.json (dev, schnell, the miniature); parameter names are the public checkpoints'. Try it: python flux.py
 """
 import math
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +25,8 @@ from qwen import RMSNorm, Unfilled, load_checkpoint, read_json
 
 
 class Pretrained(nn.Module):
-    """A module built from a checkpoint's config dict; `kind` is what config.json must call it."""
-    kind = ""
-
-    @staticmethod
-    def rename(name):
-        return name
+    """A module built from a checkpoint's config dict. `kind`: what config.json must call it; `rename`: as in load_checkpoint."""
+    kind, rename = "", staticmethod(lambda name: name)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -53,33 +51,41 @@ def choose(name, value, allowed):
     return allowed[value]
 
 
-def split_heads(x, heads):
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                                 # (B, T, H*d) -> (B, H, T, d)
+def chain(**modules):
+    """Modules that run one after the other, under the names of the checkpoint."""
+    return nn.Sequential(OrderedDict(modules))
+
+
+def self_attention(x, heads, q, k, v, out, **how):
+    """Softmax attention of x (B, T, D) to itself through four linear layers; `how`: of scaled_dot_product_attention."""
+    q, k, v = (proj(x).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in (q, k, v))        # (B, H, T, d)
+    return out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))
+
+
+def split_heads(x, heads):              # until patch_dpo.py takes self_attention
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x):
-    return x.transpose(1, 2).flatten(2)                                                 # (B, H, T, d) -> (B, T, H*d)
+    return x.transpose(1, 2).flatten(2)
 
 
 # ---- the prompt: tokens, CLIP, T5 --------------------------------------------------------------------------------------------
 class TextTokenizer:
-    """Prompts -> ids of one fixed length, cut or padded: CLIP's from vocab.json + merges.txt, or any tokenizer.json."""
-    def __init__(self, backend, length, pad):
-        self.backend = backend
-        backend.enable_truncation(length)
-        backend.enable_padding(length=length, pad_id=backend.token_to_id(pad), pad_token=pad)
-
+    """Prompts -> ids (N, T) of one fixed length, cut or padded."""
     @classmethod
     def load(cls, path):
         """`path`: the folder `tokenizer` (CLIP) or `tokenizer_2` (T5). The length is model_max_length in its tokenizer_config.json (77 and 512)."""
-        path = Path(path)
-        config = read_json(path / "tokenizer_config.json")
-        pad = config["pad_token"]
-        backend = Tokenizer.from_file(str(path / "tokenizer.json")) if (path / "tokenizer.json").is_file() else clip_bpe(path)
-        return cls(backend, config["model_max_length"], pad["content"] if isinstance(pad, dict) else pad)
+        tokenizer, file, config = cls(), Path(path) / "tokenizer.json", read_json(Path(path) / "tokenizer_config.json")
+        pad, length = config["pad_token"], config["model_max_length"]
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        tokenizer.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(Path(path))
+        tokenizer.backend.enable_truncation(length)
+        tokenizer.backend.enable_padding(length=length, pad_id=tokenizer.backend.token_to_id(pad), pad_token=pad)
+        return tokenizer
 
     def __call__(self, prompts):
-        return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])  # (B, T)
+        return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])  # (N, T)
 
 
 def clip_bpe(path):
@@ -94,109 +100,75 @@ def clip_bpe(path):
     return bpe
 
 
-class CLIPLayer(nn.Module):
-    def __init__(self, width, heads, hidden, activation):
-        super().__init__()
-        self.heads, self.activation = heads, activation
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-
-    def forward(self, x):                                                               # (B, T, D)
-        attn, h = self.self_attn, self.layer_norm1(x)
-        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        x = x + attn.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
-        return x + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(x))))
-
-
 class CLIPText(Pretrained):
     """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text token."""
     kind = "clip_text_model"
+    rename = staticmethod(lambda name: name if name.startswith("text_model.") else "text_model." + name)    # transformers 5 saves the same tensors without the prefix
 
     def __init__(self, config):
         super().__init__()
-        width, self.end = config["hidden_size"], config["eos_token_id"]
-        activation = choose("hidden_act", config["hidden_act"], {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu})
-        layers = [CLIPLayer(width, config["num_attention_heads"], config["intermediate_size"], activation) for _ in range(config["num_hidden_layers"])]
-        self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(config["vocab_size"], width),
-                                         "position_embedding": nn.Embedding(config["max_position_embeddings"], width)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}),
-            "final_layer_norm": nn.LayerNorm(width)})
-
-    @staticmethod
-    def rename(name):                   # transformers 5 saves the same tensors without the prefix
-        return name if name.startswith("text_model.") else "text_model." + name
+        width, hidden, self.heads, self.end = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"], config["eos_token_id"]
+        self.activation = choose("hidden_act", config["hidden_act"], {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu})
+        layers = [nn.ModuleDict({"self_attn": nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")}), "layer_norm1": nn.LayerNorm(width),
+                                 "mlp": nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)}), "layer_norm2": nn.LayerNorm(width)})
+                  for _ in range(config["num_hidden_layers"])]
+        embeddings = {"token_embedding": nn.Embedding(config["vocab_size"], width), "position_embedding": nn.Embedding(config["max_position_embeddings"], width)}
+        self.text_model = nn.ModuleDict({"embeddings": nn.ModuleDict(embeddings), "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}), "final_layer_norm": nn.LayerNorm(width)})
 
     def forward(self, ids):
         model = self.text_model
         x = model.embeddings.token_embedding(ids) + model.embeddings.position_embedding.weight[:ids.shape[1]]  # (B, T, D)
         for layer in model.encoder.layers:
-            x = layer(x)
+            x = x + self_attention(layer.layer_norm1(x), self.heads, *layer.self_attn.values(), is_causal=True)
+            x = x + layer.mlp.fc2(self.activation(layer.mlp.fc1(layer.layer_norm2(x))))
         # The public config says eos_token_id 2, which is wrong: there, and only there, the end is the highest id. Padding repeats it: take the first.
         end = ids.argmax(1) if self.end == 2 else (ids == self.end).int().argmax(1)     # (B,)
         return model.final_layer_norm(x[torch.arange(len(ids)), end])                   # (B, D)
 
 
-class T5Layer(nn.Module):
-    def __init__(self, width, heads, head_dim, hidden, buckets, eps):
-        super().__init__()
-        self.heads = heads
-        linears = {name: nn.Linear(width, heads * head_dim, bias=False) for name in "qkv"} | {"o": nn.Linear(heads * head_dim, width, bias=False)}
-        bias = {"relative_attention_bias": nn.Embedding(buckets, heads)} if buckets else {}    # only the first layer has one
-        gated = {name: nn.Linear(width, hidden, bias=False) for name in ("wi_0", "wi_1")} | {"wo": nn.Linear(hidden, width, bias=False)}
-        self.layer = nn.ModuleList([nn.ModuleDict({"SelfAttention": nn.ModuleDict(linears | bias), "layer_norm": RMSNorm(width, eps)}),
-                                    nn.ModuleDict({"DenseReluDense": nn.ModuleDict(gated), "layer_norm": RMSNorm(width, eps)})])
-
-    def forward(self, x, bias):                                                         # (B, T, D), (1, H, T, T)
-        attn, mlp = self.layer[0].SelfAttention, self.layer[1].DenseReluDense
-        h = self.layer[0].layer_norm(x)
-        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.q, attn.k, attn.v))
-        x = x + attn.o(merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))  # T5 does not divide by sqrt(d)
-        h = self.layer[1].layer_norm(x)
-        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
-
-
-def t5_buckets(length, buckets, max_distance, device=None):
-    """Distance key - query -> bucket: exact when near, logarithmic when far, one half of the buckets for each direction -> (T, T)."""
-    at = torch.arange(length, device=device)
-    distance, half = at[None, :] - at[:, None], buckets // 2
-    exact, far = half // 2, distance.abs()
-    log = exact + (torch.log(far.clamp_min(1) / exact) / math.log(max_distance / exact) * (half - exact)).long()
-    return (distance > 0) * half + torch.where(far < exact, far, log.clamp_max(half - 1))
-
-
 class T5(Pretrained):
     """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was trained."""
     kind = "t5"
+    rename = staticmethod(lambda name: None if name == "encoder.embed_tokens.weight" else name)             # some files hold the embedding a second time, under this name
 
     def __init__(self, config):
         super().__init__()
         choose("feed_forward_proj", config["feed_forward_proj"], {"gated-gelu": None})
-        width, eps = config["d_model"], config["layer_norm_epsilon"]
+        width, hidden, eps, self.heads = config["d_model"], config["d_ff"], config["layer_norm_epsilon"], config["num_heads"]
         self.buckets, self.max_distance = config["relative_attention_num_buckets"], config.get("relative_attention_max_distance", 128)
-        sizes = width, config["num_heads"], config["d_kv"], config["d_ff"]
-        self.shared = nn.Embedding(config["vocab_size"], width)
-        self.encoder = nn.ModuleDict({"block": nn.ModuleList([T5Layer(*sizes, 0 if i else self.buckets, eps) for i in range(config["num_layers"])]),
-                                      "final_layer_norm": RMSNorm(width, eps)})
+        inner, linear = self.heads * config["d_kv"], partial(nn.Linear, bias=False)
 
-    @staticmethod
-    def rename(name):                   # some files hold the embedding a second time, under this name
-        return None if name == "encoder.embed_tokens.weight" else name
+        def block(i):                   # only the first has a bias
+            attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner), "o": linear(inner, width)}
+            bias = {} if i else {"relative_attention_bias": nn.Embedding(self.buckets, self.heads)}
+            gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
+            return nn.ModuleDict({"layer": nn.ModuleList([nn.ModuleDict({name: nn.ModuleDict(part), "layer_norm": RMSNorm(width, eps)})
+                                                          for name, part in (("SelfAttention", attention | bias), ("DenseReluDense", gated))])})
+        self.shared = nn.Embedding(config["vocab_size"], width)
+        self.encoder = nn.ModuleDict({"block": nn.ModuleList(map(block, range(config["num_layers"]))), "final_layer_norm": RMSNorm(width, eps)})
+
+    def bias(self, length, device):
+        """What attention adds for the distance key - query: a number for each head and bucket, exact when near, logarithmic when far, one half of the buckets for each direction."""
+        at, half = torch.arange(length, device=device), self.buckets // 2
+        distance, exact = at[None, :] - at[:, None], half // 2
+        far = distance.abs()
+        log = exact + (torch.log(far.clamp_min(1) / exact) / math.log(self.max_distance / exact) * (half - exact)).long()
+        bucket = (distance > 0) * half + torch.where(far < exact, far, log.clamp_max(half - 1))                  # (T, T)
+        return self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias(bucket).permute(2, 0, 1)[None]   # (1, H, T, T)
 
     def forward(self, ids):
-        x = self.shared(ids)                                                            # (B, T, D)
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        bias = table(t5_buckets(ids.shape[1], self.buckets, self.max_distance, ids.device)).permute(2, 0, 1)[None]  # (1, H, T, T)
+        x, bias = self.shared(ids), self.bias(ids.shape[1], ids.device)                 # (B, T, D)
         for block in self.encoder.block:
-            x = block(x, bias)
+            attn, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
+            x = x + self_attention(block.layer[0].layer_norm(x), self.heads, attn.q, attn.k, attn.v, attn.o, attn_mask=bias, scale=1.0)     # T5 does not divide by sqrt(d)
+            h = block.layer[1].layer_norm(x)
+            x = x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
         return self.encoder.final_layer_norm(x)
 
 
 @torch.no_grad()
 def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder.
-
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the transformer works. CLIP reads the first 77 tokens, T5 512."""
     def run(encoder, part):
         ids = TextTokenizer.load(Path(path) / f"tokenizer{part}")(prompts).to(device)
@@ -228,64 +200,34 @@ class PixelAttention(nn.Module):
 
     def forward(self, x):
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)                          # (B, h*w, C)
-        q, k, v = (proj(pixels)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
+        out = self_attention(pixels, 1, self.to_q, self.to_k, self.to_v, self.to_out[0])
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])                        # (B, C, h, w)
 
 
-class Resample(nn.Module):
-    """Half or twice the height and width."""
-    def __init__(self, width, down):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2) if down else nn.Conv2d(width, width, 3, padding=1)
-        self.down = down
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution (`last` has none)."""
-    def __init__(self, inner, outer, depth, groups, down, last):
+    """Residual blocks at one resolution, with attention behind the first in the middle of a coder; then, where `resample` is "down" or "up", half or twice the resolution."""
+    def __init__(self, inner, outer, depth, groups, resample=None, attention=False):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(inner if i == 0 else outer, outer, groups) for i in range(depth)])
-        self.downsamplers = nn.ModuleList([Resample(outer, down)] if down and not last else [])
-        self.upsamplers = nn.ModuleList([Resample(outer, down)] if not down and not last else [])
+        self.resnets = nn.ModuleList([ResBlock(outer if i else inner, outer, groups) for i in range(depth)])
+        self.attentions = nn.ModuleList([PixelAttention(outer, groups)] if attention else [])
+        self.downsamplers = nn.ModuleList([chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(outer, outer, 3, stride=2))] if resample == "down" else [])
+        self.upsamplers = nn.ModuleList([chain(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(outer, outer, 3, padding=1))] if resample == "up" else [])
 
     def forward(self, x):
-        for stage in (*self.resnets, *self.downsamplers, *self.upsamplers):
+        for stage in (self.resnets[0], *self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
             x = stage(x)
         return x
 
 
-class Middle(nn.Module):
-    def __init__(self, width, groups, attention):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
-        self.attentions = nn.ModuleList([PixelAttention(width, groups)] if attention else [])
-
-    def forward(self, x):
-        for stage in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = stage(x)
-        return x
-
-
-class Coder(nn.Module):
-    """One half of the autoencoder: levels then middle (encoder, `down`), or middle then levels (decoder)."""
-    def __init__(self, config, inner, outer, down):
-        super().__init__()
-        widths, groups, depth = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"]
-        self.mid_block = Middle(widths[-1], groups, config.get("mid_block_add_attention", True))
-        widths, depth = (widths, depth) if down else (widths[::-1], depth + 1)
-        levels = [Level(a, b, depth, groups, down, last=i == len(widths) - 1) for i, (a, b) in enumerate(zip([widths[0], *widths], widths))]
-        self.down_blocks, self.up_blocks = nn.ModuleList(levels if down else []), nn.ModuleList([] if down else levels)
-        self.conv_in, self.conv_out = nn.Conv2d(inner, widths[0], 3, padding=1), nn.Conv2d(widths[-1], outer, 3, padding=1)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
-
-    def forward(self, x):
-        for stage in (self.conv_in, *self.down_blocks, self.mid_block, *self.up_blocks):
-            x = stage(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def coder(config, inner, outer, way):
+    """One half of the autoencoder: levels then middle (the encoder, `way` "down"), or middle then levels (the decoder, "up")."""
+    widths, groups, depth, down = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"], way == "down"
+    middle = Level(widths[-1], widths[-1], 2, groups, attention=config.get("mid_block_add_attention", True))
+    widths, depth = (widths, depth) if down else (widths[::-1], depth + 1)
+    levels = [Level(a, b, depth, groups, way if i < len(widths) else None) for i, (a, b) in enumerate(zip([widths[0], *widths], widths), 1)]
+    blocks = {"down_blocks": nn.Sequential(*levels), "mid_block": middle} if down else {"mid_block": middle, "up_blocks": nn.Sequential(*levels)}
+    return chain(conv_in=nn.Conv2d(inner, widths[0], 3, padding=1), **blocks, conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], outer, 3, padding=1))
 
 
 class VAE(Pretrained):
@@ -297,8 +239,8 @@ class VAE(Pretrained):
         choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})     # Stable Diffusion's autoencoders have one
         channels = config["latent_channels"]
         self.scale, self.shift, self.factor = config["scaling_factor"], config["shift_factor"], 2 ** (len(config["block_out_channels"]) - 1)
-        self.encoder = Coder(config, config["in_channels"], 2 * channels, down=True)
-        self.decoder = Coder(config, channels, config["out_channels"], down=False)
+        self.encoder = coder(config, config["in_channels"], 2 * channels, "down")
+        self.decoder = coder(config, channels, config["out_channels"], "up")
 
     def moments(self, image):
         """The posterior's (mean, log-variance) before shift and scale: what an autoencoder's training needs."""
@@ -337,14 +279,12 @@ def pack(latent):
 
 def unpack(tokens, h, w):
     """The inverse of pack: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
-    B, _, width = tokens.shape
-    return tokens.reshape(B, h // 2, w // 2, width // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, width // 4, h, w)
+    return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2)).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h, w)
 
 
 def image_ids(h, w, device=None):
     """Positions (0, y, x) of the tokens of an h x w latent -> (h/2 * w/2, 3). Text stands at (0, 0, 0)."""
-    y, x = torch.meshgrid(torch.arange(h // 2, device=device), torch.arange(w // 2, device=device), indexing="ij")
-    return torch.stack([torch.zeros_like(y), y, x], dim=-1).reshape(-1, 3).float()
+    return F.pad(torch.cartesian_prod(torch.arange(h // 2, device=device), torch.arange(w // 2, device=device)), (1, 0)).float()
 
 
 # ---- the transformer ---------------------------------------------------------------------------------------------------------
@@ -378,19 +318,17 @@ class Modulation(nn.Module):
 
 def offload_modulation(model, device):
     """Moves all of a transformer but its modulation layers to `device`. They are 27 % of FLUX.1 (6.5 GB of 23.8 in bf16), and a picture needs them once."""
-    layers = [m for m in model.modules() if isinstance(m, Modulation)]
-    linears = [layer.linear for layer in layers]
-    for layer in layers:
-        layer.linear = None
+    linears = {module: module.linear for module in model.modules() if isinstance(module, Modulation)}
+    for module in linears:
+        module.linear = None
     model.to(device)
-    for layer, linear in zip(layers, linears):
-        layer.linear = linear
+    for module, linear in linears.items():
+        module.linear = linear
     return model
 
 
 class Attention(nn.Module):
     """Joint attention over [text, image]. `text`: the text has projections of its own (double blocks), else both share one set (single blocks).
-
     `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable or module that maps the image tokens' queries
     (B, H, L, d), normalised and not rotated, to an addition of the same shape to their attention output, before the output projection."""
     def __init__(self, dim, heads, head_dim, text, eps=1e-6):
@@ -417,16 +355,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (rotate(q, rope), rotate(k, rope), v)))     # (B, H, T+L, d)
         if self.image_prompt is not None:
             out = torch.cat([out[:, :, :T], out[:, :, T:] + self.image_prompt(q[:, T:].transpose(1, 2))], dim=2)
-        return merge_heads(out)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(dim, 4 * dim)}), nn.Identity(), nn.Linear(4 * dim, dim)])  # names net.0.proj, net.2
-
-    def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return out.transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -437,10 +366,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
         self.attn = Attention(dim, heads, head_dim, text=True)
-        self.ff, self.ff_context = FeedForward(dim), FeedForward(dim)
-
-    def modulation(self, temb):
-        return torch.cat([self.norm1(temb), self.norm1_context(temb)], dim=1)           # (B, 12, D)
+        self.ff, self.ff_context = (chain(net=nn.Sequential(chain(proj=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh")), nn.Identity(), nn.Linear(4 * dim, dim))) for _ in range(2))
 
     def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), (T+L, d/2)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *text = modulation[:, :, None].unbind(1)        # (B, 1, D) each
@@ -465,9 +391,6 @@ class SingleBlock(nn.Module):
         self.attn = Attention(dim, heads, head_dim, text=False)
         self.proj_mlp, self.proj_out = nn.Linear(dim, 4 * dim), nn.Linear(5 * dim, dim)
 
-    def modulation(self, temb):
-        return self.norm(temb)                                                          # (B, 3, D)
-
     def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 3, D), (T+L, d/2)
         shift, scale, gate = modulation[:, :, None].unbind(1)
         T, x = txt.shape[1], torch.cat([txt, img], dim=1)                               # (B, T+L, D)
@@ -477,33 +400,10 @@ class SingleBlock(nn.Module):
         return x[:, T:], x[:, :T]
 
 
-class Embedder(nn.Module):
-    def __init__(self, inner, dim):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(inner, dim), nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 def sinusoid(x, dim=256):
     """(B,) -> (B, dim) in fp32: cosines, then sines, of 1000 x at speeds 10000^(-i / (dim/2))."""
     angles = 1000 * x.float()[:, None] * torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, device=x.device))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class TimeTextEmbed(nn.Module):
-    """timestep (B,) in [0, 1], guidance (B,) or None, pooled (B, P) -> temb (B, D). ValueError when the guidance is missing, or has no embedding."""
-    def __init__(self, dim, pooled_dim, guidance):
-        super().__init__()
-        self.timestep_embedder, self.text_embedder = Embedder(256, dim), Embedder(pooled_dim, dim)
-        self.guidance_embedder = Embedder(256, dim) if guidance else None
-
-    def forward(self, timestep, guidance, pooled):
-        if (guidance is None) != (self.guidance_embedder is None):
-            raise ValueError("this checkpoint has a guidance embedding: guidance is needed" if guidance is None else "this checkpoint has no guidance embedding: guidance must be None")
-        temb = self.timestep_embedder(sinusoid(timestep).to(pooled.dtype)) + self.text_embedder(pooled)
-        return temb if guidance is None else temb + self.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
 
 
 def spread(residuals, blocks):
@@ -513,7 +413,6 @@ def spread(residuals, blocks):
 
 class Flux(Pretrained):
     """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0.
-
     forward = modulation (from timestep, guidance, pooled) + rope (from positions) + velocity (from pixels and text);
     a sampler computes the first two once for all its steps. `checkpointing = True` trades time for memory in training."""
     kind = "FluxTransformer2DModel"
@@ -524,7 +423,8 @@ class Flux(Pretrained):
         if sum(self.axes) != head_dim:
             raise ValueError(f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}")
         dim, self.guided, self.checkpointing = heads * head_dim, config["guidance_embeds"], False
-        self.time_text_embed = TimeTextEmbed(dim, config["pooled_projection_dim"], self.guided)
+        inputs = {"timestep": 256, "text": config["pooled_projection_dim"]} | ({"guidance": 256} if self.guided else {})
+        self.time_text_embed = nn.ModuleDict({f"{name}_embedder": chain(linear_1=nn.Linear(inner, dim), silu=nn.SiLU(), linear_2=nn.Linear(dim, dim)) for name, inner in inputs.items()})
         self.context_embedder, self.x_embedder = nn.Linear(config["joint_attention_dim"], dim), nn.Linear(config["in_channels"], dim)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(dim, heads, head_dim) for _ in range(config["num_layers"])])
         self.single_transformer_blocks = nn.ModuleList([SingleBlock(dim, heads, head_dim) for _ in range(config["num_single_layers"])])
@@ -540,9 +440,15 @@ class Flux(Pretrained):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def modulation(self, timestep, guidance, pooled):
-        """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block + 3 a single block + 2."""
-        temb = self.time_text_embed(timestep, guidance, pooled)                         # (B, D)
-        return torch.cat([block.modulation(temb) for block in self.blocks()] + [self.norm_out(temb)], dim=1)
+        """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block + 3 a single block + 2. timestep (B,) in [0, 1], guidance (B,), pooled (B, P).
+        ValueError when the guidance is missing, or has no embedding."""
+        if (guidance is not None) != self.guided:
+            raise ValueError("this checkpoint has " + ("a guidance embedding: guidance is needed" if self.guided else "no guidance embedding: guidance must be None"))
+        embed = self.time_text_embed
+        temb = embed.timestep_embedder(sinusoid(timestep).to(pooled.dtype)) + embed.text_embedder(pooled)               # (B, D)
+        if self.guided:
+            temb = temb + embed.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
+        return torch.cat([module(temb) for module in self.modules() if isinstance(module, Modulation)], dim=1)
 
     def modulations(self, levels, guidance, pooled):
         """`modulation` for every noise level of a sampler in one pass over the weights -> one (B, M, D) a level; guidance: a number."""
@@ -574,7 +480,6 @@ SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_
 
 def sigmas(steps, image_tokens, schedule=SCHEDULE):
     """Noise levels 1 ... 0 of `steps` Euler steps -> (steps+1,) fp32. `schedule`: scheduler/scheduler_config.json (default: FLUX.1-dev's).
-
     dev: more tokens hide noise better, so the levels shift towards 1: sigma' = e^mu / (e^mu + 1/sigma - 1), mu linear in the tokens. schnell: a fixed `shift`."""
     if steps < 1:
         raise ValueError(f"steps is {steps}, at least 1 is needed")
@@ -588,7 +493,6 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
 @torch.no_grad()
 def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None, strength=1.0, negative=None, cfg=1.0, control=None, progress=iter):
     """Euler steps from noise to a picture -> packed latents (B, L, 64), fp32.
-
     noise, source: packed (B, L, 64); levels: from `sigmas`; txt (B, T, 4096) and pooled (B, 768) have the weights' type.
     strength: 1 starts from noise; less starts from the noised source and runs the last strength * steps steps, rounded up; 0 returns the source.
     guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg other than 1: classifier-free guidance against
