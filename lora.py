@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen import check_fit, read_json, read_tensors
+from qwen import Linear, check_fit, linear, read_json, read_tensors
 
 ADAPTERS = ("policy", "reference")
 
@@ -34,12 +34,12 @@ class LoRALinear(nn.Linear):
             self.lora_B[name].requires_grad_(name == "policy")
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)                                                  # (..., out)
+        y = linear(x, self.weight, self.bias)                                                  # (..., out)
         if self.adapter is None:
             return y
         A, B = self.lora_A[self.adapter], self.lora_B[self.adapter]                              # (rank, in), (out, rank)
         low = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)                 # (..., rank)
-        return y + (self.scale * F.linear(low, B)).to(y.dtype)
+        return y + F.linear(self.scale * low, B).to(y.dtype)
 
 
 def layers(model):
@@ -98,7 +98,7 @@ def copy_adapter(model, source="policy", target="reference"):
 def merge(model, adapter="policy"):
     """Add the adapter to the base weights, in fp32 and then rounded once, and leave plain linear layers: it cannot be undone or repeated."""
     for name, layer in layers(model).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         delta = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]                      # (out, in)
         plain.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False)
         plain.bias = layer.bias
