@@ -19,25 +19,46 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from graph import GraphSAGE, PreferenceGraph, embed_new_user
-from qwen import generate
+from qwen import generate, linear
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
 
 
 # ------------------------------------------------------------------------------------------------ losses
-def token_logprobs(hidden, head, labels, chunk=1024):
-    """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), head (V,D) -> (B,) fp32.
+class AnswerScores(torch.autograd.Function):
+    """log softmax(h W^T)[y] for h (N,D), W (V,D), y (N,) -> (N,) fp32. The gradient with respect to h, (onehot(y) - softmax(h W^T)) W,
+    is taken along with it: at most (chunk, V) logits exist, and they are computed once. W is frozen."""
 
-    Only labelled positions meet the head, `chunk` of them at a time, recomputed in the backward pass: at most (chunk, V) logits exist."""
+    @staticmethod
+    def forward(ctx, hidden, head, labels, chunk):
+        scores, slopes = [], []
+        for h, y in zip(hidden.split(chunk), labels[:, None].split(chunk)):
+            logp = linear(h, head).float().log_softmax(-1)                                              # (chunk, V)
+            scores.append(logp.gather(-1, y))
+            if ctx.needs_input_grad[0]:
+                error = logp.exp_().neg_().scatter_add_(-1, y, torch.ones_like(scores[-1]))             # onehot(y) - softmax
+                slopes.append(linear(error.to(h.dtype), head.T))
+        ctx.save_for_backward(*slopes)
+        return torch.cat(scores)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        slope = torch.cat(ctx.saved_tensors)                                                            # (N, D)
+        return (grad[:, None] * slope).to(slope.dtype), None, None, None
+
+
+def token_logprobs(hidden, head, labels, chunk=512):
+    """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
+
+    Only labelled positions meet the head, `chunk` of them at a time."""
+    if head.requires_grad:
+        raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
     row, column = (labels != -100).nonzero(as_tuple=True)                                               # (N,), (N,)
-    def part(h, y):
-        logits = (h @ head.to(h.dtype).T).float()                                                       # (chunk, V)
-        return logits.gather(-1, y[:, None])[:, 0] - logits.logsumexp(-1)
-    parts = zip(hidden[row, column].split(chunk), labels[row, column].split(chunk))
-    logp = torch.cat([checkpoint(part, h, y, use_reentrant=False) for h, y in parts])                   # (N,)
+    logp = AnswerScores.apply(hidden[row, column], head.to(hidden.dtype), labels[row, column], chunk)   # (N,)
     return torch.zeros(len(labels), device=hidden.device).index_add(0, row, logp)
 
 
@@ -102,7 +123,7 @@ def pack(rows, soft_tokens=0):
     return ids.clamp_min(0), labels, (path & (real[:, None] | (k == k[:, None])))[:, None]              # padding sees itself: no empty row
 
 
-def answer_logprobs(model, rows, soft=None, chunk=1024):
+def answer_logprobs(model, rows, soft=None, chunk=512):
     """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
     ids, labels, mask = (x.to(model.lm_head.weight.device) for x in pack(rows, 0 if soft is None else soft.shape[1]))
     embeds = model.model.embed_tokens(ids)                                                              # (B, P+n*L, D)
