@@ -78,13 +78,6 @@ def reload(theirs, kind, **how):
         return kind.load(at, **how)
 
 
-def store(folder, model, config, **tensors):
-    """A checkpoint: config.json, and the model's tensors, changed or joined by `tensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict() | tensors, folder / "model.safetensors")
-
-
 def shell(*args, timeout=170, **how):
     """Run one of our scripts as a user would: shell("train.py", "graph", "--steps", 3)."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
@@ -111,7 +104,7 @@ def tiny_qwen(**changes):
 def peer_qwen(kind="Qwen2ForCausalLM", **changes):
     tf = peer("transformers")
     tf.utils.logging.disable_progress_bar()
-    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, eos_token_id=[5, 7], pad_token_id=0)
+    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, eos_token_id=None)
     return loud(getattr(tf, kind)(getattr(tf, kind).config_class(**{**sizes, **changes})))
 
 
@@ -119,10 +112,6 @@ def padded_batch():
     """ids (3, 17), and masks of 17, 11 and 6 tokens with padding on the right and on the left."""
     right = (torch.arange(17) < torch.tensor([17, 11, 6])[:, None]).long()
     return torch.randint(8, 61, (3, 17), generator=seeded(1)), right, right.flip(1)
-
-
-def until_eos(row, eos):
-    return row[:next((i for i, t in enumerate(row) if t in eos), len(row))]
 
 
 def test_qwen_equals_transformers(tmp_path):
@@ -140,7 +129,7 @@ def test_qwen_equals_transformers(tmp_path):
         for penalty in (1.0, 1.3):
             prompt = ids.masked_fill(left == 0, 0)                # the peer penalises padding too: let it be a token that nobody generates
             tokens = theirs.generate(prompt, attention_mask=left, max_new_tokens=12, do_sample=False, repetition_penalty=penalty)[:, 17:].tolist()
-            assert generate(ours, prompt, attention_mask=left, max_new_tokens=12, repetition_penalty=penalty) == [until_eos(row, (5, 7)) for row in tokens], shape
+            assert generate(ours, prompt, attention_mask=left, max_new_tokens=12, repetition_penalty=penalty) == tokens, shape
         exact = theirs(ids).logits
         mine, peers = relative(Qwen.load(at, dtype=torch.bfloat16)(ids), exact), relative(theirs.bfloat16()(ids).logits, exact)
         assert mine < 1.2 * peers < 0.1, (shape, mine, peers)
@@ -174,28 +163,37 @@ def test_qwen_row_does_not_depend_on_cache_batch_or_padding():
 
 def test_qwen_generation_stops_and_samples():
     """Each row ends before its own first eos; sampling moves only its own generator and draws from exactly the top-k and top-p sets."""
-    model, (ids, _, _) = tiny_qwen(), padded_batch()
-    free = generate(tiny_qwen(eos=()), ids, max_new_tokens=20)
+    model, (ids, _, _) = tiny_qwen(eos=()), padded_batch()
+    free, state = generate(model, ids, max_new_tokens=20), torch.get_rng_state()
     model.config.eos = (free[0][6], free[1][9])
-    assert generate(model, ids, max_new_tokens=20) == [until_eos(row, model.config.eos) for row in free] and generate(model, ids, max_new_tokens=0) == [[], [], []]
-    state, logits = torch.get_rng_state(), torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().repeat(400, 1)
+    cut = [row[:next((i for i, t in enumerate(row) if t in model.config.eos), 20)] for row in free]
+    assert generate(model, ids, max_new_tokens=20) == cut != free and generate(model, ids, max_new_tokens=0) == [[], [], []]
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().repeat(400, 1)
     for how, drawn in (((1.0, 0, 1.0), {0, 1, 2, 3, 4}), ((1.0, 2, 1.0), {0, 1}), ((1.0, 0, 0.8), {0, 1, 2}), ((0.1, 3, 0.99), {0})):
         assert set(qwen.sample(logits, *how, seeded()).tolist()) == drawn, how
     one, two = (generate(model, ids, temperature=1.0, generator=seeded(1)) for _ in range(2))
     assert one == two and same(state, torch.get_rng_state())
 
 
-def test_qwen_chat_template(tmp_path):
-    """A chat is Qwen2.5's template, its default system turn only when none is given; markers are single tokens; an unknown role is refused; an end token is added on demand."""
-    tokenizer, user = Tokenizer.load(MINI / "qwen"), [{"role": "user", "content": "hi."}]
+def test_qwen_tokenizer_writes_the_template_of_transformers(tmp_path):
+    """A chat is Qwen2.5's template, with its default system turn when none is given; tokens, chats and logits of mini/qwen are transformers'; an end token is added on demand."""
+    ours, messages = Tokenizer.load(MINI / "qwen"), cdpo.prompt("A white bowl in front of a grey wall", "with stripes")
     text = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n<|im_start|>user\nhi.<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.chat(user) == tokenizer.encode(text) and tokenizer.fast.decode(tokenizer.chat(user), skip_special_tokens=False) == text
-    assert tokenizer.chat(user).count(tokenizer.fast.token_to_id("<|im_start|>")) == 3
-    assert tokenizer.decode(tokenizer.chat([{"role": "system", "content": "be kind"}, *user], add_generation_prompt=False)) == "system\nbe kind\nuser\nhi.\n"
-    raises(ValueError, "wizard", tokenizer.chat, [{"role": "wizard", "content": ""}])
-    tokenizer.fast.save(str(tmp_path / "tokenizer.json"))
+    ids = ours.chat([{"role": "user", "content": "hi."}])
+    assert ids == ours.encode(text) and ours.fast.decode(ids, skip_special_tokens=False) == text and ids.count(ours.fast.token_to_id("<|im_start|>")) == 3
+    raises(ValueError, "wizard", ours.chat, [{"role": "wizard", "content": ""}])
+    ours.fast.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True, "eos_token": {"content": "<|im_end|>"}}))                 # as e5-mistral's
-    assert Tokenizer.load(tmp_path).encode("red") == [*tokenizer.encode("red"), tokenizer.fast.token_to_id("<|im_end|>")]
+    assert Tokenizer.load(tmp_path).encode("red") == [*ours.encode("red"), ours.fast.token_to_id("<|im_end|>")]
+    tf = peer("transformers")
+    theirs, model = tf.AutoTokenizer.from_pretrained(MINI / "qwen"), tf.AutoModelForCausalLM.from_pretrained(MINI / "qwen", dtype=torch.float32)
+    for chat in (messages, [{"role": "system", "content": "Be brief."}, *messages, {"role": "assistant", "content": "Paint the bowl red"}]):
+        assert all(ours.chat(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False) for prompt in (True, False))
+    for text in ("Paint the bowl neon green", "it's 3  holographic\n\n caf\u00e9s \U0001f600"):
+        assert ours.encode(text) == theirs(text).input_ids and ours.decode(ours.encode(text)) == text
+    ids = torch.tensor([ours.chat(messages)])
+    assert relative(Qwen.load(MINI / "qwen")(ids), model(ids).logits) < 1e-5
+    assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>" and model.generation_config.eos_token_id == [theirs.eos_token_id, theirs.pad_token_id]
 
 
 def test_full_size_models_have_the_published_names_and_counts():
@@ -249,61 +247,54 @@ def test_checkpointing_and_compile_change_nothing():
 
 
 # -------------------- checkpoints --------------------
-def test_loader_names_everything_that_does_not_fit(tmp_path):
-    """Missing, unexpected and misshapen tensors are all named, with both shapes; so are a truncated file, an absent shard and an ambiguous folder."""
-    good = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)})
-    bad = {k: v.detach() for k, v in good.state_dict().items() if k != "a.bias"} | {"b.weight": torch.zeros(2, 5), "ghost": torch.zeros(1)}
-    save_file(bad, tmp_path / "x.safetensors")
-    message = raises(ValueError, "missing a.bias", load_checkpoint, good, tmp_path)
-    assert "unexpected ghost" in message and "b.weight has shape (2, 5), expected (2, 4)" in message
-    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-8])
-    raises(ValueError, "x.safetensors is truncated", load_checkpoint, good, tmp_path)
-    save_file(bad, tmp_path / "y.safetensors")
-    raises(ValueError, "'x.safetensors', 'y.safetensors'", load_checkpoint, good, tmp_path)
-    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "y.safetensors", "b.weight": "part-2.safetensors"}}))
-    raises(ValueError, "part-2.safetensors", load_checkpoint, good, tmp_path)
-
-
-def test_loader_fills_meta_modules_and_keeps_ties(tmp_path):
-    """On the meta device or not, a module gets the stored values; a tied head stays tied and need not be on disk, an untied one must."""
-    tied = tiny_qwen()
-    save_file({k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}, tmp_path / "model.safetensors")
+def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
+    """On the meta device or not a module gets the stored values, a tied head once; missing, unexpected, misshapen tensors, half a file, a lost shard, two files: all are named."""
+    tied, file = tiny_qwen(), tmp_path / "model.safetensors"
+    stored = {k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}
+    save_file(stored, file)
     with torch.device("meta"):
         empty = Qwen(tied.config)
     for copy in (empty, Qwen(tied.config)):
         load_checkpoint(copy, tmp_path)
         assert copy.lm_head.weight is copy.model.embed_tokens.weight and same([*copy.parameters()], [*tied.parameters()])
     raises(ValueError, "missing lm_head.weight", load_checkpoint, tiny_qwen(tied=False), tmp_path)
+    save_file(stored | {"model.norm.weight": torch.zeros(5), "ghost": torch.zeros(1)}, file)
+    assert "unexpected ghost" in raises(ValueError, "model.norm.weight has shape (5,), expected (32,)", load_checkpoint, empty, tmp_path)
+    file.write_bytes(file.read_bytes()[:-8])
+    raises(ValueError, "model.safetensors is truncated", load_checkpoint, empty, tmp_path)
+    save_file(stored, tmp_path / "y.safetensors")
+    raises(ValueError, "'model.safetensors', 'y.safetensors'", load_checkpoint, empty, tmp_path)
+    (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "y.safetensors", "b.weight": "part-2.safetensors"}}))
+    raises(ValueError, "part-2.safetensors", load_checkpoint, empty, tmp_path)
 
 
 def test_loader_refuses_what_it_cannot_read(tmp_path):
     """Another model's folder, settings that are not written here, sizes that do not fit, a mistyped path, a gated repository, an XLabs net: each is named in one sentence."""
     small = dict(model_type="qwen2", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, rms_norm_eps=1e-6)
-    encoder, is_flux, is_net = ENCODER | {"model_type": "dinov2"}, {"_class_name": "FluxTransformer2DModel"}, {"_class_name": "FluxControlNetModel"}
+    is_flux, is_net = {"_class_name": "FluxTransformer2DModel"}, {"_class_name": "FluxControlNetModel"}
+    config, file = tmp_path / "config.json", tmp_path / "x.safetensors"
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
-    for kind, config, part in ((Qwen, small | {"model_type": "llama"}, "'llama'"), (Qwen, small | {"rope_scaling": {"type": "yarn"}}, "'yarn'"),
-                               (Qwen, small | {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"), (Qwen, small | {"hidden_act": "gelu"}, "'gelu'"),
-                               (Qwen, small | {"use_sliding_window": True}, "use_sliding_window True"), (Flux, {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
-                               (Flux, control_config() | is_net, "FluxControlNetModel"), (Flux, is_flux | {"num_attention_heads": 24}, "attention_head_dim"),
-                               (Flux, flux_config(axes=(4, 4, 4)) | is_flux, "[4, 4, 4]"), (VAE, {"_class_name": "AutoencoderKL", "latent_channels": 4}, "use_quant_conv"),
-                               (T5, {"model_type": "t5", "feed_forward_proj": "relu"}, "'relu'"), (ImageFeatures, encoder | {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
-                               (ImageFeatures, encoder | {"model_type": "dinov2_with_registers"}, "dinov2_with_registers")):
-        (tmp_path / "config.json").write_text(json.dumps(config))
+    for kind, settings, part in ((Qwen, small | {"model_type": "llama"}, "'llama'"), (Qwen, small | {"rope_scaling": {"type": "yarn"}}, "'yarn'"),
+                                 (Qwen, small | {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"), (Qwen, small | {"hidden_act": "gelu"}, "'gelu'"),
+                                 (Qwen, small | {"use_sliding_window": True}, "use_sliding_window True"), (Flux, {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
+                                 (Flux, is_net, "FluxControlNetModel"), (Flux, is_flux | {"num_attention_heads": 24}, "attention_head_dim"),
+                                 (Flux, flux_config(axes=(4, 4, 4)) | is_flux, "[4, 4, 4]"), (VAE, {"_class_name": "AutoencoderKL", "latent_channels": 4}, "use_quant_conv"),
+                                 (T5, {"model_type": "t5", "feed_forward_proj": "relu"}, "'relu'"), (ImageFeatures, ENCODER | {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
+                                 (ImageFeatures, ENCODER | {"model_type": "dinov2_with_registers"}, "dinov2_with_registers")):
+        config.write_text(json.dumps(settings))
         raises(ValueError, part, kind.load, tmp_path)
     for name in ("input_hint_block.0.weight", "double_blocks.0.img_mod.lin.weight"):
-        save_file({name: torch.zeros(1)}, tmp_path / "x.safetensors")
+        save_file({name: torch.zeros(1)}, file)
         raises(ValueError, "XLabs", ControlNet.load, tmp_path)
-    net, wide = tmp_path / "net", flux_config(heads=5)
-    store(net, ControlNet(control_config()), control_config() | is_net), store(net / "transformer", Flux(wide), wide | is_flux)
+    config.write_text(json.dumps(control_config() | is_net)), save_file(ControlNet(control_config()).state_dict(), file)
     unguided, forced = (flux_inputs(flux_config(guided=guided)) | {"guidance": guidance} for guided, guidance in ((True, None), (False, torch.ones(2))))
-    for part, function, *args in (("is not a ControlNet for", controlnet.load_pair, net, net, "cpu", torch.float32, False), ("config.json", VAE.load, tmp_path / "absent"),
+    for part, function, *args in (("is not a ControlNet for", controlnet.load_pair, MINI / "flux", tmp_path, "cpu", torch.float32, False), ("config.json", VAE.load, tmp_path / "absent"),
                                   ("guidance", lambda: Flux(flux_config())(**unguided)), ("guidance", lambda: Flux(flux_config(guided=False))(**forced)),
                                   ("depth", controlnet.control_picture, np.zeros((8, 8, 3), np.uint8), "depth"), ("steps is 0", sigmas, 0, 64),
                                   ("window of 4", tiny_qwen(window=4), torch.zeros(1, 5, dtype=torch.long)), ("tokenizer.json", Tokenizer.load, tmp_path),
-                                  ("mistake' is not a folder", resolve, tmp_path / "mistake"), ("mini/qwem", resolve, MINI / "qwem")):
+                                  ("mistake' is not a folder", resolve, tmp_path / "mistake"), ("mini/qwem", resolve, ROOT / "mini/qwem")):
         raises(ValueError, part, function, *args)
-    refuse = mock.patch("qwen.snapshot_download", side_effect=OSError("403"))
-    with refuse:
+    with mock.patch("qwen.snapshot_download", side_effect=OSError("403")):
         assert resolve(tmp_path) == tmp_path and "huggingface.co/a/gated" in raises(ValueError, "HF_TOKEN", resolve, "a/gated")
 
 
@@ -453,34 +444,16 @@ def test_flux_text_encoders_equal_transformers(tmp_path):
         assert same(kind.load(tmp_path)(ids), ours(ids))
 
 
-def text_folders(at):
-    """A FLUX.1-shaped folder with tiny text encoders: CLIP from vocab.json + merges.txt, T5 from tokenizer.json."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    letters = [chr(c) for c in range(33, 127)]
-    vocab = {s: i for i, s in enumerate(letters + [s + "</w>" for s in letters] + ["an", "ana</w>", "<|startoftext|>", "<|endoftext|>"])}
-    words = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)] + [(s, -3.0) for s in letters], unk_id=2))
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    clip = dict(hidden_size=8, num_attention_heads=2, intermediate_size=16, num_hidden_layers=1, vocab_size=len(vocab), max_position_embeddings=12, hidden_act="quick_gelu", eos_token_id=2)
-    t5 = dict(d_model=12, num_heads=2, d_kv=4, d_ff=16, num_layers=1, vocab_size=98, relative_attention_num_buckets=32, layer_norm_epsilon=1e-6, feed_forward_proj="gated-gelu")
-    for part, kind, config, pad, length in (("", CLIPText, clip, "<|endoftext|>", 12), ("_2", T5, t5, {"content": "<pad>"}, 20)):
-        store(at / f"text_encoder{part}", kind(config), config | {"model_type": kind.kind})
-        (at / f"tokenizer{part}").mkdir()
-        (at / f"tokenizer{part}/tokenizer_config.json").write_text(json.dumps({"pad_token": pad, "model_max_length": length}))
-    (at / "tokenizer/vocab.json").write_text(json.dumps(vocab)), (at / "tokenizer/merges.txt").write_text("#version: 0.2\na n\nan a</w>\n")
-    words.save(str(at / "tokenizer_2/tokenizer.json"))
-
-
-def test_flux_prompts_become_the_ids_of_transformers_and_the_same_vectors_alone(tmp_path):
+def test_flux_prompts_become_the_ids_of_transformers_and_the_same_vectors_alone():
     """Prompts are padded, cut with the end token kept, and encoded alone as in a batch; ids are transformers': case, accents, special tokens, empty and long prompts."""
-    text_folders(tmp_path)
-    prompts = ["Ana's red mug, 12!", "", "  a\tB  <|endoftext|> c", "banana " * 9, "Café naïve", "ana"]
-    both, alone = flux.encode_prompt(tmp_path, prompts, batch=4), flux.encode_prompt(tmp_path, prompts[3:4])
-    assert [x.shape for x in both] == [(6, 20, 12), (6, 8)] and relative([x[3:4] for x in both], alone) < 1e-6
-    ids = flux.TextTokenizer.load(tmp_path / "tokenizer")(prompts)
-    assert ids[5].tolist() == [190, 189] + [191] * 10 and ids[3, -1] == 191 and 191 not in ids[3, :-1]
+    prompts = ["A red mug, 12!", "", "  a\tB  <|endoftext|> c", "banana " * 40, "Caf\u00e9 na\u00efve", "mug"]
+    both, alone = flux.encode_prompt(MINI / "flux", prompts, batch=4), flux.encode_prompt(MINI / "flux", prompts[3:4])
+    assert relative([x[3:4] for x in both], alone) < 1e-6
     for part, kind, pad in (("tokenizer", "CLIPTokenizer", "<|endoftext|>"), ("tokenizer_2", "PreTrainedTokenizerFast", "<pad>")):
-        ours, theirs = flux.TextTokenizer.load(tmp_path / part)(prompts), getattr(peer("transformers"), kind).from_pretrained(tmp_path / part, pad_token=pad)
+        ours = flux.TextTokenizer.load(MINI / "flux" / part)(prompts)
+        end = ours[5, -1] if part == "tokenizer" else 1
+        assert len(ours) == 6 and ours[3, -1] == end and end not in ours[3, :-1] and end in ours[1]
+        theirs = getattr(peer("transformers"), kind).from_pretrained(MINI / "flux" / part, pad_token=pad)
         assert same(ours, theirs(prompts, padding="max_length", max_length=ours.shape[1], truncation=True, return_tensors="pt").input_ids), part
 
 
@@ -550,47 +523,31 @@ def test_flux_euler_with_the_exact_velocity_recovers_the_picture():
         raises(ValueError, part, sample, Exact(x0), 2, **how)
 
 
-def test_flux_pack_and_unpack_are_inverse():
-    """unpack(pack(z)) is z; token 1 holds the patch right of token 0 with inner order (channel, dy, dx) and stands at position (0, 0, 1); odd sides are refused."""
-    z = torch.randn(2, 16, 4, 6)
-    assert same(flux.unpack(pack(z), 4, 6), z)
-    assert same(pack(z)[:, 1], z[:, :, :2, 2:4].flatten(1)) and image_ids(4, 6)[1].tolist() == [0, 0, 1] and image_ids(4, 6)[-1].tolist() == [0, 1, 2]
-    raises(ValueError, "5 x 6", pack, torch.randn(1, 16, 5, 6))
-
-
 def test_flux_row_alone_equals_the_row_in_a_batch():
-    """Whatever the other rows' times; modulations may be computed before, and their layers alone stay behind on offload; the image-prompt hook gets every block's image queries."""
-    c, seen = flux_config(), []
-    model, x = loud(Flux(c)), flux_inputs(c, B=3)
-    plain = model(**x)
-    assert relative(plain[1:2], model(**{k: v if k.endswith("_ids") else v[1:2] for k, v in x.items()})) < 1e-5
-    modulation = model.modulation(x["timestep"], x["guidance"], x["pooled"])
-    assert modulation.shape == (3, 12 * 2 + 3 * 3 + 2, 48) and same(model.velocity(x["img"], x["txt"], modulation, model.rope(x["txt_ids"], x["img_ids"])), plain)
-    for block in model.blocks():
-        block.attn.image_prompt = lambda q: seen.append(q.shape) or 0 * q + len(seen)
-    assert relative(model(**x), plain) > 1e-3 and seen == [(3, 3, 8, 16)] * 5
+    """Whatever the other rows' times; offload leaves modulation layers alone behind; unpack inverts pack, whose token 1 is the patch right of token 0, in order (channel, dy, dx)."""
+    model, x = loud(Flux(flux_config())), flux_inputs(flux_config(), B=3)
+    assert relative(model(**x)[1:2], model(**{k: v if k.endswith("_ids") else v[1:2] for k, v in x.items()})) < 1e-5
     assert all(p.is_meta != (".norm1" in k or ".norm.linear" in k or "norm_out" in k) for k, p in flux.offload_modulation(model, "meta").named_parameters())
+    z = torch.randn(2, 16, 4, 6)
+    assert same(flux.unpack(pack(z), 4, 6), z) and same(pack(z)[:, 1], z[:, :, :2, 2:4].flatten(1)) and image_ids(4, 6)[[1, -1]].tolist() == [[0, 0, 1], [0, 1, 2]]
+    raises(ValueError, "5 x 6", pack, torch.randn(1, 16, 5, 6))
 
 
 # -------------------- controlnet --------------------
 def test_canny_is_bit_for_bit_opencvs():
-    """On photographs, noise and slivers, gray and colour, our edges differ from OpenCV's in no pixel at any threshold."""
-    cv2, data, rng = peer("cv2"), peer("skimage.data"), np.random.default_rng(0)
-    pictures = [data.astronaut(), data.coffee(), data.camera(), data.page(), rng.integers(100, 110, (99, 64, 3), dtype=np.uint8)]
-    pictures += [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((200, 331, 3), (128, 128), (1, 1), (1, 9, 3), (7, 1), (2, 2))]
-    for image in pictures:
-        for low, high in ((100, 200), (50, 200), (0, 0), (10, 30), (200, 100), (33.7, 99.9), (-5, 20), (300, 900)):
-            assert (canny(image, low, high) == cv2.Canny(image, low, high)).all(), (image.shape, low, high)
-
-
-def test_canny_follows_weak_edges_from_strong_ones_only():
-    """A square of weak contrast has edges exactly when a strong one touches it; another dtype is refused by name."""
-    image = np.zeros((40, 40), np.uint8)
+    """A weak square has edges exactly when a strong one touches it; on photographs, noise and slivers, gray and colour, no pixel differs from OpenCV's at any threshold."""
+    image, rng = np.zeros((40, 40), np.uint8), np.random.default_rng(0)
     image[10:30, 10:30] = 30
     assert canny(image).sum() == 0
     image[10:14, 10:14] = 255
     assert canny(image)[28:32, 12:28].any() and set(np.unique(canny(image))) == {0, 255}
     raises(ValueError, "float64", canny, image / 255)
+    cv2, data = peer("cv2"), peer("skimage.data")
+    pictures = [data.astronaut(), data.coffee(), data.camera(), data.page(), rng.integers(100, 110, (99, 64, 3), dtype=np.uint8)]
+    pictures += [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((200, 331, 3), (128, 128), (1, 1), (1, 9, 3), (7, 1), (2, 2))]
+    for image in pictures:
+        for low, high in ((100, 200), (50, 200), (0, 0), (10, 30), (200, 100), (33.7, 99.9), (-5, 20), (300, 900)):
+            assert (canny(image, low, high) == cv2.Canny(image, low, high)).all(), (image.shape, low, high)
 
 
 def test_controlnet_residuals_equal_diffusers_in_every_mode():
@@ -714,7 +671,7 @@ def test_graph_new_user_is_inductive():
 
 # -------------------- cdpo --------------------
 def test_cdpo_logprobs_equal_the_full_softmax_for_any_chunk():
-    """Answer log-probabilities and the hidden states' gradients equal those of log_softmax over the whole (B,T,V) table; a row without answer gives 0."""
+    """Answer log-probabilities and the hidden states' gradients equal those of log_softmax over the whole (B,T,V) table; a row without answer gives 0; the head is frozen."""
     hidden, head = torch.randn(3, 6, 8, generator=seeded(), requires_grad=True), torch.randn(50, 8, generator=seeded(1))
     labels, weight = torch.tensor([[-100, 3, 4, -100, -100, -100], [-100] * 6, [1, 2, 3, 4, 5, 6]]), torch.tensor([1.0, 2, 3])
     full = (hidden @ head.T).log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0).sum(-1)
@@ -722,6 +679,7 @@ def test_cdpo_logprobs_equal_the_full_softmax_for_any_chunk():
     for chunk in (1, 4, 1000):
         logp = cdpo.token_logprobs(hidden, head, labels, chunk)
         assert logp[1] == 0 and relative(logp, full) < 1e-6 and relative(torch.autograd.grad((logp * weight).sum(), hidden), want) < 1e-5
+    raises(ValueError, "frozen", cdpo.token_logprobs, hidden, head.clone().requires_grad_(True), labels)
 
 
 def test_cdpo_losses_follow_equations_1_and_7():
@@ -801,32 +759,18 @@ def test_world_pairs_ask_for_stated_likes_and_never_mention_a_hidden_one():
 
 
 def test_world_themes_cover_all_attributes_and_every_edit_type():
-    """Nine themes share the 45 attributes, each with all six edit types; an instruction names one, and with a caption fits both of Flux's tokenizers with no unknown word."""
+    """Nine themes share the 45 attributes, each with all six edit types; instructions name one, fit Flux's tokenizers with no unknown word; untrained, the model obeys 8 of 10."""
     kinds = concepts.TYPE_OF
     assert set().union(*world.THEMES.values()) == set(kinds) and all({kinds[a] for a in theme} == set(concepts.ATTRIBUTES) for theme in world.THEMES.values())
     told = [(o, a, concepts.instruction(o, a, i)) for o in concepts.OBJECTS for a in kinds for i in range(4)]
     assert all(named(text) == [a] for _, a, text in told)
-    prompts = [f"{concepts.caption('maroon', o, 'cream')}. {text}" for o, _, text in told]
+    prompts, model = [f"{concepts.caption('maroon', o, 'cream')}. {text}" for o, _, text in told], Qwen.load(MINI / "qwen")
     clip, t5 = (flux.TextTokenizer.load(MINI / "flux" / part)(prompts) for part in ("tokenizer", "tokenizer_2"))
     assert (clip[:, -1] == clip.max()).all() and (t5[:, -1] == 0).all() and not (t5 == 2).any()
     assert len(clip.unique(dim=0)) == len(t5.unique(dim=0)) == len(set(prompts))
-
-
-def test_mini_qwen_is_read_by_transformers_as_by_us():
-    """Tokens, chat template, text round trip and logits of mini/qwen are the same through transformers' Auto classes; it follows guidance in 8 of 10 answers untrained."""
-    model, ours, messages = Qwen.load(MINI / "qwen"), Tokenizer.load(MINI / "qwen"), cdpo.prompt("A white bowl in front of a grey wall", "with stripes")
-    prompts = [cdpo.prompt("A blue mug in front of a mint wall", f"with {a}") for a in concepts.TYPE_OF]
-    answers = cdpo.suggest(model, ours, prompts, temperature=1.0, generator=seeded())
-    assert sum(a in text for a, (text, _) in zip(concepts.TYPE_OF, answers)) >= 0.8 * len(answers)
-    tf, ids = peer("transformers"), torch.tensor([ours.chat(messages)])
-    theirs, peer_model = tf.AutoTokenizer.from_pretrained(MINI / "qwen"), tf.AutoModelForCausalLM.from_pretrained(MINI / "qwen", dtype=torch.float32)
-    for chat in (messages, [{"role": "system", "content": "Be brief."}, *messages, {"role": "assistant", "content": "Paint the bowl red"}]):
-        for generation in (True, False):
-            assert ours.chat(chat, generation) == theirs.apply_chat_template(chat, add_generation_prompt=generation, return_dict=False)
-    for text in ("Paint the bowl neon green", "it's 3  holographic\n\n caf\u00e9s \U0001f600"):
-        assert ours.encode(text) == theirs(text).input_ids and ours.decode(ours.encode(text)) == text
-    assert relative(model(ids), peer_model(ids).logits) < 1e-5
-    assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>" and peer_model.generation_config.eos_token_id == [theirs.eos_token_id, theirs.pad_token_id]
+    guided = [cdpo.prompt("A blue mug in front of a mint wall", f"with {a}") for a in kinds]
+    answers = cdpo.suggest(model, Tokenizer.load(MINI / "qwen"), guided, temperature=1.0, generator=seeded())
+    assert sum(a in text for a, (text, _) in zip(kinds, answers)) >= 0.8 * len(kinds)
 
 
 def test_mini_renders_every_attribute_apart_and_a_color_edit_leaves_the_room():
@@ -1026,7 +970,7 @@ def ramp(height=30, width=40):
 
 
 def test_edit_reads_any_photograph(tmp_path):
-    """Sixteen-bit, float, palette, CMYK, transparent, rotated, animated, one-bit and one-pixel pictures all come out upright, 8-bit RGB, with the brightness they had."""
+    """Sixteen-bit, float, palette, CMYK, transparent, rotated, animated, one-bit and one-pixel pictures come out upright, 8-bit RGB, as bright; any size fits into multiples of 16."""
     rgb, gray = Image.fromarray(ramp()), ramp()[..., 0]
     deep, bit = gray.astype(np.uint16) * 257, gray > 127
     clear, exif = Image.fromarray(np.dstack([ramp(), 255 * bit.astype(np.uint8)])), Image.Exif()
@@ -1045,15 +989,11 @@ def test_edit_reads_any_photograph(tmp_path):
     Image.fromarray(np.rot90(ramp()).copy()).save(tmp_path / "exif.jpg", exif=exif, quality=95)
     assert edit.read_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255) and edit.read_image(tmp_path / "gif.gif").getpixel((39, 0))[0] > 200
     assert np.abs(np.array(edit.read_image(tmp_path / "exif.jpg")).astype(int) - ramp())[..., :2].mean() < 6
-
-
-def test_edit_fits_any_size_into_multiples_of_16():
-    """Whatever comes in, both sides are multiples of 16, the area is near size squared, the shape is kept up to 4 : 1, and a picture that fits already is untouched."""
     for width, height in ((1, 1), (1000, 10), (3, 4000), (4032, 3024), (640, 480), (17, 1023)):
         h, w, _ = edit.fit(Image.new("RGB", (width, height)), 256, 16).shape
         assert h % 16 == w % 16 == 0 and 0.8 < h * w / 256 ** 2 < 1.25 and 1 / 4.5 <= w / h <= 4.5, (width, height, w, h)
-    exact = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert (edit.fit(Image.fromarray(exact), 64, 16) == exact).all()
+    exact = ramp(64, 64)
+    assert (edit.fit(Image.fromarray(exact), 64, 16) == exact).all(), "a picture that fits already is left alone"
 
 
 def test_edit_says_in_one_sentence_what_is_wrong(tmp_path):
@@ -1149,17 +1089,13 @@ def test_patch_losses_are_the_papers_and_the_authors_numbers():
     expert, policy = torch.tensor([0.5, 0.2], requires_grad=True), torch.zeros(2, requires_grad=True)       # while the policy is its own sampler: the expert's gradient or none
     patch_dpo.dro_loss(expert, torch.tensor([0.4, 0.4]), policy.square(), torch.tensor([0.1, 0.1])).sum().backward()
     assert expert.grad.tolist() == [1.0, 0.0] and policy.grad.abs().max() == 0
-
-
-def test_patch_theorem_larger_weights_move_their_error_more():
-    """Supplement S1: on the linear model of the proof one gradient step moves Delta_i by the proof's amount, more for a larger p_i, and not at all for p_i = 0."""
     x, W, p, eta = torch.randn(8, generator=seeded(2)), torch.randn(8, 8, generator=seeded(3), requires_grad=True), torch.linspace(0, 1, 8), 0.05
-    target = (W @ x).detach() - 1.0                                     # the same error, 1, in every element: only p differs
+    target = (W @ x).detach() - 1.0                                     # supplement S1's linear model; the same error, 1, in every element: only p differs
     error = (W @ x - target)[None, None, None]                          # (1, 1, 1, 8)
     patch_dpo.patch_dpo_loss(error, torch.zeros_like(error), p[None, None], p[None, None]).sum().backward()
     delta = ((W - eta * W.grad) @ x - target).detach() ** 2 - 1
     assert relative(delta, (1 - 2 * eta / 8 * p ** 2 * x.square().sum()) ** 2 - 1) < 1e-5      # / 8: our norm is a mean
-    assert (delta.abs().diff() > 0).all() and delta[0].abs() < 1e-6
+    assert (delta.abs().diff() > 0).all() and delta[0].abs() < 1e-6, "a larger p_i moves its error more, p_i = 0 not at all"
 
 
 def test_patch_features_equal_the_peers(tmp_path):
@@ -1250,18 +1186,11 @@ def test_patch_trajectories_are_euler_from_the_noise():
 
 
 def picture_flags(root):
-    """Writes a random FLUX.1 folder, image features and three scenes with three edits each, all of 16 pixels -> flags for train.py."""
-    config, vae, encoder, half = flux_config(2, doubles=1, singles=1), vae_config(mid_block_add_attention=False), ENCODER | {"image_size": 16}, [0.5] * 3
-    text_folders(root / "flux")
-    store(root / "flux/transformer", Flux(config), config | {"_class_name": "FluxTransformer2DModel"}), store(root / "flux/vae", VAE(vae), vae | {"_class_name": "AutoencoderKL"})
-    store(root / "vit", ImageFeatures(encoder, half, half), encoder)
-    (root / "vit/preprocessor_config.json").write_text(json.dumps({"image_mean": half, "image_std": half}))
-    edits = [[{"edit_type": kind, "instruction": f"a {kind}", "image": f"{i}{kind}.png"} for kind in ("background", "lighting", "color")] for i in range(3)]
-    (root / "scenes.jsonl").write_text("".join(json.dumps({"image": f"{i}.png", "caption": "a mug", "edits": e}) + "\n" for i, e in enumerate(edits)))
-    for name in [f"{i}.png" for i in range(3)] + [e["image"] for three in edits for e in three]:
-        Image.fromarray(np.random.default_rng(len(name)).integers(0, 255, (16, 16, 3), np.uint8)).save(root / name)
-    return ["--flux", root / "flux", "--features", root / "vit", "--scenes", root / "scenes.jsonl", "--size", 16, "--held-out", 1, "--steps", 4, "--batch", 4, "--micro", 2,
-            "--paint-steps", 3, "--warmup", 0, "--lr", 1e-2, "--device", "cpu"]
+    """Writes three scenes with three edits each, of the shipped pictures -> flags for train.py on the shipped models at 16 pixels."""
+    edits = [{**e, "image": str(MINI / "sample" / e["image"])} for e in lines(MINI / "sample/scenes.jsonl")[0]["edits"]]
+    scenes = [[next(e for e in edits[i:] if e["edit_type"] == kind) for kind in ("background", "lighting", "color")] for i in range(3)]
+    (root / "scenes.jsonl").write_text("".join(json.dumps({"image": three[0]["image"], "caption": "a mug", "edits": three}) + "\n" for three in scenes))
+    return ["--scenes", root / "scenes.jsonl", "--size", 16, "--held-out", 1, "--steps", 4, "--batch", 4, "--micro", 2, "--paint-steps", 3, "--warmup", 0, "--lr", 1e-2, "--device", "cpu"]
 
 
 def test_patch_every_loss_trains_on_the_pictures_that_were_generated_once(tmp_path):
@@ -1273,7 +1202,7 @@ def test_patch_every_loss_trains_on_the_pictures_that_were_generated_once(tmp_pa
     times = lambda: {f.name: f.stat().st_mtime_ns for f in (tmp_path / "generated").iterdir()}
     made, before = times(), json.loads((tmp_path / "first/report.json").read_text())
     assert load_file(tmp_path / "generated/quality.safetensors")["reference"].shape == (4, 2, 2, 2) and len(made) == 8 + 5       # 2 scenes x 2 edits x 2 pictures
-    assert ImageFeatures.load(tmp_path / "generated")(torch.rand(1, 3, 16, 16)).shape == (1, 2, 2, 32)
+    assert ImageFeatures.load(tmp_path / "generated")(torch.rand(1, 3, 16, 16)).shape == (1, 2, 2, 96)
     for name, *more in (("power", "--power", 1), ("same", "--loss", "reconstruction"), ("dro", "--loss", "dro"), ("dpo", "--loss", "dpo"), ("less", "--loss", "dpo", "--checkpointing")):
         train_here("patch", "--out", tmp_path / name, *more, *flags)
         report = json.loads((tmp_path / name / "report.json").read_text())
