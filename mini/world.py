@@ -23,7 +23,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from concepts import ATTRIBUTES, COLORS, GUIDANCE, OBJECTS, TEMPLATES, TYPE_OF, WALLS, caption, instruction
+from concepts import ATTRIBUTES, COLORS, GUIDANCE, OBJECTS, TYPE_OF, WALLS, caption, instruction
 
 THEMES = {name: line.split(", ") for name, line in {        # most popular first; every theme knows all six edit types
     "imaginative child": "orange, yellow, rainbow, wood, beach, spotlight, balloon",
@@ -98,7 +98,6 @@ def draw_edit(rng):
 
 
 def make_edits(count, rng):
-    """Lines of edits.jsonl."""
     for _ in range(count):
         color, obj, wall, attribute, which = draw_edit(rng)
         edit = {"input": caption(color, obj, wall), "edit": instruction(obj, attribute, which), "output": edited_caption(color, obj, wall, attribute)}
@@ -108,37 +107,34 @@ def make_edits(count, rng):
 
 def edited_caption(color, obj, wall, attribute):
     """The caption of the picture after the edit."""
-    return {"color": caption(attribute, obj, wall),
-            "pattern": caption(color, obj, wall).replace(obj, f"{obj} with {attribute}"),
-            "material": caption(color, obj, wall).replace(obj, f"{obj} made of {attribute}"),
-            "background": f"A {color} {obj} in front of {attribute}",
-            "lighting": f"{caption(color, obj, wall)} in {attribute}",
-            "object": f"{caption(color, obj, wall)} and a {attribute}"}[TYPE_OF[attribute]]
+    plain = caption(color, obj, wall)
+    return {"color": caption(attribute, obj, wall), "pattern": plain.replace(obj, f"{obj} with {attribute}"), "material": plain.replace(obj, f"{obj} made of {attribute}"),
+            "background": f"A {color} {obj} in front of {attribute}", "lighting": f"{plain} in {attribute}", "object": f"{plain} and a {attribute}"}[TYPE_OF[attribute]]
 
 
-def make_scenes(folder, count, truths, rng, size=64):
+def make_scenes(folder, count, truths, rng):
     """Writes scenes/*.png and yields lines of scenes.jsonl; the first `truths` scenes come with the true picture of every edit.
     Objects take turns; the seeds start at a million, where no training scene is drawn."""
     from render import Geometry
     (folder / "scenes").mkdir(exist_ok=True)
     for i in range(count):
-        scene = {"object": OBJECTS[i % len(OBJECTS)], "color": rng.choice(COLORS), "wall": rng.choice(WALLS), "seed": 1_000_000 + i}
-        geometry, stem = Geometry(scene, size), f"scenes/{i:02d}_{OBJECTS[i % len(OBJECTS)].replace(' ', '_')}"
+        obj, color, wall = OBJECTS[i % len(OBJECTS)], rng.choice(COLORS), rng.choice(WALLS)
+        geometry = Geometry({"object": obj, "seed": 1_000_000 + i})
 
-        def save(name, attributes=()):
-            Image.fromarray(geometry.shade(scene["color"], scene["wall"], attributes)).save(folder / name)
+        def save(*attributes):
+            name = f"scenes/{'_'.join([f'{i:02d}', obj, *attributes]).replace(' ', '_')}.png"
+            Image.fromarray(geometry.shade(color, wall, attributes)).save(folder / name)
             return name
-        line = {"image": save(f"{stem}.png"), "caption": caption(scene["color"], scene["object"], scene["wall"])}
+        line = {"image": save(), "caption": caption(color, obj, wall)}
         if i < truths:
-            line["edits"] = [{"edit_type": kind, "attribute": a, "instruction": instruction(scene["object"], a, rng.randrange(len(TEMPLATES[kind]))),
-                              "image": save(f"{stem}_{a.replace(' ', '_')}.png", (a,))} for a, kind in TYPE_OF.items()]
+            line["edits"] = [{"edit_type": kind, "attribute": a, "instruction": instruction(obj, a, rng.randrange(4)), "image": save(a)} for a, kind in TYPE_OF.items()]
         yield line
 
 
 def write(path, lines):
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        count = sum(f.write(json.dumps(line) + "\n") > 0 for line in lines)
-    print(f"{path}: {count:,} lines")
+    lines = [json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    print(f"{path}: {len(lines):,} lines")
 
 
 def people(split, count, seed):
@@ -162,7 +158,7 @@ def archetypes(seed):
 
 def main():
     p = argparse.ArgumentParser(description="Write the miniature world's users, pairs, edits and scenes.")
-    p.add_argument("--out", default=str(Path(__file__).parent / "data"), help="folder to write")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write")
     p.add_argument("--users", type=int, default=900, help="training users (the paper: 2900)")
     p.add_argument("--test-users", type=int, default=100, help="held-out users")
     p.add_argument("--edits", type=int, default=10_000, help="lines of edits.jsonl")
@@ -173,18 +169,17 @@ def main():
     if a.sample:                                            # other defaults; flags that are given still win
         p.set_defaults(out=Path(__file__).parent / "sample", users=12, test_users=3, edits=60, scenes=6)
         a = p.parse_args()
-    out = Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
+    a.out.mkdir(parents=True, exist_ok=True)
     for split, count, suffix in (("train", a.users, ""), ("test", a.test_users, "_test")):
         users, pairs = people(split, count, a.seed)
-        write(out / f"users{suffix}.jsonl", (list(archetypes(a.seed)) if a.sample and split == "test" else []) + users)
-        write(out / f"pairs{suffix}.jsonl", pairs)
-    write(out / "edits.jsonl", make_edits(a.edits, random.Random(a.seed)))
+        write(a.out / f"users{suffix}.jsonl", [*(archetypes(a.seed) if a.sample and split == "test" else []), *users])
+        write(a.out / f"pairs{suffix}.jsonl", pairs)
+    write(a.out / "edits.jsonl", make_edits(a.edits, random.Random(a.seed)))
     if a.scenes:
         rng = random.Random(a.seed)
-        for _ in range(a.edits):                            # the scenes' draws follow those of as many plain edits: the pictures are those of before there was guidance
+        for _ in range(a.edits):                            # the scenes' draws follow those of the edits without their words: the shipped pictures
             draw_edit(rng)
-        write(out / "scenes.jsonl", make_scenes(out, a.scenes, 1 if a.sample else a.scenes, rng))
+        write(a.out / "scenes.jsonl", make_scenes(a.out, a.scenes, 1 if a.sample else a.scenes, rng))
 
 
 if __name__ == "__main__":
