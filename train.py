@@ -151,7 +151,6 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("picture-steps", "eval", int, 20, "Euler steps of a picture"),
     ("strength", "eval", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised source"),
 ]}
-CHUNK = 4096                                                     # answer tokens that meet the vocabulary at once
 FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
 
@@ -479,7 +478,7 @@ class SFT(Stage):
     def loss(self, rows):
         texts = [cdpo.encode(self.tokenizer, cdpo.prompt(e["input"], e["guidance"]), e["edit"]) for e in (self.edits[i] for i in rows)]
         length = torch.tensor([len(answer) for _, (answer,) in texts], device=self.args.device)
-        return -(cdpo.answer_logprobs(self.model, texts, chunk=CHUNK)[:, 0] / length).sum(), {}
+        return -(cdpo.answer_logprobs(self.model, texts)[:, 0] / length).sum(), {}
 
     def describe(self, rows):
         return f"{self.args.edits}, lines {', '.join(str(self.edits[i]['line']) for i in rows)}"
@@ -580,7 +579,7 @@ class CDPO(Stage):
         lora.use(self.model, "reference")
         for at in tqdm(range(RANK * args.micro, len(groups), WORLD * args.micro), desc="reference", disable=RANK > 0):
             rows = [self.encode(group[0][0], *(text for *_, text in group), guidance=group[0][1]) for group in groups[at:at + args.micro]]
-            logps = cdpo.answer_logprobs(self.model, rows, chunk=CHUNK)
+            logps = cdpo.answer_logprobs(self.model, rows)
             found[at:at + args.micro, :logps.shape[1]] = logps.cpu()
         lora.use(self.model, "policy")
         found = found.to(args.device)
@@ -610,7 +609,7 @@ class CDPO(Stage):
         who, which = torch.tensor(flat).T                                            # (N,), (N,)
         texts = [self.encode(p["caption"], p["chosen"], p["rejected"], guidance=p["guidance"]) for p in (self.pairs[i] for i in which.tolist())]
         soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)])             # (N, S, D)
-        chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft, CHUNK).T                                   # (N,), (N,)
+        chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft).T                                          # (N,), (N,)
         losses, *rewards = cdpo.dpo_loss(chosen, rejected, *self.reference[which].to(chosen).T, args.beta)
         if args.nll:
             losses = losses - args.nll * chosen / torch.tensor([len(answer) for _, (answer, _) in texts]).to(chosen)
@@ -945,6 +944,8 @@ class Evaluation:
     def __init__(self, args):
         if WORLD > 1:
             raise ValueError("eval is one process; train the runs it compares under torchrun, then run it alone: it takes those that stand")
+        if unknown := [flag for flag in args.sweep.split(",") if args.sweep and flag not in SWEEPS]:
+            raise ValueError(f"--sweep {unknown[0]}: allowed are {', '.join(SWEEPS)}")
         self.args, self.users, captions = args, graph.read_users(args.users_test), defaultdict(list)
         edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
         train = [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")]
@@ -1013,15 +1014,11 @@ class Evaluation:
     def text(self):
         """Markdown: every method, `--seeds` runs of each, sampled instructions for the captions of the users' pairs; or C-DPO with each value of a flag."""
         if self.args.sweep:
-            return "".join(self.rates_table(f"C-DPO, --{flag}", self.sweep(flag)) for flag in self.args.sweep.split(","))
+            usual = vars(parse(["cdpo", "--preset", self.args.preset]))
+            return "".join(self.rates_table(f"C-DPO, --{flag}", {f"{flag} {v}": "" if v == str(usual[flag.replace("-", "_")]) else f"--{flag} {v}" for v in SWEEPS[flag].split()})
+                           for flag in self.args.sweep.split(","))
         rows = [[method, *(mean((r["hit"] for r in self.rates(method, flags, shown)), True) for shown in CONDITIONS)] for method, flags in METHODS.items()]
         return self.rates_table("What the instruction asks for", METHODS) + table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS], rows)
-
-    def sweep(self, flag):
-        if flag not in SWEEPS:
-            raise ValueError(f"--sweep {flag}: allowed are {', '.join(SWEEPS)}")
-        default = vars(parse(["cdpo", "--preset", self.args.preset]))[flag.replace("-", "_")]
-        return {f"{flag} {value}": "" if value == str(default) else f"--{flag} {value}" for value in SWEEPS[flag].split()}
 
     # ---- do the pictures show it, and keep the rest?
     def pictures(self):
