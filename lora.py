@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen import Linear, check_fit, linear, read_json, read_tensors
+from qwen import Linear, check_fit, linear, read_json, read_tensors, reading
 
 ADAPTERS = ("policy", "reference")
 
@@ -140,13 +140,14 @@ def load_adapter(model, folder, adapter="policy"):
     refused = [f"{k} = {v!r}" for k, v in config.items() if v and (v not in FIXED[k] if k in FIXED else k not in READ | IGNORED)]
     if refused:
         raise ValueError(f"{folder}/adapter_config.json: not supported: {', '.join(refused)}")
-    rank = config["r"]
-    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)          # rank-stabilised: alpha / sqrt(rank)
     names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]
-    if not any(isinstance(m, LoRALinear) for m in model.modules()):
-        inject(model, rank, alpha, config.get("lora_dropout", 0.0), names)
+    with reading(folder):
+        rank, dropout = int(config["r"]), float(config.get("lora_dropout", 0.0))
+        alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)      # rank-stabilised: alpha / sqrt(rank)
+        if not any(isinstance(m, LoRALinear) for m in model.modules()):
+            inject(model, rank, alpha, dropout, names)
     own = tensors(model, adapter)
-    check_fit(folder, own, stored)
+    check_fit(folder, own, stored, finite=True)
     if (scale := next(iter(layers(model).values())).scale) != alpha / rank:
         raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {scale}")
     for name, p in own.items():

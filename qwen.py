@@ -4,6 +4,7 @@ Reads Qwen2 and Mistral checkpoints as they are published; every size comes from
 Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
 attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
 """
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -36,14 +37,28 @@ def resolve(path_or_repo, patterns=None):
                          "and set HF_TOKEN; or give the path of a local folder with its files") from error
 
 
+@contextlib.contextmanager
+def reading(file):
+    """Whatever goes wrong inside is the fault of `file`: a ValueError that names it (of a spoiled file, each reader trips over something else)."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(file) in str(error):
+            raise
+        raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
+
+
 def read_json(file, default=None):
-    """The JSON value in `file`, `default` when there is one and no file; ValueError naming the file when it is absent or not JSON."""
+    """The JSON object in `file`, `default` when there is one and no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
     if default is not None and not Path(file).is_file():
         return default
-    try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+    with reading(file):
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"an object was expected, it holds a {type(value).__name__}")
+        if vast := [name for name, n in value.items() if "layers" in name and isinstance(n, (int, float)) and not 0 <= n <= 1000]:
+            raise ValueError(f"{vast[0]} is {value[vast[0]]}, allowed is 0 .. 1000")
+        return value
 
 
 def checkpoint_files(path):
@@ -68,18 +83,16 @@ def read_tensors(path):
     """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}."""
     tensors = {}
     for file in checkpoint_files(path):
-        try:
-            with safe_open(file, "pt") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
+        with reading(file), safe_open(file, "pt") as f:
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}
     return tensors
 
 
-def check_fit(what, expected, stored):
-    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, the other way round, or with another shape."""
+def check_fit(what, expected, stored, finite=False):
+    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, the other way round, with another shape, of integers, or (finite) with nan or inf."""
     faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
     faults += [f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(t.shape)}" for name, t in expected.items() if name in stored and stored[name].shape != t.shape]
+    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.isfinite().all()]
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
@@ -118,7 +131,8 @@ class Tokenizer:
         path = resolve(path, ["tokenizer*.json"])
         if not (path / "tokenizer.json").is_file():
             raise ValueError(f"{path} has no tokenizer.json")
-        fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
+        with reading(path / "tokenizer.json"):
+            fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
         fast.no_padding(), fast.no_truncation()
         config = read_json(path / "tokenizer_config.json", {})
         eos = config.get("eos_token") if config.get("add_eos_token") else None      # e5-mistral's tokenizer.json leaves it out, and the last token is what counts
@@ -177,9 +191,9 @@ class Config:
         heads = c["num_attention_heads"]
         return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"],
                    heads=heads, kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-                   eps=c["rms_norm_eps"], theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0), qkv_bias=kind == "qwen2",
+                   eps=float(c["rms_norm_eps"]), theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)), qkv_bias=kind == "qwen2",
                    tied=c.get("tie_word_embeddings", False), headless=(c.get("architectures") or ["ForCausalLM"])[0].endswith("Model"),
-                   window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]))
+                   window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])))
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -333,7 +347,7 @@ class Qwen(nn.Module):
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve, Config.read and load_checkpoint."""
         path = resolve(path, ["*.json", "*.safetensors"])
-        with torch.device("meta"), Unfilled():
+        with reading(path), torch.device("meta"), Unfilled():
             model = cls(Config.read(path))
         load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
         return model.to(device, dtype).eval().requires_grad_(False)
@@ -391,6 +405,8 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         if new:
             hidden = model.model(new[-1][:, None], attention_mask=mask, cache=cache)[:, 0]
         logits = model.lm_head(hidden).float()                                                   # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError("the language model's logits are not finite: a spoiled checkpoint or adapter, or numbers too large for its type")
         if repetition_penalty != 1:
             logits = torch.where(seen > 0, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
         new.append(sample(logits, temperature, top_k, top_p, generator))                         # (B,)
