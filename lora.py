@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen import Linear, check_fit, linear, read_json, read_tensors, reading
+from qwen import Linear, check_fit, read_json, read_tensors, reading
 
 ADAPTERS = ("policy", "reference")
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """The linear layer `base`, its parameters and their names kept, and a pair of low-rank matrices for each adapter."""
 
     def __init__(self, base, rank, alpha, dropout):
@@ -29,12 +29,11 @@ class LoRALinear(nn.Linear):
         self.lora_A = nn.ParameterDict({name: torch.empty(rank, base.in_features, **new) for name in ADAPTERS})
         self.lora_B = nn.ParameterDict({name: torch.zeros(base.out_features, rank, **new) for name in ADAPTERS})     # so at first nothing changes
         for name in ADAPTERS:
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
-            self.lora_A[name].requires_grad_(name == "policy")
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5)).requires_grad_(name == "policy")
             self.lora_B[name].requires_grad_(name == "policy")
 
     def forward(self, x):
-        y = linear(x, self.weight, self.bias)                                                  # (..., out)
+        y = super().forward(x)                                                                   # (..., out)
         if self.adapter is None:
             return y
         A, B = self.lora_A[self.adapter], self.lora_B[self.adapter]                              # (rank, in), (out, rank)
@@ -50,31 +49,25 @@ def layers(model):
     return found
 
 
-def replace(model, name, new):
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, new)
-
-
 def select(model, targets):
     """Names of the linear layers that `targets` means: "all-linear" (all but the output head) or a list of names or their last parts."""
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if targets == "all-linear":
-        return [name for name in linear if name.rpartition(".")[2] != "lm_head"]
+        return [name for name in linear if not f".{name}".endswith(".lm_head")]
     if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
-    return [name for name in linear if any(f".{name}".endswith(f".{t}") for t in targets)]
+    return [name for name in linear if f".{name}".endswith(tuple(f".{t}" for t in targets))]
 
 
 def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
-    """Freeze `model`, put both adapters on the target layers, use "policy" -> names of the layers. Call it after the model has its device and dtype.
-
-    `targets` as in `select`. Starts from PEFT's initialisation, which leaves the output as it was."""
+    """Freeze `model`, put both adapters on the layers that `select` takes, use "policy" -> names of the layers. Call it after the model has its device and dtype.
+    Starts from PEFT's initialisation, which leaves the output as it was."""
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} has adapters already")
     names = select(model, targets)
     model.requires_grad_(False)
     for name in names:
-        replace(model, name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
+        model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
 
 
@@ -89,9 +82,8 @@ def use(model, adapter):
 @torch.no_grad()
 def copy_adapter(model, source="policy", target="reference"):
     """Make `target` equal to `source`: what SFT has taught the policy becomes the reference of DPO."""
-    for layer in layers(model).values():
-        layer.lora_A[target].copy_(layer.lora_A[source])
-        layer.lora_B[target].copy_(layer.lora_B[source])
+    for new, old in zip(tensors(model, target).values(), tensors(model, source).values()):
+        new.copy_(old)
 
 
 @torch.no_grad()
@@ -102,7 +94,7 @@ def merge(model, adapter="policy"):
         delta = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]                      # (out, in)
         plain.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False)
         plain.bias = layer.bias
-        replace(model, name, plain.train(layer.training))
+        model.set_submodule(name, plain.train(layer.training))
 
 
 # ---- files in PEFT's format --------------------------------------------------------------------------------------------------
@@ -133,7 +125,6 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
 @torch.no_grad()
 def load_adapter(model, folder, adapter="policy"):
     """Read a LoRA adapter in PEFT's format into `adapter`; a model without adapters is injected as adapter_config.json says.
-
     ValueError names every setting that is not written here (DoRA, rank patterns, ...) and every missing, unexpected or misshapen tensor."""
     folder = Path(folder)
     config, stored = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
@@ -155,10 +146,10 @@ def load_adapter(model, folder, adapter="policy"):
 
 
 if __name__ == "__main__":
-    linear, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
-    before, names = linear(x), inject(linear, rank=4, alpha=8, dropout=0.0)
-    print("adapters on", names, "| changed at first by", (linear(x) - before).abs().max().item())
-    nn.init.normal_(linear[0].lora_B["policy"])
-    after = linear(x)
-    merge(linear)
-    print("then by", (after - before).abs().max().item(), "| and merging changes", (linear(x) - after).abs().max().item())
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
+    before, names = model(x), inject(model, rank=4, alpha=8, dropout=0.0)
+    print("adapters on", names, "| changed at first by", (model(x) - before).abs().max().item())
+    nn.init.normal_(model[0].lora_B["policy"])
+    after = model(x)
+    merge(model)
+    print("then by", (after - before).abs().max().item(), "| and merging changes", (model(x) - after).abs().max().item())
