@@ -51,7 +51,7 @@ import lora
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
 from patch_dpo import (ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, record,
                        s_patch, self_supervised_loss, warp)
-from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, resolve
+from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, reading, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -151,6 +151,14 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("picture-steps", "eval", int, 20, "Euler steps of a picture"),
     ("strength", "eval", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised source"),
 ]}
+ABOUT = {   # stage -> what it does, an example
+    "graph": ("pretrain GraphSAGE on like or dislike", "--users users.jsonl --out runs/graph"),
+    "sft": ("supervised fine-tuning of a LoRA adapter on generic edits", "--edits edits.jsonl --steps 300"),
+    "cdpo": ("collaborative DPO and its baselines", "--users users.jsonl --pairs pairs.jsonl --lam 0.15 --k 5"),
+    "patch": ("an image prompt for Flux: PatchDPO and what it is compared with", "--power 1 --out runs/patch1"),
+    "dro": ("Diffusion-DRO: a LoRA for Flux", "--refresh 10 --steps 200"),
+    "eval": ("train, sample, compare; Markdown tables", "--half text --sweep lam,k --seeds 1"),
+}
 FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
 
@@ -161,7 +169,7 @@ def parse(argv=None):
     preset, style = PRESETS.get(early.parse_known_args(argv)[0].preset, {}), argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=style)
     stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True, help="`train.py STAGE -h` lists its flags")
-    for stage, (_, about, example) in STAGES.items():
+    for stage, (about, example) in ABOUT.items():
         p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: python train.py {stage} {example}", formatter_class=style)
         p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12 (%(default)s)")
         values = {**preset.get("all", {}), **preset.get(stage, {})}
@@ -304,11 +312,8 @@ def read_scenes(path, *needed):
 
 def read_picture(file, size=None):
     """A picture file -> uint8 (H, W, 3), cut to a square of `size` where it is given."""
-    try:
-        with Image.open(file) as image:
-            image = image.convert("RGB")
-    except Exception as e:                                       # on broken files the decoders raise whatever they trip over
-        raise ValueError(f"{file} cannot be read as a picture: {e}") from None
+    with reading(file), Image.open(file) as image:
+        image = image.convert("RGB")
     return np.array(ImageOps.fit(image, (size, size)) if size else image)
 
 
@@ -363,6 +368,8 @@ def tensors_of(stage, optimizer):
 def save_state(stage, optimizer, out, step):
     """OUT/step_N/state.safetensors; older points go once it stands."""
     tensors = {name: t.cpu().contiguous() for name, t in tensors_of(stage, optimizer).items()}
+    if lost := [name for name, t in tensors.items() if not t.isfinite().all()]:
+        raise ValueError(f"after step {step} {lost[0]} is not finite (--lr?); it was not saved")
     publish(out / f"step_{step}", lambda folder: save_file(tensors, folder / "state.safetensors"), f"step {step}")
     for old in out.glob("step_*"):
         if old.name != f"step_{step}":
@@ -377,7 +384,7 @@ def load_state(stage, optimizer, out):
             optimizer.state[p] = {"step": torch.tensor(float(newest)), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         file, own = out / f"step_{newest}" / "state.safetensors", tensors_of(stage, optimizer)
         stored = read_tensors(file)
-        check_fit(file, own, stored)
+        check_fit(file, own, stored, finite=True)
         for name, tensor in own.items():
             tensor.copy_(stored[name])
     return newest
@@ -391,8 +398,6 @@ def open_run(stage, args, out):
         shutil.rmtree(rest, ignore_errors=True)
     if any(out.glob("step_*")) and file.is_file():
         before = read_json(file)
-        if not isinstance(before, dict):
-            raise ValueError(f"{file} is not the config.json of a run: delete the folder, or give another --out")
         for name in sorted((set(before) | set(config)) - FREE):
             if before.get(name) != config.get(name):
                 raise ValueError(f"{out} holds a run with {name} = {before.get(name)!r}, now it is {config.get(name)!r}: give another --out, or delete the folder")
@@ -419,7 +424,7 @@ def fit(stage, args):
         rows, metrics, stopping = gradients(stage, args, step, bool(stop))
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
         if not all(map(math.isfinite, metrics.values())):
-            raise ValueError(f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
+            raise ValueError(f"step {step + 1} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
         optimizer.step()
         step += 1
         bar.update()
@@ -571,7 +576,8 @@ class CDPO(Stage):
         args = self.args
         file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.sft}/adapter_model.safetensors')}-{args.dtype}.safetensors"
         if file.exists():
-            return read_tensors(file)["logps"]
+            check_fit(file, {"logps": torch.empty(len(self.pairs), 2)}, stored := read_tensors(file), finite=True)
+            return stored["logps"]
         texts = sorted({(p["caption"], p["guidance"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
         by_prompt = [list(same) for _, same in itertools.groupby(texts, lambda t: t[:2])]
         groups = [same[at:at + 8] for same in by_prompt for at in range(0, len(same), 8)]    # answers that share one pass over their prompt
@@ -789,9 +795,11 @@ class Patch(Pictures):
         if RANK == 0 and not folder.is_dir():
             publish(folder, self.generate, "generated pictures")
         together(dist.barrier)
-        rows, quality = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), read_tensors(folder / "quality.safetensors")
+        rows, file = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), folder / "quality.safetensors"
         if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items[:self.count]]:
             raise ValueError(f"{folder} holds pictures of other prompts: give another --generated, or delete the folder")
+        quality, side = read_tensors(file), math.isqrt(self.maps.shape[2])
+        check_fit(file, {key: torch.empty(len(rows), len(rows[0]["generated"]), side, side) for key in ("generated", "reference")}, quality, finite=True)
         pictures = torch.stack([to_tensor(read_picture(folder / name, self.args.size)) for row in rows for name in row["generated"]])       # (N*G, 3, H, W)
         self.made = self.encode(pictures).unflatten(0, (len(rows), -1))
         self.weights = {key: patch_weights(q.flatten(0, 1), self.grid).unflatten(0, q.shape[:2]).to(self.args.device) for key, q in quality.items()}
@@ -1085,20 +1093,13 @@ def picture_table(title, rows, names):
     return table(title, ["", "pictures", *names], [[name, str(len(found)), *(mean(r[n] for r in found) for n in names)] for name, found in rows.items()])
 
 
-STAGES = {   # name -> (class, help, example)
-    "graph": (Graph, "pretrain GraphSAGE on like or dislike", "--users users.jsonl --out runs/graph"),
-    "sft": (SFT, "supervised fine-tuning of a LoRA adapter on generic edits", "--edits edits.jsonl --steps 300"),
-    "cdpo": (CDPO, "collaborative DPO and its baselines", "--users users.jsonl --pairs pairs.jsonl --lam 0.15 --k 5"),
-    "patch": (Patch, "an image prompt for Flux: PatchDPO and what it is compared with", "--power 1 --out runs/patch1"),
-    "dro": (DRO, "Diffusion-DRO: a LoRA for Flux", "--refresh 10 --steps 200"),
-    "eval": (Evaluation, "train, sample, compare; Markdown tables", "--half text --sweep lam,k --seeds 1"),
-}
+STAGES = {"graph": Graph, "sft": SFT, "cdpo": CDPO, "patch": Patch, "dro": DRO, "eval": Evaluation}
 
 
 def main(argv=None):
     args = parse(argv)
     join(args)
-    stage = STAGES[args.stage][0](args)
+    stage = STAGES[args.stage](args)
     if args.stage == "eval":
         return stage.write()
     fit(stage, args)
