@@ -13,13 +13,12 @@ The shipped files are these stages but `controlnet`, in this order, with the def
 of autoencoder a picture, 9 ms of Flux with its ControlNet a sample). A recipe that learns visibly in ten minutes, and touches nothing shipped:
     M="--out /tmp/mini --work /tmp/mini/data"; for s in "pictures --scenes 400" "vae --minutes 3" "flux --minutes 6"; do python mini/pretrain.py $s $M; done
 
-A stage of pictures is one schedule (warm-up, one cosine), keeps its state in --work/STAGE.pt and goes on from there when started again; without that file it starts anew.
+A stage of pictures is one schedule (warm-up, one cosine), keeps its state in --work/STAGE.pt and goes on from there when started again; delete the file to start anew.
 Losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
 
-What the language model reads is ours, too: chats about the miniature's pictures. It learns to suggest an edit of any kind (all attributes alike), to obey guidance
-("with stripes"), to answer small questions, and to take a profile in the prompt as real instruct models do: most of the time (60 %), not always. The profiles it reads
-are random lists, so it knows the words and nothing of the themes. It talks like an assistant ("Sure! How about ...?"): being terse is left to supervised fine-tuning,
-being personal to C-DPO.
+The language model reads chats about the miniature's pictures (ours, too). It learns to suggest an edit of any kind (all attributes alike), to obey guidance ("use wood"),
+to answer small questions, and to take a profile in the prompt as real instruct models do: most of the time (60 %), not always. The profiles are random lists: it knows
+the words and nothing of the themes. It talks like an assistant ("Sure! ..."): being terse is left to supervised fine-tuning, being personal to C-DPO.
 """
 import argparse
 import json
@@ -108,10 +107,10 @@ def control(image, mode):
 
 
 # ---- one loop for all stages of pictures -------------------------------------------------------------------------------------
-def fit(a, stage, modules, loss_of, lr, batch, save):
+def fit(a, modules, loss_of, lr, batch, save):
     """Trains the modules on loss_of(generator, batch) for a.minutes of training time, and calls save() with the running average of the weights every a.every minutes
     and at the end. Batch k is a function of (seed, k). A stopped run goes on where it was; a finished one does nothing."""
-    parameters, file = [p for m in modules for p in m.parameters() if p.requires_grad], a.work / f"{stage}.pt"
+    parameters, file = [p for m in modules for p in m.parameters() if p.requires_grad], a.work / f"{a.stage}.pt"
     optimizer = torch.optim.AdamW(parameters, lr, (.9, .99), weight_decay=.01)
     step, seconds, average, losses, stored = 0, 0.0, [p.detach().clone() for p in parameters], [], time.time()
 
@@ -136,7 +135,7 @@ def fit(a, stage, modules, loss_of, lr, batch, save):
         losses, seconds = [*losses[-99:], loss.item()], seconds + time.time() - start
         last = seconds >= 60 * a.minutes
         if last or step % 100 == 0:
-            print(f"{stage} step {step}: loss {sum(losses) / len(losses):.4f}, {seconds / 60:.1f} of {a.minutes} min", flush=True)
+            print(f"{a.stage} step {step}: loss {sum(losses) / len(losses):.4f}, {seconds / 60:.1f} of {a.minutes} min", flush=True)
         if last or time.time() - stored > 60 * a.every:
             state = {"progress": (step, seconds, average), "optimizer": optimizer.state_dict(), "parameters": [p.detach() for p in parameters]}
             torch.save(state, file.with_suffix(".part"))
@@ -149,9 +148,9 @@ def fit(a, stage, modules, loss_of, lr, batch, save):
 
 # ---- the autoencoder ---------------------------------------------------------------------------------------------------------
 def vae(a, found=None, noise=.1, sharp=.1, lr=3e-3):
-    """Squared error, again for the colour differences, and a little absolute error; a little noise on the latent instead of a KL term: hues survive, the latents stay smooth."""
+    """Squared error, again for the colour differences, and a little absolute error; some noise on the latent instead of a KL term: hues survive, latents stay smooth."""
     torch.manual_seed(a.seed)
-    images, model = pictures(a)[0].flatten(0, 1), found or VAE(json.loads((HERE / "flux/vae/config.json").read_text()))
+    images, model = pictures(a)[0].flatten(0, 1), found or VAE(shipped(a, "flux/vae/config.json"))
     size = {"shift_factor": model.shift, "scaling_factor": model.scale}
     model.scale, model.shift = 1.0, 0.0                                                # while it trains
 
@@ -175,7 +174,7 @@ def vae(a, found=None, noise=.1, sharp=.1, lr=3e-3):
         publish(a, "flux/vae", model)
         x = to_unit(images[5::997])
         print(f"vae: {-10 * math.log10((model.decode(model.encode(x)).clamp(-1, 1) - x).square().mean().item() / 4):.1f} dB", flush=True)
-    fit(a, a.stage, [model], loss, lr, batch=16, save=save)
+    fit(a, [model], loss, lr, batch=16, save=save)
 
 
 def decoder(a):
@@ -240,7 +239,7 @@ def latents(a):
 def new_models(a):
     """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and the ControlNet adds nothing at first."""
     torch.manual_seed(a.seed)
-    if not (a.out / "flux/tokenizer_2/tokenizer.json").is_file():                        # a resumed run keeps its ids
+    if not (a.out / "flux/tokenizer_2/tokenizer.json").is_file():                        # kept when a run goes on: pieces that tie get other ids each time
         train_tokenizers(a)
     shipped(a, "flux/model_index.json"), shipped(a, "flux/scheduler/scheduler_config.json")
     words = {f"text_encoder{i}": {"vocab_size": TextTokenizer.load(a.out / f"flux/tokenizer{i}").backend.get_vocab_size()} for i in ("", "_2")}
@@ -291,7 +290,7 @@ def flux(a, found=None, teacher=None, lr=1.5e-3):
     def save():
         for name, (part, _) in PARTS.items():
             publish(a, part, found[name], "model" if "text" in name else "diffusion_pytorch_model")
-    fit(a, a.stage, found.values(), loss, lr, batch=32, save=save)
+    fit(a, found.values(), loss, lr, batch=32, save=save)
 
 
 def load_models(folder):
@@ -332,7 +331,7 @@ def vit(a):
             named, patches = heads["name"](tokens[:, 0]).float(), heads["patch"](tokens[:, 1:]).float()
         truth = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).mT                                             # (B, 64, 3*4*4)
         return F.binary_cross_entropy_with_logits(named, labels[scene, which]) * 10 + (patches - truth).square().mean()
-    fit(a, a.stage, [model, heads], loss, 1.5e-3, batch=32, save=lambda: publish(a, "vit", model, "model"))
+    fit(a, [model, heads], loss, 1.5e-3, batch=32, save=lambda: publish(a, "vit", model, "model"))
 
 
 # ---- the language model ------------------------------------------------------------------------------------------------------

@@ -299,9 +299,9 @@ def material(name, g, light, picture):
 
 def surface(g, base, pattern, made_of, light, picture):
     """Colour of every sample that sees the object (3, M): paint or material, then light, gloss and a dark rim for clear edges."""
-    colors, shine, glow = torch.cat([RGB.get(k, base) for k in g.parts], 1)[:, g.part], .3 * light.gloss(g, 24), torch.zeros_like(g.local)      # parts keep their own colours
-    looks = material(made_of, g, light, picture) if made_of else (paint(g.local, base, pattern), shine, glow)
-    colors, shine, glow = (torch.where(g.part == g.parts.index("main"), new, old) for new, old in zip(looks, (colors, shine, glow)))
+    usual = torch.cat([RGB.get(k, base) for k in g.parts], 1)[:, g.part], .3 * light.gloss(g, 24), torch.zeros_like(g.local)      # parts keep their own colours
+    looks = material(made_of, g, light, picture) if made_of else (paint(g.local, base, pattern), *usual[1:])
+    colors, shine, glow = (torch.where(g.part == g.parts.index("main"), new, old) for new, old in zip(looks, usual))
     return (colors * (light.on(g, g.normal, g.pixels) * g.open) + shine + glow) * (.35 + .65 * (g.facing / .45).clamp(0, 1))
 
 
@@ -350,10 +350,9 @@ def sprite(name, x, y):
     oval = lambda x, y, cx, cy, rx, ry: length((x - cx) / rx, (y - cy) / ry)
     a = x.abs()
     if name == "butterfly":
-        upper, lower, body = oval(a, y, .54, .34, .48, .46), oval(a, y, .44, -.42, .36, .40), oval(a, y, 0, -.05, .11, .62) < 1
-        antennae = ((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98)
-        return [((upper < 1) | (lower < 1), rgb(.12, .06, .10)), ((upper < .78) | (lower < .74), rgb(1., .52, .05)), (oval(a, y, .64, .42, .15, .15) < 1, rgb(1., .95, .6)),
-                (body | antennae, rgb(.12, .06, .10))]
+        upper, lower, dot, body = oval(a, y, .54, .34, .48, .46), oval(a, y, .44, -.42, .36, .40), oval(a, y, .64, .42, .15, .15), oval(a, y, 0, -.05, .11, .62)
+        antennae, dark = ((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98), rgb(.12, .06, .10)
+        return [((upper < 1) | (lower < 1), dark), ((upper < .78) | (lower < .74), rgb(1., .52, .05)), (dot < 1, rgb(1., .95, .6)), ((body < 1) | antennae, dark)]
     if name == "flower":
         petals = length(x, y - .38) < .44 + .15 * torch.cos(5 * torch.atan2(x, y - .38))
         return [((a < .07) & (y > -1) & (y < .3), rgb(.16, .50, .14)), (oval(a, y, .27, -.55, .26, .12) < 1, rgb(.22, .62, .18)),

@@ -7,7 +7,7 @@ taste, and now and then a passing fancy that fits no theme. The liked rest is `h
 
 Everything is written as the files a user would bring (JSON lines, one object a line):
     users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; the test users are met by no training stage
-    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some with "guidance": 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
+    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some "guidance": 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
     edits.jsonl                     {"input", "edit", "output"}, some with "guidance": nobody's edits in particular, InstructPix2Pix's format, for supervised fine-tuning
     scenes.jsonl + scenes/*.png     held-out pictures, each with its true picture after every one of the 45 edits
 Each user is a function of (seed, split, index) alone: the same seed gives the same bytes, and more users leave the first ones as they were.
@@ -39,7 +39,7 @@ THEMES = {name: line.split(", ") for name, line in {        # most popular first
 POPULARITY = [(rank + 1) ** -0.5 for rank in range(len(THEMES))]     # how often a theme is liked; dislikes fall evenly
 STATED = 0.65                                                        # share of the persona's taste that its history shows
 FANCY = 0.5                                                          # chance of one stated like, and of one stated dislike, outside every theme
-GUIDED = 0.10                                                        # chance of an edit to come with words of the user; of a pair: twice that, for a thing or for an edit type
+GUIDED = 0.10                                                        # chance of an edit to come with words of the user; of a pair twice: naming a thing, or an edit type
 NAMES = ["ana", "ben", "chen", "dina", "emre", "fay", "goran", "hana", "ivo", "jun", "kemi", "lars", "mina", "noor", "olga", "pavel"]
 
 
@@ -86,7 +86,8 @@ def make_pairs(user, rng):
                     asked = rng.choice(indifferent)
                     pair |= {"guidance": rng.choice(GUIDANCE).format(a=asked), "chosen": instruction(obj, asked, rng.randrange(4)), "rejected": chosen}
                 elif wanted is not likes and rng.random() < GUIDED:
-                    pair |= {"guidance": f"change the {edit_type}", "rejected": instruction(obj, rng.choice([a for a in likes if a not in attributes] or worse), rng.randrange(4))}
+                    other = [a for a in likes if a not in attributes] or worse
+                    pair |= {"guidance": f"change the {edit_type}", "rejected": instruction(obj, rng.choice(other), rng.randrange(4))}
                 yield pair
 
 
