@@ -1,11 +1,11 @@
 """Every training stage, and the tables that compare them.
 
-    python train.py graph                    # preference graph + GraphSAGE -> runs/graph
-    python train.py sft                      # supervised fine-tuning on generic edits -> runs/sft
-    python train.py cdpo                     # collaborative DPO from both -> runs/cdpo
-    python train.py patch                    # PatchDPO on an image prompt for Flux (reference pictures beside the text) -> runs/patch
-    python train.py dro                      # Diffusion-DRO, a LoRA for Flux -> runs/dro
-    python train.py eval --seeds 3           # trains the baselines too; Markdown tables
+    python train.py graph                       # preference graph + GraphSAGE -> runs/graph
+    python train.py sft                         # supervised fine-tuning on generic edits -> runs/sft
+    python train.py cdpo --lam 0.5 --k 3        # collaborative DPO from both -> runs/cdpo
+    python train.py patch --loss patch          # PatchDPO on an image prompt for Flux (reference pictures beside the text) -> runs/patch
+    python train.py dro --refresh 1             # Diffusion-DRO, a LoRA for Flux -> runs/dro
+    python train.py eval --half text --seeds 3  # trains the baselines too and compares what held-out users get; Markdown tables
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
 
 Baselines are flags: `cdpo --user none` is DPO-Vanilla, `cdpo --user id` DPO-User, `cdpo --lam 0` C-DPO without its neighbours' term.
@@ -128,7 +128,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
     ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
     ("size", "patch dro", int, 64, "side of the pictures in pixels"),
-    ("guidance", "patch dro eval", float, 3.5, "guidance of painted pictures; the losses have none (1)"),
+    ("guidance", "patch dro eval", float, 3.5, "guidance of painted pictures; the losses have none"),
     ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
 ], "optimisation": [
     ("steps", "graph sft cdpo patch dro", int, 150, "optimiser steps (graph: epochs)"),
@@ -151,14 +151,6 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("picture-steps", "eval", int, 20, "Euler steps of a picture"),
     ("strength", "eval", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised source"),
 ]}
-ABOUT = {   # stage -> what it does, an example
-    "graph": ("pretrain GraphSAGE on like or dislike", "--users users.jsonl --out runs/graph"),
-    "sft": ("supervised fine-tuning of a LoRA adapter on generic edits", "--edits edits.jsonl --steps 300"),
-    "cdpo": ("collaborative DPO and its baselines", "--users users.jsonl --pairs pairs.jsonl --lam 0.15 --k 5"),
-    "patch": ("an image prompt for Flux: PatchDPO and what it is compared with", "--power 1 --out runs/patch1"),
-    "dro": ("Diffusion-DRO: a LoRA for Flux", "--refresh 10 --steps 200"),
-    "eval": ("train, sample, compare; Markdown tables", "--half text --sweep lam,k --seeds 1"),
-}
 FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
 
@@ -169,8 +161,9 @@ def parse(argv=None):
     preset, style = PRESETS.get(early.parse_known_args(argv)[0].preset, {}), argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=style)
     stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True, help="`train.py STAGE -h` lists its flags")
-    for stage, (about, example) in ABOUT.items():
-        p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: python train.py {stage} {example}", formatter_class=style)
+    for stage in STAGES:
+        example, about = re.search(rf"(python train.py {stage} .*?) +# (.*)", __doc__).groups()
+        p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: {example}", formatter_class=style)
         p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12 (%(default)s)")
         values = {**preset.get("all", {}), **preset.get(stage, {})}
         for title, flags in FLAGS.items():
@@ -178,7 +171,7 @@ def parse(argv=None):
             for flag, where, kind, default, text in flags:
                 if stage in where.split():
                     how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar=kind.__name__)
-                    group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text + " (%(default)s)" * (default not in ("", False)), **how)
+                    group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text + " (%(default)s)" * (default != "" and default is not False), **how)
     args = top.parse_args(argv)
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
