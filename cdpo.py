@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.autograd.function import once_differentiable
 
 from graph import GraphSAGE, PreferenceGraph, embed_new_user
 from qwen import generate, linear
@@ -28,37 +27,23 @@ REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the sa
 
 
 # ------------------------------------------------------------------------------------------------ losses
-class AnswerScores(torch.autograd.Function):
-    """log softmax(h W^T)[y] for h (N,D), W (V,D), y (N,) -> (N,) fp32. The gradient with respect to h, (onehot(y) - softmax(h W^T)) W,
-    is taken along with it: at most (chunk, V) logits exist, and they are computed once. W is frozen."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, labels, chunk):
-        scores, slopes = [], []
-        for h, y in zip(hidden.split(chunk), labels[:, None].split(chunk)):
-            logp = linear(h, head).float().log_softmax(-1)                                              # (chunk, V)
-            scores.append(logp.gather(-1, y))
-            if ctx.needs_input_grad[0]:
-                error = logp.exp_().neg_().scatter_add_(-1, y, torch.ones_like(scores[-1]))             # onehot(y) - softmax
-                slopes.append(linear(error.to(h.dtype), head.T))
-        ctx.save_for_backward(*slopes)
-        return torch.cat(scores)[:, 0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        slope = torch.cat(ctx.saved_tensors)                                                            # (N, D)
-        return (grad[:, None] * slope).to(slope.dtype), None, None, None
-
-
 def token_logprobs(hidden, head, labels, chunk=512):
     """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
-
-    Only labelled positions meet the head, `chunk` of them at a time."""
+    Only labelled positions meet the head, `chunk` of them at a time, and only once: the gradient with respect to h, (onehot(y) - softmax(W h)) W, is taken along."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
     row, column = (labels != -100).nonzero(as_tuple=True)                                               # (N,), (N,)
-    logp = AnswerScores.apply(hidden[row, column], head.to(hidden.dtype), labels[row, column], chunk)   # (N,)
+    h, head, scores, slopes = hidden[row, column], head.to(hidden.dtype), [], []                        # (N, D), (V, D)
+    with torch.no_grad():
+        for part, y in zip(h.split(chunk), labels[row, column, None].split(chunk)):
+            logp = linear(part, head).float().log_softmax(-1)                                           # (chunk, V)
+            scores.append(logp.gather(-1, y)[:, 0])
+            if h.requires_grad:
+                error = logp.exp_().neg_().scatter_add_(-1, y, torch.ones_like(logp[:, :1]))            # onehot(y) - softmax
+                slopes.append(linear(error.to(part.dtype), head.T))                                     # (chunk, D)
+    logp = torch.cat(scores)                                                                            # (N,)
+    if h.requires_grad:
+        logp = logp + ((h - h.detach()).float() * torch.cat(slopes)).sum(-1)                            # adds 0, and the gradient
     return torch.zeros(len(labels), device=hidden.device).index_add(0, row, logp)
 
 
@@ -80,9 +65,9 @@ def cdpo_loss(own, neighbour, similarity, lam=0.15):
 
 def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
     """Each (B,) -> sums over the batch, under TRL's names."""
-    return {"rewards/chosen": chosen_rewards.sum(), "rewards/rejected": rejected_rewards.sum(), "rewards/margins": (chosen_rewards - rejected_rewards).sum(),
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float().sum(),
-            "logps/chosen": policy_chosen.detach().sum(), "logps/rejected": policy_rejected.detach().sum()}
+    each = {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(), "logps/chosen": policy_chosen.detach(), "logps/rejected": policy_rejected.detach()}
+    return {name: x.sum() for name, x in each.items()}
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -123,13 +108,15 @@ def pack(rows, soft_tokens=0):
     return ids.clamp_min(0), labels, (path & (real[:, None] | (k == k[:, None])))[:, None]              # padding sees itself: no empty row
 
 
+def behind(soft, embeds):
+    """The users' tokens (B,S,D), or None, and then the text (B,T,D)."""
+    return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
+
+
 def answer_logprobs(model, rows, soft=None, chunk=512):
     """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
     ids, labels, mask = (x.to(model.lm_head.weight.device) for x in pack(rows, 0 if soft is None else soft.shape[1]))
-    embeds = model.model.embed_tokens(ids)                                                              # (B, P+n*L, D)
-    if soft is not None:
-        embeds = torch.cat([soft.to(embeds.dtype), embeds], 1)                                          # (B, T, D)
-    hidden = model.model(embeds=embeds, attention_mask=mask)                                            # (B, T, D)
+    hidden = model.model(embeds=behind(soft, model.model.embed_tokens(ids)), attention_mask=mask)       # (B, T, D)
     n, L = len(labels) // len(rows), labels.shape[1]
     return token_logprobs(hidden[:, -n * L:].reshape(len(labels), L, -1), model.lm_head.weight, labels, chunk).view(-1, n)
 
@@ -139,10 +126,9 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
     rows = [torch.tensor(tokenizer.chat(p)) for p in prompts]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)             # (N, T)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-    embeds = model.model.embed_tokens(ids)                                                              # (N, T, D)
-    if soft is not None:
-        embeds, mask = torch.cat([soft.to(embeds), embeds], 1), F.pad(mask, (soft.shape[1], 0), value=True)
-    answers = generate(model, embeds=embeds, attention_mask=mask.to(ids.device), max_new_tokens=max_new_tokens, **sampling)
+    embeds = behind(soft, model.model.embed_tokens(ids))                                                # (N, S+T, D)
+    mask = F.pad(mask, (embeds.shape[1] - ids.shape[1], 0), value=True).to(ids.device)
+    answers = generate(model, embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
 
 

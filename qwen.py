@@ -61,28 +61,21 @@ def read_json(file, default=None):
         return value
 
 
-def checkpoint_files(path):
-    """The safetensors files of a checkpoint: `path` itself, the shards that its index names, or the folder's only *.safetensors."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path} is neither a file nor a folder")
-    found = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-    if len(found) != 1:
-        raise ValueError(f"{path} must hold one *.safetensors file or one index of shards, it holds {[f.name for f in found] or 'none'}")
-    if found[0].suffix == ".safetensors":
-        return found
-    shards = [path / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
-    if absent := [f.name for f in shards if not f.is_file()]:
-        raise ValueError(f"{found[0]} names shards that the folder lacks: {', '.join(absent)}")
-    return shards
-
-
 def read_tensors(path):
-    """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}."""
-    tensors = {}
-    for file in checkpoint_files(path):
+    """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}.
+    `path`: a safetensors file, or a folder that holds one, or shards and the index that names them."""
+    path, tensors = Path(path), {}
+    if not path.exists():
+        raise ValueError(f"{path} is neither a file nor a folder")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{path} must hold one *.safetensors file or one index of shards, it holds {[f.name for f in files] or 'none'}")
+    if files[0].suffix == ".json":
+        with reading(index := files[0]):
+            files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        if absent := [f.name for f in files if not f.is_file()]:
+            raise ValueError(f"{index} names shards that the folder lacks: {', '.join(absent)}")
+    for file in files:
         with reading(file), safe_open(file, "pt") as f:
             tensors |= {name: f.get_tensor(name) for name in f.keys()}
     return tensors
@@ -106,9 +99,7 @@ class Unfilled(TorchFunctionMode):
 
 def load_checkpoint(module, path, rename=lambda name: name):
     """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
-
-    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough.
-    ValueError names every missing, unexpected and misshapen tensor."""
+    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough. ValueError as in check_fit."""
     own, first = module.state_dict(keep_vars=True), {}
     main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
     stored = {main.get(rename(name), rename(name)): tensor for name, tensor in read_tensors(path).items()}
@@ -181,12 +172,10 @@ class Config:
         """From config.json and generation_config.json; ValueError for a model type, rope scaling or activation that is not written here."""
         c = read_json(Path(path) / "config.json")
         kind, rope = c.get("model_type"), c.get("rope_parameters") or c.get("rope_scaling") or {}
-        if kind not in ("qwen2", "mistral"):
-            raise ValueError(f"{path}: model_type {kind!r}, allowed are 'qwen2' and 'mistral'")
-        if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
-            raise ValueError(f"{path}: rope scaling {scaling!r} is not supported, only 'default'")
-        if c.get("hidden_act", "silu") != "silu" or c.get("use_sliding_window"):
-            raise ValueError(f"{path}: hidden_act {c.get('hidden_act')!r} and use_sliding_window {c.get('use_sliding_window')!r}, allowed are 'silu' and false")
+        for name, value, allowed in (("model_type", kind, ("qwen2", "mistral")), ("rope scaling", rope.get("rope_type", rope.get("type", "default")), ("default",)),
+                                     ("hidden_act", c.get("hidden_act", "silu"), ("silu",)), ("use_sliding_window", c.get("use_sliding_window", False), (False, None))):
+            if value not in allowed:
+                raise ValueError(f"{path}/config.json: {name} {value!r}, allowed: {', '.join(map(repr, allowed))}")
         eos = read_json(Path(path) / "generation_config.json", {}).get("eos_token_id", c.get("eos_token_id"))
         heads = c["num_attention_heads"]
         return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"],
@@ -311,7 +300,6 @@ class Decoder(nn.Module):
 
     def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
         """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens.
-
         Padding on the right needs no mask: attention is causal, no token sees it. A mask (B, 1, T, T) says itself which keys each token sees;
         a token's position is then how many it sees besides itself, so that several continuations of one prompt can stand in one row."""
         x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
@@ -360,13 +348,10 @@ def embed_texts(model, tokenizer, texts, batch_size=32):
     out, device = [], model.model.embed_tokens.weight.device
     for i in range(0, len(texts), batch_size):
         rows = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts[i:i + batch_size]]
-        length = torch.tensor([len(row) for row in rows])
-        if not length.all():
+        if not all(map(len, rows)):
             raise ValueError(f"a text without tokens has no embedding: {texts[i:i + batch_size]}")
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                                  # (B, T), padded on the right
-        mask = torch.arange(ids.shape[1]) < length[:, None]
-        hidden = model.model(ids.to(device), attention_mask=mask.to(device))                     # (B, T, D)
-        out.append(F.normalize(hidden[torch.arange(len(rows)), length - 1].float(), dim=-1))
+        hidden = model.model(nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))       # (B, T, D), padded on the right
+        out.append(F.normalize(hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float(), dim=-1))
     return torch.cat(out)
 
 
@@ -387,17 +372,15 @@ def sample(logits, temperature, top_k, top_p, generator):
 @torch.inference_mode()
 def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """Continue prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> list of B lists of new ids, each ending before its eos.
-
     repetition_penalty counts the prompt's ids and the new ones, never padding or vectors. Sampling draws from `generator` only."""
     x = model.model.embed_tokens(ids) if embeds is None else embeds                              # (B, T, D)
     (B, T, _), device = x.shape, x.device
-    mask = torch.ones(B, T + max_new_tokens, dtype=torch.bool, device=device)                    # (B, S)
+    real = torch.ones(B, T, device=device) if attention_mask is None else attention_mask.float()                 # (B, T)
+    mask = F.pad(real, (0, max_new_tokens), value=1.0)                                           # (B, S)
+    last = (real * torch.arange(T, device=device)).argmax(-1)                                    # (B,) the prompt's last token
     seen = torch.zeros(B, model.config.vocab, device=device)                                     # how often each token stands in the row
-    if attention_mask is not None:
-        mask[:, :T] = attention_mask
     if ids is not None:
-        seen.scatter_add_(1, ids, mask[:, :T].float())
-    last = (mask[:, :T] * torch.arange(T, device=device)).argmax(-1)                             # (B,) the prompt's last token
+        seen.scatter_add_(1, ids, real)
     eos, done, new = torch.tensor(model.config.eos, device=device), torch.zeros(B, dtype=torch.bool, device=device), []
     cache = Cache(model.config, B, T + max_new_tokens, device, x.dtype)
     hidden = model.model(embeds=x, attention_mask=mask, cache=cache)[torch.arange(B, device=device), last]       # (B, D)
