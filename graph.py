@@ -108,7 +108,7 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     takes away what one likes and the other dislikes; "likes" counts what both like (both ours). A tie goes to the next user, counting on from
     u and around, so that no user becomes everybody's neighbour by standing first in the file. Where fewer than k others have anything in common
     with u, the rest of the row is u itself with score 0. Time grows with the meetings (u, attribute, v), or, where these are many
-    (more than U x U x A / 1000), with the matrix product. Memory: 4,096 `chunk` meetings, or `chunk` rows of U; never U x U."""
+    (more than U x U x A / 1000), with the matrix product. Memory: 1,024 `chunk` meetings, or `chunk` rows of U; never U x U."""
     signs, total = likes_and_dislikes.to_sparse().coalesce(), len(likes_and_dislikes)
     value = signs.values().sign().long()
     value = {"shared": value.abs(), "signed": value, "likes": value.clamp_min(0)}[kind]
@@ -118,7 +118,7 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     if len(user) == 0 or k == 0:
         return own, own * 0.0
     if meetings[-1] * 1000 < total * signs.numel():                                                     # a meeting costs about 1,000 multiplications
-        keys = keys_by_meeting(user, attribute, value, meetings, total, k, chunk * 4096)
+        keys = keys_by_meeting(user, attribute, value, meetings, total, k, chunk * 1024)
     else:
         x = value.new_zeros(signs.shape, dtype=torch.float32 if signs.numel() < 2 ** 24 else torch.float64)     # (U, A), exact for the keys
         x[user, attribute] = value.to(x)
