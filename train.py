@@ -87,7 +87,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("scenes", "patch dro eval", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; in training the last --held-out scenes only evaluate"),
     ("sft", "cdpo eval", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
     ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
-    ("image-prompt", "patch", str, "mini/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start trains one from nothing"),
+    ("image-prompt", "patch", str, "", "image prompt to begin with; when not given the miniature's, and none for --loss start"),
     ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
 ], "model": [
     ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
@@ -632,20 +632,24 @@ class Pictures(Stage):
     """What patch and dro share: a frozen Flux, edits of scenes.jsonl as items, velocity errors of three models (`select` makes Flux one of them), and the
     evaluation on held-out scenes. An item is an edit: its prompt, the scene's picture as reference, and the true picture (the scene's where it is not known)."""
 
-    def __init__(self, args, types=()):
+    def __init__(self, args, types=(), asked=("{caption}. {instruction}",)):
         self.args, scenes = args, read_scenes(args.scenes, "edit_type", "instruction")
         if len(scenes) <= args.held_out:
             raise ValueError(f"{args.scenes} holds {len(scenes)} scenes: --held-out {args.held_out} leaves none to train on")
-        train, held = ([{"scene": s["image"], "truth": e["image"], "edit_type": e["edit_type"], "prompt": f"{s['caption']}. {e['instruction']}"}
-                        for s in part for e in s["edits"] if not types or e["edit_type"] in types] for part in (scenes[:-args.held_out], scenes[-args.held_out:]))
+        train, held = ([{**e, "scene": s["image"], "truth": e["image"], "prompt": words.format(**{**s, **e})} for s in part for e in s["edits"] if not types or e["edit_type"] in types
+                        for words in ways] for part, ways in ((scenes[:-args.held_out], asked), (scenes[-args.held_out:], asked[-1:])))
         if not train or not held:
-            raise ValueError(f"{args.scenes}: no {' or '.join((*types, ''))}edit among the scenes to {'evaluate' if train else 'train'} on")
+            raise ValueError(f"{args.scenes}: no edit{' of the types ' * bool(types)}{', '.join(types)} among the scenes to {'evaluate' if train else 'train'} on")
         self.items, self.count = train + held, len(train)                            # the first `count` are trained on
-        files = sorted({e[key] for e in self.items for key in ("scene", "truth")})
-        self.scene, self.truth = (torch.tensor([files.index(e[key]) for e in self.items]) for key in ("scene", "truth"))     # (N,) into pictures
+
+        def distinct(*keys):                                                         # what stands under `keys`, once each, and of each key where it stands, (N,)
+            place = {value: n for n, value in enumerate(sorted({e[key] for e in self.items for key in keys}))}
+            return list(place), *(torch.tensor([place[e[key]] for e in self.items]) for key in keys)
+        files, self.scene, self.truth = distinct("scene", "truth")                   # (N,) into pictures
+        prompts, said = distinct("prompt")
         self.pictures = torch.stack([to_tensor(read_picture(file, args.size)) for file in files])                            # (P, 3, H, W)
         path, dtype = resolve(args.flux, controlnet.FLUX_PARTS), DTYPES[args.dtype]
-        self.txt, self.pooled = encode_prompt(path, [e["prompt"] for e in self.items], args.device, dtype)
+        self.txt, self.pooled = (part[said.to(args.device)] for part in encode_prompt(path, prompts, args.device, dtype))
         self.flux = Flux.load(path / "transformer", args.device, dtype).requires_grad_(False)
         self.flux.checkpointing, self.vae = args.checkpointing, VAE.load(path / "vae", args.device).requires_grad_(False)
         self.latent = self.encode(self.pictures)                                     # (P, L, 64)
@@ -761,27 +765,47 @@ def mix(x_0, noise, t):
 
 
 class Patch(Pictures):
-    """PatchDPO's three stages for an image prompt on a frozen Flux: generate, judge every patch, optimise. --loss names what it is compared with."""
+    """PatchDPO's three stages for an image prompt on a frozen Flux: generate, judge every patch, optimise. --loss names what it is compared with.
+
+    Flux reads the instruction alone, as the paper's "An {object} in the {background}": what the object looks like only the reference tells (ours)."""
+    keep, change = ("background", "lighting", "object"), ("color", "pattern", "material")        # edits that leave the object what it was, and that do not
 
     def __init__(self, args):
-        start, file = args.loss == "start", args.image_prompt
-        if not start and not Path(file).is_file():
+        start = args.loss == "start"
+        file = args.image_prompt or ("" if start else "mini/image_prompt/image_prompt.safetensors")
+        if file and not Path(file).is_file():
             raise ValueError(f"{file}: no such file; `python train.py patch --loss start --out {Path(file).parent}` trains one")
-        super().__init__(args, ("background", "lighting", "object"))                 # edits that leave the object what it was
-        if start:                                                                    # a new image prompt: every picture is its own reference
-            self.scene[:self.count] = self.truth[:self.count]
-        self.maps = self.look(self.features, self.pictures)[1].flatten(1, 2)[:, None]    # (P, 1, S, D): one reference each
+        super().__init__(args, self.keep + self.change * start, ("{caption}. {instruction}",) * start + ("{instruction}",) * (1 + start))
+        maps = self.look(self.features, self.pictures)[1].flatten(1, 2)
+        self.maps = torch.cat([maps, torch.zeros_like(maps[:1])])                    # (P+1, S, D); the last is no reference: no features, no values
+        self.references = self.beginnings() if start else self.scene[:, None]        # (N, M) into maps
         torch.manual_seed(args.seed)
-        prompt = ImagePrompt(self.flux, self.maps.shape[-1]) if start else ImagePrompt.load(file, self.flux, self.maps.shape[-1])
+        prompt = ImagePrompt.load(file, self.flux, self.maps.shape[-1]) if file else ImagePrompt(self.flux, self.maps.shape[-1])
         self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
         self.policy, self.sampler = (list(self.prompts[who].parameters()) for who in ("policy", "sampler"))
         self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
-        self.groups, self.inputs = [{"params": self.policy}], self.inputs if start else (*self.inputs, file)
+        self.groups, self.inputs = [{"params": self.policy}], (*self.inputs, file) if file else self.inputs
         if args.loss in ("patch", "reconstruction", "dpo"):
             self.read_generated(Path(args.generated or f"{args.out}/generated"))
 
+    def beginnings(self):
+        """(N, 2) into maps: what a new image prompt learns from (ours). The scene's picture, or the true one where the edit changes the object; of the other edits
+        40 % have a second reference, another scene after the same edit; 5 % of all have no first (the authors' share)."""
+        found, g, alike = torch.stack([self.scene, torch.full_like(self.scene, -1)], 1), generator(self.args.seed, "references"), defaultdict(list)
+        for e, truth in zip(self.items[:self.count], self.truth.tolist()):
+            alike[e.get("attribute")].append(truth)
+        for n, e in enumerate(self.items[:self.count]):
+            (none, two, which), others = torch.rand(3, generator=g).tolist(), alike[e.get("attribute")]
+            if e["edit_type"] in self.change:
+                found[n, 0] = self.truth[n]
+            elif two < 0.4:
+                found[n, 1] = others[int(which * len(others))]
+            if none < 0.05:
+                found[n, 0] = -1
+        return found
+
     def select(self, who, item):
-        self.prompts[who].look(self.flux, self.maps[self.scene[item]], self.ids)
+        self.prompts[who].look(self.flux, self.maps[self.references[item]], self.ids)
 
     def read_generated(self, folder):
         """Latents (N, G, L, 64) and weights {"generated", "reference"} (N, G, h, w) of the pictures in `folder`, made there first when there are none."""
@@ -791,7 +815,7 @@ class Patch(Pictures):
         rows, file = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), folder / "quality.safetensors"
         if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items[:self.count]]:
             raise ValueError(f"{folder} holds pictures of other prompts: give another --generated, or delete the folder")
-        quality, side = read_tensors(file), math.isqrt(self.maps.shape[2])
+        quality, side = read_tensors(file), math.isqrt(self.maps.shape[1])
         check_fit(file, {key: torch.empty(len(rows), len(rows[0]["generated"]), side, side) for key in ("generated", "reference")}, quality, finite=True)
         pictures = torch.stack([to_tensor(read_picture(folder / name, self.args.size)) for row in rows for name in row["generated"]])       # (N*G, 3, H, W)
         self.made = self.encode(pictures).unflatten(0, (len(rows), -1))
@@ -848,7 +872,8 @@ class Patch(Pictures):
             return self.dpo(item, rows, self.made[item, self.best[item]], self.made[item, self.worst[item]])
         noise, t = self.draw(rows)
         if args.loss == "start":
-            return (self.velocity("policy", item, mix(reference, noise, t), t) - (noise - reference)).square().mean((1, 2)).sum(), {}
+            truth = self.latent[self.truth[item]]
+            return (self.velocity("policy", item, mix(truth, noise, t), t) - (noise - truth)).square().mean((1, 2)).sum(), {}
         which = torch.tensor([number(args.seed, "which", step, n) % self.made.shape[1] for _, n, step in rows])
         pair = torch.cat([self.made[item, which], reference])                        # (2B, L, 64): one noise and one time for both
         noise, t = noise.repeat(2, 1, 1), t.repeat(2)
