@@ -165,7 +165,7 @@ def test_qwen_row_does_not_depend_on_cache_batch_or_padding():
 
 
 def test_qwen_generation_stops_and_samples():
-    """Each row ends before its own first eos; sampling moves only its own generator and draws from exactly the top-k and top-p sets."""
+    """Each row ends before its own first eos; sampling moves only its own generator and draws from exactly the top-k and top-p sets; logits that are not finite end it."""
     model, (ids, _, _) = tiny_qwen(eos=()), padded_batch()
     free, state = generate(model, ids, max_new_tokens=20), torch.get_rng_state()
     model.config.eos = (free[0][6], free[1][9])
@@ -176,6 +176,8 @@ def test_qwen_generation_stops_and_samples():
         assert set(qwen.sample(logits, *how, seeded()).tolist()) == drawn, how
     one, two = (generate(model, ids, temperature=1.0, generator=seeded(1)) for _ in range(2))
     assert one == two and same(state, torch.get_rng_state())
+    model.model.norm.weight[0] = math.nan
+    raises(ValueError, "not finite", generate, model, ids)
 
 
 def test_qwen_tokenizer_writes_the_template_of_transformers(tmp_path):
@@ -250,7 +252,7 @@ def test_checkpointing_and_compile_change_nothing():
 
 
 def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
-    """On the meta device or not a module gets the stored values, a tied head once; missing, unexpected, misshapen tensors, half a file, a lost shard, two files: all are named."""
+    """On the meta device or not a module gets the stored values, a tied head once; missing, unexpected, misshapen, integer tensors, half a file, a lost shard, two files: all named."""
     tied, file = tiny_qwen(), tmp_path / "model.safetensors"
     stored = {k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}
     save_file(stored, file)
@@ -260,8 +262,9 @@ def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
         load_checkpoint(copy, tmp_path)
         assert copy.lm_head.weight is copy.model.embed_tokens.weight and same([*copy.parameters()], [*tied.parameters()])
     raises(ValueError, "missing lm_head.weight", load_checkpoint, tiny_qwen(tied=False), tmp_path)
-    save_file(stored | {"model.norm.weight": torch.zeros(5), "ghost": torch.zeros(1)}, file)
-    assert "unexpected ghost" in raises(ValueError, "model.norm.weight has shape (5,), expected (32,)", load_checkpoint, empty, tmp_path)
+    save_file(stored | {"model.norm.weight": torch.zeros(5), "model.embed_tokens.weight": torch.zeros(61, 32).int(), "ghost": torch.zeros(1)}, file)
+    message = raises(ValueError, "model.norm.weight has shape (5,), expected (32,)", load_checkpoint, empty, tmp_path)
+    assert "unexpected ghost" in message and "model.embed_tokens.weight is torch.int32" in message
     file.write_bytes(file.read_bytes()[:-8])
     raises(ValueError, "model.safetensors is truncated", load_checkpoint, empty, tmp_path)
     save_file(stored, tmp_path / "y.safetensors")
@@ -278,7 +281,8 @@ def test_loader_refuses_what_it_cannot_read(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5], "image_std": [0.5]}')
     for kind, settings, part in ((Qwen, small | {"model_type": "llama"}, "'llama'"), (Qwen, small | {"rope_scaling": {"type": "yarn"}}, "'yarn'"),
                                  (Qwen, small | {"rope_parameters": {"rope_type": "llama3"}}, "'llama3'"), (Qwen, small | {"hidden_act": "gelu"}, "'gelu'"),
-                                 (Qwen, small | {"use_sliding_window": True}, "use_sliding_window True"), (Flux, {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
+                                 (Qwen, small | {"use_sliding_window": True}, "use_sliding_window True"), (Qwen, small | {"num_hidden_layers": 10 ** 9}, "num_hidden_layers"),
+                                 (Qwen, small | {"hidden_size": "x"}, "not what is expected"), (Flux, {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
                                  (Flux, is_net, "FluxControlNetModel"), (Flux, is_flux | {"num_attention_heads": 24}, "attention_head_dim"),
                                  (Flux, flux_config(axes=(4, 4, 4)) | is_flux, "[4, 4, 4]"), (VAE, {"_class_name": "AutoencoderKL", "latent_channels": 4}, "use_quant_conv"),
                                  (T5, {"model_type": "t5", "feed_forward_proj": "relu"}, "'relu'"), (ImageFeatures, ENCODER | {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
@@ -604,20 +608,17 @@ def test_graph_reader_names_file_and_line(tmp_path):
 
 
 def test_graph_similar_users_follow_equation_6():
-    """Scores are shared attributes over the largest shared count, best first, for every kind, chunk and k; a user with nothing in common has score 0, too large a k only pads."""
-    people = [User("a", ["red", "gold"], ["ice"]), User("b", ["red"], ["gold", "ice"]), User("c", ["red", "gold", "ice"], []), User("d", [], [])]
-    signs = PreferenceGraph.build(people, ["gold", "ice", "red"], None).signs()
-    for kind, (ab, ac, bc) in {"shared": (3, 3, 3), "signed": (1, 1, -1), "likes": (1, 2, 1)}.items():
-        index, score = graph.similar_users(signs, 3, kind)
-        table = torch.zeros(4, 4).index_put(tuple(torch.tensor([[0, 0, 1, 1, 2, 2], [1, 2, 2, 0, 0, 1]])), torch.tensor([ab, ac, bc, ab, ac, bc]).float())
-        assert same(torch.zeros(4, 4).scatter_add(1, index, score), table.clamp_min(0) / table.max()) and same(score, score.sort(descending=True).values), kind
-        assert index[3].tolist() == [3, 3, 3]
-    signs = torch.randint(-1, 2, (70, 20), generator=seeded(), dtype=torch.int8)
-    full = (signs.abs().int() @ signs.abs().int().T).fill_diagonal_(0)
-    index, score = graph.similar_users(signs, 100, "shared", chunk=7)
-    assert index.shape == (70, 100) and same((index, score), graph.similar_users(signs, 100, "shared", chunk=64))
-    assert same(score[:, :70], full.sort(descending=True).values / full.max()) and not score[:, 69:].any()
-    assert all(len({v for v, s in zip(i, s) if s}) == (s > 0).sum() for i, s in zip(index.tolist(), score))
+    """Scores are counts over the largest count of any two, best first, a tie to the next user around, by products or by meetings; without anything in common it is u with 0."""
+    dense = torch.randint(-1, 2, (70, 20), generator=seeded(), dtype=torch.int8)
+    rare = ((torch.randint(0, 2, (400, 300), generator=seeded()) * 2 - 1) * (torch.rand(400, 300, generator=seeded(1)) < 0.008)).to(torch.int8)
+    for signs, given, k, chunk in ((dense, dense, 70, 256), (dense, dense, 5, 7), (rare, rare.to_sparse(), 5, 1)):                # products, in one chunk and in ten; meetings
+        for kind, x in (("shared", signs.abs()), ("signed", signs), ("likes", signs.clamp_min(0))):
+            common, own = (x.int() @ x.int().T).fill_diagonal_(0).clamp_min(0), torch.arange(len(x))[:, None]
+            best = (common * len(x) - (own.T - own) % len(x)).topk(k).indices
+            score = common.gather(1, best) / common.max()                                           # (6)
+            assert same(graph.similar_users(given, k, kind, chunk=chunk), (best.where(score > 0, own), score)), (kind, k)
+    index, score = graph.similar_users(dense, 100)
+    assert index.shape == (70, 100) and (index[:, 70:] == torch.arange(70)[:, None]).all() and not score[:, 69:].any()
     assert [t.shape for t in graph.similar_users(torch.zeros(0, 3, dtype=torch.int8), 2)] == [(0, 2), (0, 2)]
 
 
