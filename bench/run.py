@@ -15,12 +15,9 @@ import sys
 
 import torch
 
-try:
-    import people
-    import picture
-    import text
-except ModuleNotFoundError as e:
-    raise SystemExit(f"bench compares with other libraries, and {e.name} is not installed: pip install -r bench/requirements.txt") from None
+import people
+import picture
+import text
 from clock import where
 
 ROWS = {"decode": text.decode, "cdpo": text.cdpo_step, "trl": text.trl_step, "read": text.reading, "read-flux": picture.reading, "flux": picture.step, "edit": picture.loop,
@@ -70,7 +67,8 @@ def main():
         args = argparse.Namespace(**json.loads(args.child))
         return print(json.dumps(SIDES[args.row](args, args.side)))
     if not args.rows:
-        return print(*(f"{name:<12} {row.__doc__.split(chr(10))[0]}" for name, row in ROWS.items()), "\npython bench/run.py ROW ...; all for every row; -h for the sizes", sep="\n")
+        lines = [f"{name:<12} {row.__doc__.splitlines()[0]}" for name, row in ROWS.items()]
+        return print(*lines, "\npython bench/run.py ROW ...; all for every row; -h for the sizes", sep="\n")
     given, flags = args.rounds, [a for a in sys.argv[1:] if a not in (*ROWS, "all")]
     for args.row in args.rows:
         args.rounds = given or ROUNDS.get(args.row, 3)
