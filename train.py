@@ -70,7 +70,8 @@ PRESETS = {
                     controlnet="InstantX/FLUX.1-dev-Controlnet-Union", dtype="bf16", checkpointing=True, size=512),
         "graph": dict(hidden=1024, out_dim=1024, steps=150, lr=3e-5, feature_norm=0.0),
         "sft": dict(steps=9375, batch=16, micro=4, lr=2e-6),
-        "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024, nll=0.0),   # ours: soft_hidden, beta, clip
+        "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024,
+                     nll=0.0),                                   # ours: soft_hidden, beta, clip
         # PatchDPO's and Diffusion-DRO's published runs, on Flux where theirs were on Stable Diffusion; ours: the features, dtype, cosine, LoRA, beta (Flow-GRPO's)
         "patch": dict(samples=1, steps=30000, micro=1, lr=3e-5, weight_decay=0.01, clip=0.0, beta=100.0),
         "dro": dict(steps=1600, batch=256, micro=4, buffer=256, lr=1e-4, weight_decay=0.01),
@@ -171,7 +172,8 @@ def parse(argv=None):
             for flag, where, kind, default, text in flags:
                 if stage in where.split():
                     how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar=kind.__name__)
-                    group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text + " (%(default)s)" * (default != "" and default is not False), **how)
+                    text += " (%(default)s)" * (default != "" and default is not False)
+                    group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text, **how)
     args = top.parse_args(argv)
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
@@ -636,8 +638,11 @@ class Pictures(Stage):
         self.args, scenes = args, read_scenes(args.scenes, "edit_type", "instruction")
         if len(scenes) <= args.held_out:
             raise ValueError(f"{args.scenes} holds {len(scenes)} scenes: --held-out {args.held_out} leaves none to train on")
-        train, held = ([{**e, "scene": s["image"], "truth": e["image"], "prompt": words.format(**{**s, **e})} for s in part for e in s["edits"] if not types or e["edit_type"] in types
-                        for words in ways] for part, ways in ((scenes[:-args.held_out], asked), (scenes[-args.held_out:], asked[-1:])))
+
+        def items(scenes, asked):
+            edits = [(s, e) for s in scenes for e in s["edits"] if not types or e["edit_type"] in types]
+            return [{**e, "scene": s["image"], "truth": e["image"], "prompt": words.format(**{**s, **e})} for s, e in edits for words in asked]
+        train, held = items(scenes[:-args.held_out], asked), items(scenes[-args.held_out:], asked[-1:])
         if not train or not held:
             raise ValueError(f"{args.scenes}: no edit{' of the types ' * bool(types)}{', '.join(types)} among the scenes to {'evaluate' if train else 'train'} on")
         self.items, self.count = train + held, len(train)                            # the first `count` are trained on
@@ -1041,8 +1046,8 @@ class Evaluation:
         """Markdown: every method, `--seeds` runs of each, sampled instructions for the captions of the users' pairs; or C-DPO with each value of a flag."""
         if self.args.sweep:
             usual = vars(parse(["cdpo", "--preset", self.args.preset]))
-            return "".join(self.rates_table(f"C-DPO, --{flag}", {f"{flag} {v}": "" if v == str(usual[flag.replace("-", "_")]) else f"--{flag} {v}" for v in SWEEPS[flag].split()})
-                           for flag in self.args.sweep.split(","))
+            rows = {flag: {f"{flag} {v}": "" if v == str(usual[flag.replace("-", "_")]) else f"--{flag} {v}" for v in SWEEPS[flag].split()} for flag in self.args.sweep.split(",")}
+            return "".join(self.rates_table(f"C-DPO, --{flag}", methods) for flag, methods in rows.items())
         rows = [[method, *(mean((r["hit"] for r in self.rates(method, flags, shown)), True) for shown in CONDITIONS)] for method, flags in METHODS.items()]
         return self.rates_table("What the instruction asks for", METHODS) + table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS], rows)
 
