@@ -177,10 +177,13 @@ def parse(argv=None):
     args = top.parse_args(argv)
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
-        if type(value) in (int, float) and not least <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a finite number, at least {least}")
+        most = 1 if name in ("drop", "dropout", "strength") else math.inf
+        if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a finite number, at least {least}" + f" and at most {most}" * (most == 1))
     args.out = args.out or f"runs/{args.stage}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device is {args.device}; allowed are cpu, mps, cuda, cuda:0 and so on")
     return args
 
 
@@ -412,24 +415,24 @@ def fit(stage, args):
     if chief:                                                                        # a line a step: the first `step` stay, the others will be written again
         publish_text(out, log.name, "".join(log.read_text(errors="replace").splitlines(True)[:step]) if log.exists() else "")
     before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar, stopping = tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief), False
-    while step < args.steps and not stopping:
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * schedule(step, args.steps, getattr(args, "warmup", 0))
-        rows, metrics, stopping = gradients(stage, args, step, bool(stop))
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
-        if not all(map(math.isfinite, metrics.values())):
-            raise ValueError(f"step {step + 1} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
-        optimizer.step()
-        step += 1
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-        if chief:
-            with open(log, "a") as f:
-                f.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
-            if stopping or step % args.save_every == 0 or step == args.steps:
-                save_state(stage, optimizer, out, step)
-    bar.close()
+    stopping = False
+    with tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief) as bar:
+        while step < args.steps and not stopping:
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * schedule(step, args.steps, getattr(args, "warmup", 0))
+            rows, metrics, stopping = gradients(stage, args, step, bool(stop))
+            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
+            if not all(map(math.isfinite, metrics.values())):
+                raise ValueError(f"step {step + 1} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
+            optimizer.step()
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            if chief:
+                with open(log, "a") as f:
+                    f.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **{k: round(v, 6) for k, v in metrics.items()}}) + "\n")
+                if stopping or step % args.save_every == 0 or step == args.steps:
+                    save_state(stage, optimizer, out, step)
     for s, handler in before.items():
         signal.signal(s, handler)
     if step < args.steps:
