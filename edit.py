@@ -4,10 +4,11 @@
     python edit.py --user romantic-poet gothic-rocker          # the same picture for others in --users
     python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset" --dislikes "pink"
     python edit.py --caption "A white vase" --user desert-host # no picture: a new one is drawn, to that person's taste
+    python edit.py --reference mug.png --caption "A mug in front of forest"   # a new picture of that very mug
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg --caption "A sofa by a window" --users users.jsonl --user ana
 
 The C-DPO policy reads the caption and the person's soft tokens and writes an instruction; FLUX.1 draws "caption. instruction", held in place by
-ControlNet on the picture's edges. Models are loaded one after the other, each freed before the next. Each person's edit depends on nobody
+ControlNet on the picture's edges; with --reference an image prompt (PatchDPO) shows it what things look like. Models are loaded one after the other, each freed before the next. Each person's edit depends on nobody
 else in the list: same seed, same picture. Beside every picture stands a JSON file with all that made it, which the PNG carries too.
 """
 import argparse
@@ -32,21 +33,25 @@ from PIL.PngImagePlugin import PngInfo
 import cdpo
 import lora
 from controlnet import FLUX_PARTS, MODES, control_picture, render
+from flux import to_tensor
 from graph import User, read_jsonl, read_users
-from qwen import Qwen, Tokenizer, read_json, resolve
+from patch_dpo import ImageFeatures, ImagePrompt, read_image
+from qwen import Qwen, Tokenizer, read_json, reading, resolve
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which says nothing of strength (1: edges alone hold the picture), thresholds and seed
-    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet", dtype="fp32", steps=20, guidance=3.5, strength=0.8, control_scale=1.0),
+    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet",
+                 image_prompt="mini/image_prompt/image_prompt.safetensors", features="mini/vit", reference_scale=1.5, dtype="fp32", steps=20, guidance=3.5, strength=0.8, control_scale=1.0),
     "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union",
-                  dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
+                  image_prompt="runs/patch/image_prompt.safetensors", features="facebook/dinov2-base", reference_scale=0.78, dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
 }
 SAMPLE, SCENE, PERSONAS = "mini/sample", 4, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
 FLAGS = {       # group -> (flag, type or choices, default, help)
     "what": [
         ("image", str, None, "photograph to edit, any format Pillow reads; without it and --caption a shipped sample, with --caption alone a new picture"),
         ("caption", str, None, "what the photograph shows, in a few words"),
-        ("instruction", str, "", "extra guidance for the policy, in words"),
+        ("reference", "files", None, "one or several pictures of what the new one shall hold; without --user, --likes and --dislikes no policy is asked"),
+        ("instruction", str, "", "extra guidance for the policy, in words; where no policy is asked, the instruction itself"),
         ("out", str, "out/edit.png", "PNG to write; a JSON of the same name beside it; with several people a grid, and a picture of each beside it"),
     ],
     "who": [
@@ -61,6 +66,8 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("policy", str, None, "folder that `train.py cdpo` wrote"),
         ("flux", str, None, "FLUX.1: folder or hub repository"),
         ("controlnet", str, None, "ControlNet-Union: folder or hub repository"),
+        ("image-prompt", str, None, "for --reference: file that `train.py patch` wrote"),
+        ("features", str, None, "and the DINOv2 or ViT that it was trained with: folder or hub repository"),
         ("device", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
         ("dtype", ("fp32", "bf16"), None, "of the models' weights; the autoencoder is always fp32"),
         ("offload", bool, False, "for cards of 24 GB: modulation layers and the ControlNet's blocks stay in main memory"),
@@ -74,6 +81,7 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("steps", int, None, "Euler steps"),
         ("guidance", float, None, "FLUX.1's guidance embedding"),
         ("strength", float, None, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
+        ("reference-scale", float, None, "weight of the references beside the text"),
         ("control-mode", tuple(MODES), "canny", "what the ControlNet looks at"),
         ("control-image", str, None, "a control picture that is ready, say a depth map"),
         ("control-scale", float, None, "the ControlNet's weight; at 0 it is not even loaded"),
@@ -92,37 +100,33 @@ def parse(argv=None):
     """The flags as a namespace; ValueError for values that make no sense together."""
     early = argparse.ArgumentParser(add_help=False)
     early.add_argument("--preset", default="mini")
-    p = argparse.ArgumentParser(prog="edit.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=Help)
+    preset = PRESETS.get(early.parse_known_args(argv)[0].preset, {})
+    p = argparse.ArgumentParser(prog="edit.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "files": dict(nargs="+", metavar="FILE"),
+             "list": dict(type=lambda text: [word.strip() for word in text.split(",") if word.strip()], metavar="A,B")}
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, kind, default, text in flags:
-            how = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "list": dict(type=split_list, metavar="A,B")}.get(kind)
-            group.add_argument(f"--{flag}", default=default, help=text, **(how or (dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind))))
-    p.set_defaults(**PRESETS.get(early.parse_known_args(argv)[0].preset, {}))
+            default = preset.get(flag.replace("-", "_"), default)
+            shown = "" if default in (None, "") or default is False else " (default: %(default)s)"
+            group.add_argument(f"--{flag}", default=default, help=text + shown, **(dict(choices=kind) if isinstance(kind, tuple) else kinds.get(kind, dict(type=kind))))
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(args)
     return args
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults in the help where there is one, line breaks of the docstring kept."""
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or action.default is False else super()._get_help_string(action)
-
-
-def split_list(text):
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def check(args):
     if args.image and not args.caption:
         raise ValueError('--image needs --caption: say in a few words what the photograph shows, e.g. --caption "A red mug on a table"')
+    if args.reference and not args.caption:
+        raise ValueError('--reference needs --caption: say in a few words what the new picture shall show, e.g. --caption "A mug in front of forest"')
     if args.user and (args.likes is not None or args.dislikes is not None):
         raise ValueError("--user names people, --likes and --dislikes describe a new one: give one or the other")
     if both := set(args.likes or []) & set(args.dislikes or []):
         raise ValueError(f"{sorted(both)[0]!r} is both liked and disliked")
-    for name, low, high in (("strength", 0, 1), ("control_start", 0, 1), ("control_end", args.control_start, 1), ("steps", 1, 10_000), ("size", 16, 8192), ("temperature", 0, 100)):
+    for name, low, high in (("strength", 0, 1), ("control_start", 0, 1), ("control_end", args.control_start, 1), ("steps", 1, 10_000), ("size", 16, 8192), ("temperature", 0, 100),
+                            ("reference_scale", 0, 10)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
@@ -133,32 +137,6 @@ def check(args):
 
 
 # ---- pictures in -------------------------------------------------------------------------------------------------------------
-def read_image(path):
-    """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white, 16 bits and floats brought to 8, of an animation the
-    first frame. ValueError in one sentence when there is no picture at `path`."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    Image.MAX_IMAGE_PIXELS = 2 ** 28                       # of which Pillow reads twice as many, and 200 million come out of telephones
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)         # reads the pixels, too
-    except Exception as error:                             # on broken files the decoders raise whatever they trip over
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    if image.mode[0] in "IF":
-        image = to_bytes(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def to_bytes(image):
-    """A gray picture of 16 or 32 bits or of floats -> 8 bits. White is 65535, or 1 or 255 in floats; where a value is larger still, the largest."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    white = next(w for w in ((65535,) if image.mode[0] == "I" else (1, 255)) + (values.max(),) if values.max() <= w)
-    return Image.fromarray((values.clip(0) / white * 255).round().astype(np.uint8))
-
-
 def fit(image, size, multiple):
     """PIL -> uint8 (H,W,3) of about size x size pixels in area: resized, then cut centrally to sides that are multiples of `multiple`.
     The shape is kept, up to 4 : 1; of what is longer the middle is taken."""
@@ -193,23 +171,25 @@ def find_users(args, graph):
     return [people[name] if name in people else trained_user(graph, name) for name in names]
 
 
-@torch.no_grad()
 def get_to_know(user, tokens):
     """The Wish of a user, without instruction: soft tokens as trained, or, of somebody new, from likes and dislikes alone."""
-    graph = tokens.graph
-    unknown = [a for a in (*user.likes, *user.dislikes) if a not in graph.attributes]
-    likes, dislikes = ([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes))
+    graph, words = tokens.graph, [*user.likes, *user.dislikes]
+    unknown = [a for a in words if a not in graph.attributes]
     note = f"nobody else has a word on {', '.join(unknown)}; left out" if unknown else ""
-    if not likes and not dislikes:
+    if len(unknown) == len(words):
         return Wish(user, None, f"{note + '; ' if note else ''}no likes or dislikes that anybody shares, so no similar users: this is the generic edit")
+    user = User(user.name, *([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes)))
     known = trained_user(graph, user.name) if user.name in graph.users else None
-    if known and {*known.likes} == {*likes} and {*known.dislikes} == {*dislikes}:
+    if known and {*known.likes} == {*user.likes} and {*known.dislikes} == {*user.dislikes}:
         return Wish(user, tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note)
-    return Wish(user, tokens.soft(tokens.new([User(user.name, likes, dislikes)])), note)
+    return Wish(user, tokens.soft(tokens.new([user])), note)
 
 
+@torch.no_grad()
 def write_instructions(args, dtype, stage):
     """The people asked for, each with an instruction of the policy -> list[Wish]. One person at a time, so that no answer depends on who else asks."""
+    if args.reference and args.user is None and args.likes is None and args.dislikes is None:
+        return [Wish(User("nobody", [], []), note="no policy is asked", instruction=args.instruction)]
     with stage("policy"):
         folder = resolve(args.policy, ["*.json", "*.safetensors"])
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
@@ -281,8 +261,9 @@ def source_pictures(args, flux):
     if not args.image and not args.caption:
         scene = read_jsonl(f"{SAMPLE}/scenes.jsonl", image=str, caption=str)[SCENE]
         args.image, args.caption = f"{SAMPLE}/{scene['image']}", scene["caption"]
-    vae = read_json(flux / "vae" / "config.json")
-    args.size, multiple = args.size or vae["sample_size"], 2 ** len(vae["block_out_channels"])          # FLUX.1: 16
+    vae = read_json(file := flux / "vae" / "config.json")
+    with reading(file):
+        args.size, multiple = args.size or int(vae["sample_size"]), 2 ** len(vae["block_out_channels"])     # FLUX.1: 16
     if not args.image:                                    # a new picture, from noise alone
         args.strength = 1.0
         return None, None, (max(multiple, args.size // multiple * multiple),) * 2
@@ -294,12 +275,27 @@ def source_pictures(args, flux):
     return source, control, source.shape[:2]
 
 
+@torch.no_grad()
+def image_prompt(args, stage):
+    """What `render` calls with its Flux and the pixels' positions, so that Flux attends to the --reference pictures; None without any."""
+    if not args.reference:
+        return None
+    with stage("references"):
+        features = ImageFeatures.load(args.features, args.device)
+        pictures = [to_tensor(ImageOps.fit(read_image(file), (features.side,) * 2)) for file in args.reference]
+        maps = features.tokens(torch.stack(pictures).to(args.device))[None, :, 1:]      # (1, M, S, D)
+
+    def look(flux, ids):
+        ImagePrompt.load(args.image_prompt, flux, maps.shape[-1], args.reference_scale).to(args.device).look(flux, maps, ids)
+    return look
+
+
 def draw(args, flux, dtype, source, control, shape, prompts, stage):
     """A picture for each prompt, uint8 (H,W,3), all of one source and from the same noise."""
     net = resolve(args.controlnet, ["config.json", "*.safetensors"]) if control is not None and args.control_scale else None
     sources, controls = ([picture] * len(prompts) if picture is not None else None for picture in (source, control))
     return render(flux, net, prompts, [args.seed] * len(prompts), shape, sources, controls, args.control_mode, args.control_scale, args.control_start, args.control_end,
-                  args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, stage=stage,
+                  args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, look=image_prompt(args, stage), stage=stage,
                   progress=lambda steps: tqdm(steps, disable=None, leave=False))
 
 
@@ -311,14 +307,13 @@ def main(argv=None):
     source, control, shape = source_pictures(args, flux)
     print(f"{args.image or 'a new picture'}: {args.caption}")
     wishes = write_instructions(args, dtype, stage)
-    prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) for wish in wishes]
+    prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) if wish.instruction else args.caption for wish in wishes]
     for wish in wishes:
         print(f"{wish.user.name}: {wish.instruction}" + (f"   ({wish.note})" if wish.note else ""))
     pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, shape, prompts, stage)]
     records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
                for w, prompt in zip(wishes, prompts)]
-    names = [re.sub(r"[^\w.-]+", "_", wish.user.name) for wish in wishes]                # as part of a file's name
-    files = [out.with_stem(f"{out.stem}_{name}") for name in names] if len(wishes) > 1 else [out]
+    files = [out.with_stem(f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", w.user.name)) for w in wishes] if len(wishes) > 1 else [out]
     for file, picture, record in zip(files, pictures, records):
         save(file, picture, record)
     if len(wishes) > 1:
@@ -331,9 +326,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"edit.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("edit.py: the GPU's memory does not hold this: try --offload, a smaller --size, or --dtype bf16", file=sys.stderr)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        full = "the GPU's memory does not hold this: try --offload, a smaller --size, or --dtype bf16"
+        print("edit.py:", full if isinstance(error, torch.OutOfMemoryError) else error, file=sys.stderr)
         sys.exit(2)

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
 
-from flux import choose, merge_heads, rope_table, rotate, split_heads
-from qwen import load_checkpoint, read_json, resolve
+from flux import chain, choose, rope_table, rotate, self_attention, to_tensor
+from qwen import Unfilled, load_checkpoint, read_json, reading, resolve
 
 
 # ---- patch quality and the losses --------------------------------------------------------------------------------------------
@@ -35,8 +35,13 @@ def patch_quality(f_x, f_ref):
     """Cosine of every patch of x to the reference patch most like it: (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1].  Eq. 3.
 
     Several references: stack their maps along H'. The quality of the reference, p(x_ref), is the same with the arguments exchanged."""
-    x, ref = (F.normalize(f.flatten(1, 2).float(), dim=-1) for f in (f_x, f_ref))       # (B, HW, D), (B, H'W', D)
+    x, ref = units(f_x, f_ref)
     return (x @ ref.mT).amax(2).view(f_x.shape[:3])                                     # (3)
+
+
+def units(*maps):
+    """Feature maps (B, H, W, D) -> lists of their patches (B, HW, D), of length 1."""
+    return [F.normalize(f.flatten(1, 2).float(), dim=-1) for f in maps]
 
 
 def patch_weights(quality, size, how="minmax"):
@@ -88,31 +93,30 @@ class ViTLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attention = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(width, width, bias=bias) for name in ("query", "key", "value")}),
                                         "output": nn.ModuleDict({"dense": nn.Linear(width, width)})})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.mlp = chain(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
         self.layer_scale1, self.layer_scale2 = (LayerScale(width) if scaled else nn.Identity() for _ in range(2))
 
     def forward(self, x):                                                               # (B, 1+S, D)
-        h, attn = self.norm1(x), self.attention.attention
-        q, k, v = (split_heads(proj(h), self.heads) for proj in (attn.query, attn.key, attn.value))
-        x = x + self.layer_scale1(self.attention.output.dense(merge_heads(F.scaled_dot_product_attention(q, k, v))))
-        return x + self.layer_scale2(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x)))))
+        attn = self.attention.attention
+        x = x + self.layer_scale1(self_attention(self.norm1(x), self.heads, attn.query, attn.key, attn.value, self.attention.output.dense))
+        return x + self.layer_scale2(self.mlp(self.norm2(x)))
 
 
 class ImageFeatures(nn.Module):
     """DINOv2 or ViT; features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map. Built from config.json's values
-    and preprocessor_config.json's image_mean, image_std."""
+    and preprocessor_config.json's image_mean, image_std; trained on squares of `side` pixels."""
     def __init__(self, config, image_mean, image_std):
         super().__init__()
         scaled = choose("model_type", config["model_type"], {"dinov2": True, "vit": False})
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
         choose("use_swiglu_ffn", config.get("use_swiglu_ffn", False), {False: "MLP"})
-        width, self.patch, side = config["hidden_size"], config["patch_size"], config["image_size"] // config["patch_size"]
+        width, self.patch, self.side = config["hidden_size"], config["patch_size"], config["image_size"]
         hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
         layer = width, config["num_attention_heads"], hidden, config["layer_norm_eps"], config["qkv_bias"], scaled
         self.mean, self.std = image_mean, image_std
         self.embeddings = nn.Module()
-        self.embeddings.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.embeddings.position_embeddings = nn.Parameter(0.02 * torch.randn(1, 1 + side * side, width))
+        self.embeddings.cls_token, self.embeddings.position_embeddings = (nn.Parameter(nn.init.normal_(torch.empty(1, n, width), std=0.02))
+                                                                          for n in (1, 1 + (self.side // self.patch) ** 2))
         self.embeddings.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, self.patch, self.patch)})
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList([ViTLayer(*layer) for _ in range(config["num_hidden_layers"])])})
         self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
@@ -122,8 +126,8 @@ class ImageFeatures(nn.Module):
         """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224, mini/vit). ValueError for other model types (dinov2_with_registers), or when a tensor does not fit."""
         path = resolve(path, ["*.json", "model.safetensors"])
         config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
-        with torch.device("meta"):
-            model = cls(config, pixels["image_mean"], pixels["image_std"])
+        with reading(path), torch.device("meta"), Unfilled():
+            model = cls(config, *(list(map(float, pixels[name])) for name in ("image_mean", "image_std")))
         load_checkpoint(model, path / "model.safetensors", cls.rename)
         return model.to(device, torch.float32).eval()
 
@@ -139,8 +143,7 @@ class ImageFeatures(nn.Module):
 
     def positions(self, rows, columns):
         """Position embeddings of a rows x columns grid -> (1, 1+S, D): bicubic from the trained grid, which is returned as it is when the sizes agree."""
-        trained = self.embeddings.position_embeddings
-        side = math.isqrt(trained.shape[1] - 1)
+        trained, side = self.embeddings.position_embeddings, self.side // self.patch
         if (rows, columns) == (side, side):
             return trained
         grid = trained[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)    # (1, D, side, side)
@@ -166,8 +169,7 @@ class ImageFeatures(nn.Module):
 
 # ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
 def random_views(B, generator=None):
-    """Random crop-like maps: rotation up to 20 degrees, scale 0.6 to 1, shift inside the picture, mirrored half the time -> (B, 3, 3),
-    from a view's coordinates ([-1, 1], x then y) to the picture's."""
+    """Rotated by up to 20 degrees, scaled 0.6 to 1, shifted, mirrored half the time: maps (B, 3, 3) from a view's coordinates ([-1, 1], x then y) to the picture's."""
     angle, scale, flip, *shift = torch.rand(5, B, generator=generator)
     angle, scale = (2 * angle - 1) * math.radians(20), 0.6 + 0.4 * scale
     x, y = ((2 * s - 1) * (1 - scale) for s in shift)
@@ -177,8 +179,7 @@ def random_views(B, generator=None):
 
 def warp(image, view):
     """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
-    grid = project(centres(*image.shape[2:], image.device), view)                       # (B, H, W, 2)
-    return F.grid_sample(image, grid, padding_mode="reflection", align_corners=False)
+    return F.grid_sample(image, project(centres(*image.shape[2:], image.device), view), padding_mode="reflection", align_corners=False)
 
 
 def centres(H, W, device=None):
@@ -209,7 +210,7 @@ def jitter(image, generator=None):
 
 def patch_nce(f_a, f_b, target, tau=0.07):
     """InfoNCE: patch i of a (B, H, W, D) must find patch target[i] (B, H*W; -1: nowhere) of b among all patches of all pictures in the batch -> scalar.  Ours."""
-    a, b = (F.normalize(f.flatten(1, 2), dim=-1) for f in (f_a, f_b))                   # (B, HW, D)
+    a, b = units(f_a, f_b)
     first = torch.arange(len(b), device=b.device)[:, None] * b.shape[1]                 # each picture's first row in the flat list
     return F.cross_entropy(a.flatten(0, 1) @ b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
 
@@ -223,9 +224,9 @@ def self_supervised_loss(features, image, generator=None):
 
 def s_patch(f_a, f_b, target):
     """Of a's patches with a target, the share whose most similar patch in b is it, and is it or next to it -> two floats. f (B, H, W, D), target (B, H*W) from
-    `correspondence`. The public text of the paper is cut where it defines the score: the first number is our reading, the second ours."""
+    `correspondence`. The paper's public text is cut before its definition: the first number is our reading, the second ours."""
     W, seen = f_b.shape[2], target >= 0
-    a, b = (F.normalize(f.flatten(1, 2), dim=-1) for f in (f_a, f_b))
+    a, b = units(f_a, f_b)
     found, right = (a @ b.mT).argmax(2)[seen], target[seen]                             # (patches,)
     near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
     return (found == right).float().mean().item(), near.float().mean().item()
@@ -304,38 +305,47 @@ class Trajectories:
     def draw(self, n, generator=None):
         """n random trajectories, one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
         row = torch.randperm(len(self.t), generator=generator)[:n]
-        step = torch.randint(self.t.shape[1], (len(row),), generator=generator)
+        step = torch.randint(self.t.shape[1], row.shape, generator=generator)
         return self.x[row, step], self.v[row, step], self.t[row, step], self.item[row]
 
 
 @torch.no_grad()
 def record(velocity, noise, item, steps=20, generator=None):
     """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in `steps` equal steps from a start that is random for each sample, so that every t is visited (authors' code)."""
-    start = torch.rand(len(noise), generator=generator).to(noise.device)
-    t = (torch.arange(steps, 0, -1, device=noise.device) - start[:, None]) / steps      # (N, steps), the last one in (0, 1/steps]
-    x, xs, vs = noise, [], []
-    for i in range(steps):
-        xs.append(x)
-        vs.append(velocity(x, t[:, i]))
-        x = x - vs[-1] / steps
-    return Trajectories(torch.stack(xs, 1), torch.stack(vs, 1), t, item)
+    start = torch.rand(len(noise), 1, generator=generator).to(noise.device)
+    t, xs, vs = (torch.arange(steps, 0, -1, device=noise.device) - start) / steps, [noise], []      # (N, steps), the last one in (0, 1/steps]
+    for now in t.unbind(1):
+        vs.append(velocity(xs[-1], now))
+        xs.append(xs[-1] - vs[-1] / steps)
+    return Trajectories(torch.stack(xs[:-1], 1), torch.stack(vs, 1), t, item)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------------
-def to_tensor(image):
-    """PIL picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+def read_image(path):
+    """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white, of an animation the first frame. 16 and 32 bits and
+    floats come down to 8: white is 65535, or 1 or 255 in floats, or the largest value where that is larger. ValueError in one sentence when there is no picture."""
+    Image.MAX_IMAGE_PIXELS = 2 ** 28                       # of which Pillow reads twice as many, and 200 million come out of telephones
+    with reading(path), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)             # reads the pixels, too
+    if image.mode[0] in "IF":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        white = next(w for w in ((65535,) if image.mode[0] == "I" else (1, 255)) + (values.max(),) if values.max() <= w)
+        image = Image.fromarray((values.clip(0) / white * 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @torch.no_grad()
 def heat_map(features, reference, generated):
-    """Two PIL pictures -> (one PIL picture: reference, generated, the quality of its patches from blue, the worst, to red, the best; quality (H, W))."""
-    f = [features(to_tensor(image)[None]) for image in (reference, generated)]
-    quality = patch_quality(f[1], f[0])
+    """Two PIL pictures, RGB -> (one PIL picture: reference, generated, the quality of its patches from blue, the worst, to red, the best; quality (H, W))."""
+    f_ref, f_gen = (features(to_tensor(image)[None]) for image in (reference, generated))
+    quality = patch_quality(f_gen, f_ref)
     size = [n * max(1, 256 // generated.width) for n in generated.size]                 # small pictures are enlarged
     q = patch_weights(quality, quality.shape[1:])[0]                                    # (H, W) in [0, 1]
     colours = Image.fromarray((255 * torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)).byte().numpy())
-    panels = [np.array(image.convert("RGB").resize(size, Image.NEAREST)) for image in (reference, generated, colours)]
+    panels = [np.array(image.resize(size, Image.NEAREST)) for image in (reference, generated, colours)]
     return Image.fromarray(np.concatenate(panels, axis=1)), quality[0]
 
 
@@ -345,6 +355,9 @@ if __name__ == "__main__":
     parser.add_argument("--features", default="mini/vit", help="folder or hub name of a DINOv2 or ViT")
     parser.add_argument("--out", type=Path, default=Path("out/heat.png"), help="picture to write: reference, generated, quality")
     args = parser.parse_args()
-    picture, quality = heat_map(ImageFeatures.load(args.features), *map(Image.open, args.pictures))
+    try:
+        picture, quality = heat_map(ImageFeatures.load(args.features), *map(read_image, args.pictures))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)
     print(f"{args.out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")
