@@ -1235,16 +1235,15 @@ def test_house_is_the_designs():
 
 
 def main(pattern=""):
-    count = {"passed": 0, "failed": 0, "skipped": 0}
+    count = dict(passed=0, failed=0, skipped=0)
     for name, test in [(n, f) for n, f in globals().items() if n.startswith("test_") and pattern in n]:
-        start = time.time()
+        start, outcome, why = time.time(), "passed", ""
         try:
             with tempfile.TemporaryDirectory() as at:
                 test(*[Path(at)] * test.__code__.co_argcount)
-            outcome, why = "passed", ""
         except unittest.SkipTest as error:
             outcome, why = "skipped", f": {error}"
-        except Exception:
+        except (Exception, SystemExit):
             outcome, why = "failed", "\n" + traceback.format_exc()
         count[outcome] += 1
         print(f"{outcome:8s}{time.time() - start:6.1f} s  {name}{why}", flush=True)
