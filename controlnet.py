@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, to_picture, to_tensor as from_picture, unpack
+from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, to_picture, to_tensor, unpack
 from qwen import read_json, read_tensors
 
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
@@ -170,10 +170,6 @@ def stream(net, device):
 FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]    # of a hub repository; not the single-file copy beside them
 
 
-def to_tensor(picture, device):                                        # until test_all.py takes flux.to_tensor
-    return from_picture(picture)[None].to(device)
-
-
 def load_pair(flux, controlnet, device, dtype, offload):
     """(Flux, ControlNet or None). With offload they take 17.4 GB of the GPU instead of 30.4: no modulation layers, the net's blocks one at a time."""
     home = "cpu" if offload else device
@@ -200,7 +196,7 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
     with stage("autoencoder, in"):
         vae = VAE.load(Path(flux) / "vae", device)
         h, w = (side // vae.factor for side in shape)
-        encode = lambda pictures: torch.cat([pack(vae.encode(to_tensor(picture, device))) for picture in pictures])      # (N, L, 64)
+        encode = lambda pictures: torch.cat([pack(vae.encode(to_tensor(picture)[None].to(device))) for picture in pictures])      # (N, L, 64)
         source = encode(sources) if strength < 1 else None
         control = encode(controls).to(dtype) if controlled else None
         vae.to("cpu")
