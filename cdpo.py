@@ -27,7 +27,7 @@ REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the sa
 
 
 # ------------------------------------------------------------------------------------------------ losses
-def token_logprobs(hidden, head, labels, chunk=512):
+def token_logprobs(hidden, head, labels, chunk=128):
     """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
     Only labelled positions meet the head, `chunk` of them at a time, and only once: the gradient with respect to h, (onehot(y) - softmax(W h)) W, is taken along."""
     if head.requires_grad:
@@ -113,7 +113,7 @@ def behind(soft, embeds):
     return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
 
 
-def answer_logprobs(model, rows, soft=None, chunk=512):
+def answer_logprobs(model, rows, soft=None, chunk=128):
     """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
     ids, labels, mask = (x.to(model.lm_head.weight.device) for x in pack(rows, 0 if soft is None else soft.shape[1]))
     hidden = model.model(embeds=behind(soft, model.model.embed_tokens(ids)), attention_mask=mask)       # (B, T, D)

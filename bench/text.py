@@ -42,23 +42,26 @@ def decode(args):
     """Tokens a second of greedy decoding behind a prompt of 8 tokens: the time of 1 + n tokens less the time of 1."""
     config, ours = qwen(args)
     theirs, rows = transformers_twin(config, ours, args), []
-    linears = [m for m in ours.modules() if isinstance(m, torch.nn.Linear)]
-    bandwidth, weights = rates(args)[1] if args.random else 0, sum(m.weight.nbytes for m in linears)
+    linears = {name: [m for m in model.modules() if isinstance(m, torch.nn.Linear)] for name, model in (("ours", ours), ("theirs", theirs))}
+    bandwidth, weights = rates(args)[1] if args.random else 0, sum(m.weight.nbytes for m in linears["ours"])
+    if args.compile:
+        ours.model.compile(fullgraph=True)
     for batch in (1, 16):
         ids = torch.randint(config["vocab_size"], (batch, 8), generator=torch.Generator().manual_seed(0)).to(args.device)
         differ, sides = relative(ours(ids), theirs(ids).logits), {}
         for n in (1, 1 + args.new):
             sides["ours", n] = lambda n=n: generate(ours, ids, max_new_tokens=n)
             sides["theirs", n] = lambda n=n: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
-        x = {m.in_features: torch.ones(batch, 1, m.in_features, device=args.device, dtype=ours.lm_head.weight.dtype) for m in linears}
-        sides["linears", 0] = lambda: [m(x[m.in_features]) for m in linears]
+        x = {m.in_features: torch.ones(batch, 1, m.in_features, device=args.device, dtype=ours.lm_head.weight.dtype) for m in linears["ours"]}
+        for name, layers in linears.items():
+            sides[name, 0] = lambda layers=layers: [m(x[m.in_features]) for m in layers]
         t = in_turn(sides, args)
         a, b = ((t[side, 1 + args.new] - t[side, 1]) / args.new for side in ("ours", "theirs"))
-        share = [f"{t['linears', 0] / s:.0%}" for s in (a, b)]
+        share = [f"{t['ours', 0] / a:.0%}", f"{t['theirs', 0] / b:.0%}"]
         ceiling = [f"{weights / bandwidth / a * 2:.0%}"] if bandwidth else []                 # a copy reads and writes, weights are only read
         rows.append([batch, f"{batch / a:.1f}", f"{batch / b:.1f}", f"**{b / a:.2f}**", *share, f"{differ:.0e}", *ceiling])
     return f"Qwen2.5-{'7B' if args.random else '0.5B'}, new tokens a second\n\n" + table(
-        ["batch", "ours", "transformers", "ratio", "linear layers alone, of our step", "of theirs", "logits differ by"] + ["of the bandwidth ceiling"] * bool(bandwidth), rows)
+        ["batch", "ours", "transformers", "ratio", "our linear layers alone, of our step", "theirs of theirs", "logits differ by"] + ["of the bandwidth ceiling"] * bool(bandwidth), rows)
 
 
 # ---- a C-DPO step ------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ class Step:
             for layer in lora.layers(self.model).values():
                 torch.nn.init.normal_(layer.lora_B["reference"], std=1e-3)
             lora.copy_adapter(self.model, "reference", "policy")
-        self.model.model.checkpointing = args.random
+        self.model.model.checkpointing = True                                                    # both sides recompute their layers
         self.users = community(args) if args.k else None
         self.rows = [[self.pair() for _ in range(1 + args.k)] for _ in range(args.batch)]       # own, neighbours
         self.who = torch.randint(args.users, (args.batch,), generator=self.g)
@@ -127,9 +130,8 @@ class Step:
         import peft
         base = transformers_twin(self.config, self.model, self.args)
         self.peft = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")).train()      # checkpointing works in training only
-        if self.args.random:
-            self.peft.gradient_checkpointing_enable({"use_reentrant": False})
-            self.peft.enable_input_require_grads()
+        self.peft.gradient_checkpointing_enable({"use_reentrant": False})
+        self.peft.enable_input_require_grads()
         self.copy("default", "policy")
         return self.peft
 
@@ -165,7 +167,7 @@ class Step:
         from trl import DPOConfig, DPOTrainer
         tokenizer = PreTrainedTokenizerFast(tokenizer_file="mini/qwen/tokenizer.json", eos_token="<|im_end|>", pad_token="<|endoftext|>")
         cpu = not self.args.device.startswith("cuda")
-        config = DPOConfig(tempfile.mkdtemp(), report_to=[], use_cpu=cpu, bf16=False, gradient_checkpointing=self.args.random, disable_tqdm=True)
+        config = DPOConfig(tempfile.mkdtemp(), report_to=[], use_cpu=cpu, bf16=False, gradient_checkpointing=True, disable_tqdm=True)
         self.trainer = DPOTrainer(self.make_peft(), args=config, train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]), processing_class=tokenizer)
 
     def trl(self):
@@ -207,7 +209,7 @@ def compare(args, peer):
     t, n, once = in_turn(sides, args, warm=0), args.batch * (1 + args.k), seconds(step.refer, args.device)
     rows = [[label, ms(t[name]), f"{n / t[name]:.2f}", f"**{t[peer] / t[name]:.2f}**", gb(most[name]), f"**{most[name] / most[peer]:.2f}**", "{:.5f}, {:.5f}".format(*found[name])]
             for name, label in (("ours", "ours"), (peer, {"theirs": "transformers + peft", "trl": "trl DPOTrainer"}[peer]))]
-    return (f"Qwen2.5-{'7B' if args.random else '0.5B'} with {args.layers} layers, {args.batch} users, k {args.k}, prompt {args.prompt}, answer {args.answer}; "
+    return (f"Qwen2.5-{'7B' if args.random else '0.5B'} with {args.layers} layers, {args.batch} users, k {args.k}, prompt {args.prompt}, answer {args.answer}, both sides with gradient checkpointing; "
             f"our reference pass, once for each pair in a run: {ms(once)}\n\n" + table(["", "a step", "pairs/s", "times the peer's speed", "peak memory", "of the peer's", "loss, gradient norm"], rows))
 
 
@@ -234,7 +236,7 @@ def stages(args):
         return g
     run()
     cdpo.pack, step.soft, decoder, head = timed("batch to tensors (data)", pack), timed("graph and soft tokens", step.soft), step.model.model.forward, cdpo.token_logprobs
-    step.model.model.forward, cdpo.token_logprobs, torch.Tensor.backward = timed("forward, layers", decoder), timed("forward, head", head), timed("backward", torch.Tensor.backward)
+    step.model.model.forward, cdpo.token_logprobs, torch.Tensor.backward = timed("forward, layers", decoder), timed("head, its gradient too", head), timed("backward", torch.Tensor.backward)
     torch.optim.AdamW.step = timed("optimiser", torch.optim.AdamW.step)
     whole = seconds(run, args.device)
     spent["rest"] = whole - sum(spent.values())
