@@ -62,14 +62,6 @@ def self_attention(x, heads, q, k, v, out, **how):
     return out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))
 
 
-def split_heads(x, heads):              # until patch_dpo.py takes self_attention
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def merge_heads(x):
-    return x.transpose(1, 2).flatten(2)
-
-
 # ---- the prompt: tokens, CLIP, T5 --------------------------------------------------------------------------------------------
 class TextTokenizer:
     """Prompts -> ids (N, T) of one fixed length, cut or padded."""
