@@ -11,7 +11,6 @@ An attribute starts as the frozen embedding of its name, a known user as a learn
     python graph.py        # a toy graph: neighbours, edge prediction, a new user
 """
 import json
-from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,94 +106,59 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     likes_and_dislikes (U,A), dense or sparse: +1, -1, 0. kind "shared" counts what two users both spoke about, the letter of Eq. 6; "signed"
     takes away what one likes and the other dislikes; "likes" counts what both like (both ours). A tie goes to the next user, counting on from
     u and around, so that no user becomes everybody's neighbour by standing first in the file. Where fewer than k others have anything in common
-    with u, the rest of the row is u itself with score 0. Time grows with the meetings (u, attribute, v), or, where these are many
-    (more than U x U x A / 1000), with the matrix product. Memory: 1,024 `chunk` meetings, or `chunk` rows of U; never U x U."""
+    with u, the rest of the row is u itself with score 0. Time grows with the shared likes, or, where most pairs of users share some, with
+    U x U x A in one product of matrices; never is there more than some `chunk` rows of U x U."""
     signs, total = likes_and_dislikes.to_sparse().coalesce(), len(likes_and_dislikes)
-    value = signs.values().sign().long()
+    value = signs.values().sign().float()
     value = {"shared": value.abs(), "signed": value, "likes": value.clamp_min(0)}[kind]
     user, attribute, value = *signs.indices()[:, value != 0], value[value != 0]                         # (E,) each, by user
     own = torch.arange(total, device=value.device)[:, None].expand(total, k)
-    meetings = attribute.bincount()[attribute].cumsum(0)                                                # (E,) of this edge and those before
     if len(user) == 0 or k == 0:
         return own, own * 0.0
-    if meetings[-1] * 1000 < total * signs.numel():                                                     # a meeting costs about 1,000 multiplications
-        keys = keys_by_meeting(user, attribute, value, meetings, total, k, chunk * 1024)
-    else:
-        x = value.new_zeros(signs.shape, dtype=torch.float32 if signs.numel() < 2 ** 24 else torch.float64)     # (U, A), exact for the keys
-        x[user, attribute] = value.to(x)
-        keys = keys_by_product(x, k, chunk)
-    common = -(-keys // total)                                                                          # key = common * U - (how far v is ahead of u)
-    index, score = (own + common * total - keys) % total, common.clamp_min(0) / common.max().clamp_min(1)   # (6)
-    return torch.where(score > 0, index, own), score
+    shared = attribute.bincount().double().square().sum()                                    # (u, attribute, v) that meet
+    keys_of = keys_sparse if 1000 * shared < total * signs.numel() else keys_dense                      # one costs about 1,000 multiplications
+    key = keys_of(user, attribute, value, signs.shape, k, chunk)                                        # (U, k)
+    common = -(-key // total)                                                                           # key = common * U - how far v is ahead of u
+    return torch.where(common > 0, (own + common * total - key) % total, own), common / common.max().clamp_min(1)     # (6)
 
 
-def keys_by_product(x, k, chunk):
-    """The k best keys of every user (U,k) int64, from the products of `chunk` rows of x (U,A) with all the others."""
-    total, device = len(x), x.device
+def keys_dense(user, attribute, value, shape, k, chunk):
+    """Entries (E,) of a table `shape` (U,A) -> the k largest keys of every user (U,k) int64, 0 where there are fewer: blocks of rows times all the others."""
+    total, device = shape[0], user.device
+    x = value.new_zeros(shape, dtype=torch.float32 if shape.numel() < 2 ** 24 else torch.float64)       # exact for the keys
+    x[user, attribute] = value.to(x)
     ahead = torch.arange(total, device=device).repeat(2).to(x).unfold(0, total, 1)                      # row total - u: how far v is ahead of u
     buffer, best = x.new_empty(min(chunk, total), total), torch.zeros(total, k, dtype=torch.int64, device=device)
-    for start in range(0, total, chunk):
-        rows = torch.arange(start, min(start + chunk, total), device=device).flip(0)
+    for rows in torch.arange(total, device=device).split(chunk):
+        rows = rows.flip(0)
         key = torch.addmm(ahead[total - rows[0]:][:len(rows)], x[rows], x.T, beta=-1, alpha=total, out=buffer[:len(rows)])      # (c, U)
-        key[torch.arange(len(rows)), rows] = -total                                                     # nobody is a neighbour of himself
-        best[rows, :min(k, total)] = key.topk(min(k, total)).values.long()
+        key[torch.arange(len(rows)), rows] = 0                                                          # nobody is a neighbour of himself
+        best[rows, :min(k, total)] = key.topk(min(k, total)).values.long().clamp_min(0)
     return best
 
 
-def keys_by_meeting(user, attribute, value, meetings, total, k, most):
-    """The same from the edges (E,) alone: every (u, attribute, v), about `most` at a time, sorted so that each pair's stand together."""
-    device, code = user.device, user * 2 + (value < 0)                                                  # (E,) who says what, in one number
-    there, degree, named = code[attribute.argsort(stable=True)], attribute.bincount(), user.bincount(minlength=total)
-    first, end, width = degree.cumsum(0) - degree, named.cumsum(0), 2 * named.max() + 1                 # where attributes begin in `there`; users end in `code`
+def keys_sparse(user, attribute, value, shape, k, chunk):
+    """The same by sparse products: only pairs with something in common are ever written down."""
+    def table(row, column, value, shape):
+        start = F.pad(row.bincount(minlength=shape[0]).cumsum(0), (1, 0))
+        return torch.sparse_csr_tensor(start, column, value, shape, check_invariants=False)
+    total, device, by_attribute = shape[0], user.device, attribute.argsort(stable=True)
+    across = table(attribute[by_attribute], user[by_attribute], value[by_attribute], shape[::-1])       # (A, U)
     best = torch.zeros(total, k, dtype=torch.int64, device=device)
-    block = torch.cat([meetings.new_zeros(1), meetings])[end] // most                                   # (U,) users of one block go together
-    for rows in torch.arange(total, device=device).split(block.unique_consecutive(return_counts=True)[1].tolist()):
-        edges = slice(end[rows[0]] - named[rows[0]], end[rows[-1]])
-        count = degree[attribute[edges]]
-        u = code[edges].repeat_interleave(count)                                                        # (M,) one for each meeting
-        skipped = (first[attribute[edges]] - count.cumsum(0) + count).repeat_interleave(count)
-        v = there[skipped + torch.arange(len(u), device=device)]
-        meeting = (((u // 2 - rows[0]) * total + (v // 2 - u // 2) % total) * 2 + (u ^ v) % 2).sort().values     # row, how far v is ahead, do they differ
-        pair, count = (meeting // 2).unique_consecutive(return_counts=True)                             # (P,)
-        common = (1 - meeting % 2 * 2).cumsum(0)[count.cumsum(0) - 1].diff(prepend=meeting.new_zeros(1))
-        row, ahead = pair // total, pair % total
-        rank = ((row * width - common * (ahead > 0)) * total + ahead).sort().values                     # row * width * U - key, hence by row, best first
-        count, rank_of = row.bincount(minlength=len(rows))[:, None], torch.arange(k, device=device)
-        place = (count.cumsum(0) - count + rank_of).clamp_max(len(rank) - 1)                            # (c, k)
-        best[rows] = ((rows[:, None] - rows[0]) * width * total - rank[place]).where(rank_of < count, 0)
+    for rows in torch.arange(total, device=device).split(16 * chunk):
+        mine = slice(*torch.searchsorted(user, torch.stack([rows[0], rows[-1] + 1])).tolist())
+        product = table(user[mine] - rows[0], attribute[mine], value[mine], (len(rows), shape[1])) @ across     # (c, U)
+        row = torch.arange(len(rows), device=device).repeat_interleave(product.crow_indices().diff())   # (P,) pairs
+        ahead, common = (product.col_indices() - rows[row]) % total, product.values().long()
+        other = (ahead > 0) & (common > 0)
+        row, key = row[other], (common * total - ahead)[other]
+        key = key[(row * shape.numel() - key).argsort()]                                                # rows stay where they are, each with its best first
+        place = torch.arange(len(row), device=device) - torch.searchsorted(row, row)
+        best[rows[row[place < k]], place[place < k]] = key[place < k]
     return best
 
 
 # ------------------------------------------------------------------------------------------------ GraphSAGE
-Bags = namedtuple("Bags", "sources first count")       # each destination's sources, one after the other; where its own begin; how many it has, or 1
-
-
-def bags(edge_index, size):
-    """edge_index (2,E) = (source, destination) -> Bags of `size` destinations."""
-    destination, order = edge_index[1].sort(stable=True)
-    count = destination.bincount(minlength=size)
-    return Bags(edge_index[0][order], count.cumsum(0) - count, count.clamp_min(1)[:, None])
-
-
-def relations(edges, sources, destinations, signed):
-    """edges (3,E) = (source, destination, sign) -> for likes and for dislikes, or for all, the Bags of either end: sorted once for all layers."""
-    parts = [edges[:2, edges[2] > 0], edges[:2, edges[2] < 0]] if signed else [edges[:2]]
-    return [(bags(part, destinations), bags(part.flip(0), sources)) for part in parts]
-
-
-class NeighbourMean(torch.autograd.Function):
-    """x (S,F) -> mean over each destination's sources (N,F); the gradient runs along the same edges turned round. Neither way makes an (E,F) tensor."""
-
-    @staticmethod
-    def forward(ctx, x, there, back):
-        ctx.count, ctx.back = there.count, back
-        return F.embedding_bag(there.sources, x, there.first, mode="mean")
-
-    @staticmethod
-    def backward(ctx, grad):
-        return F.embedding_bag(ctx.back.sources, grad / ctx.count, ctx.back.first, mode="sum"), None, None
-
-
 class SAGEConv(nn.Module):
     """PyG's SAGEConv with mean aggregation; lin_r has no bias."""
 
@@ -204,10 +168,11 @@ class SAGEConv(nn.Module):
         self.lin_r = nn.Linear(in_dim, out_dim, bias=False)
 
     def forward(self, x_src, x_dst, edge_index):
-        """x_src (S,F), x_dst (N,F), edge_index (2,E) = (source, destination), or its Bags of both ends -> (N,out). No neighbour: a zero mean."""
-        if torch.is_tensor(edge_index):
-            edge_index = bags(edge_index, len(x_dst)), bags(edge_index.flip(0), len(x_src))
-        return self.lin_l(NeighbourMean.apply(x_src, *edge_index)) + self.lin_r(x_dst)
+        """x_src (S,F), x_dst (N,F), edge_index (2,E) = (source, destination) -> (N,out). No neighbour: a zero mean."""
+        order = edge_index[1].argsort(stable=True)
+        first = torch.searchsorted(edge_index[1][order].contiguous(), torch.arange(len(x_dst), device=x_dst.device))
+        mean = F.embedding_bag(edge_index[0][order], x_src, first, mode="mean")                         # (N, F), no (E, F) tensor
+        return self.lin_l(mean) + self.lin_r(x_dst)
 
 
 class Relations(nn.Module):
@@ -215,11 +180,15 @@ class Relations(nn.Module):
 
     def __init__(self, in_dim, out_dim, signed):
         super().__init__()
+        self.signed = signed
         self.convs = nn.ModuleDict({name: SAGEConv(in_dim, out_dim) for name in (("like", "dislike") if signed else ("any",))})
 
-    def forward(self, x_src, x_dst, ends):
-        first, *others = (conv(x_src, x_dst, pair) for conv, pair in zip(self.convs.values(), ends))
-        return sum(others, first)
+    def forward(self, x_src, x_dst, edges):
+        """edges (3,E) = (source, destination, sign)."""
+        if not self.signed:
+            return self.convs["any"](x_src, x_dst, edges[:2])
+        like = edges[2] > 0
+        return self.convs["like"](x_src, x_dst, edges[:2, like]) + self.convs["dislike"](x_src, x_dst, edges[:2, ~like])
 
 
 class GraphSAGE(nn.Module):
@@ -227,18 +196,17 @@ class GraphSAGE(nn.Module):
 
     def __init__(self, in_dim, hidden_dim, out_dim, signed=True):
         super().__init__()
-        dims, self.signed = [(in_dim, hidden_dim), (hidden_dim, out_dim)], signed
+        dims = [(in_dim, hidden_dim), (hidden_dim, out_dim)]
         self.to_user = nn.ModuleList(Relations(i, o, signed) for i, o in dims)
         self.to_attribute = nn.ModuleList(Relations(i, o, signed) for i, o in dims)
 
     def forward(self, x_user, x_attr, edges):
         """x_user (U,F), x_attr (A,F), edges (3,E) -> users (U,out), attributes (A,out), and the attributes' input to each layer."""
-        there, states = relations(edges, len(x_user), len(x_attr), self.signed), []                     # user -> attribute
-        back = [pair[::-1] for pair in there]
+        back, states = edges[[1, 0, 2]], []                                                             # attribute -> user
         for i, (to_user, to_attribute) in enumerate(zip(self.to_user, self.to_attribute)):
             x_user, x_attr = (F.relu(x) for x in (x_user, x_attr)) if i else (x_user, x_attr)
             states.append(x_attr)
-            x_user, x_attr = to_user(x_attr, x_user, back), to_attribute(x_user, x_attr, there)
+            x_user, x_attr = to_user(x_attr, x_user, back), to_attribute(x_user, x_attr, edges)
         return x_user, x_attr, states
 
 
@@ -249,11 +217,8 @@ class EdgeDecoder(nn.Module):
         super().__init__()
         self.lin1, self.lin2 = nn.Linear(2 * dim, hidden_dim), nn.Linear(hidden_dim, 1)
 
-    def forward(self, users, attributes, edges):
-        """users (U,D), attributes (A,D), edges (2 or more,E) -> logits (E,). What lin1 makes of a pair is a sum, each term computed once a node."""
-        left, right = self.lin1.weight.split(users.shape[1], 1)
-        pair = F.linear(users, left, self.lin1.bias)[edges[0]] + F.linear(attributes, right)[edges[1]]  # (E, H)
-        return self.lin2(F.relu(pair)).squeeze(-1)
+    def forward(self, users, attributes):
+        return self.lin2(F.relu(self.lin1(torch.cat([users, attributes], -1)))).squeeze(-1)             # (E,)
 
 
 def embed_new_user(sage, states, users, attributes):
@@ -261,7 +226,7 @@ def embed_new_user(sage, states, users, attributes):
 
     users list[User]; attributes and states: the graph's attribute names and the third value of `sage(...)` on the stored graph.
     Each starts as the zero vector (paper) and only listens: attributes do not hear it, so nobody's embedding depends on who else asks (ours)."""
-    back = relations(edges_of(users, attributes)[[1, 0, 2]].to(states[0].device), len(attributes), len(users), sage.signed)
+    back = edges_of(users, attributes)[[1, 0, 2]].to(states[0].device)
     x = states[0].new_zeros(len(users), states[0].shape[1])                                             # (N, F)
     for i, (to_user, x_attr) in enumerate(zip(sage.to_user, states)):
         x = to_user(x_attr, F.relu(x) if i else x, back)
@@ -286,7 +251,8 @@ class EdgeModel(nn.Module):
         self.split = {"train": graph.edges[:, order[:a]], "val": graph.edges[:, order[a:b]], "test": graph.edges[:, order[b:]]}
 
     def logits(self, messages, edges, vectors):
-        return self.decoder(*self.sage(vectors, self.graph.features, messages)[:2], edges)              # (E,)
+        users, attributes, _ = self.sage(vectors, self.graph.features, messages)
+        return self.decoder(users[edges[0]], attributes[edges[1]])                                      # (E,)
 
     def loss(self, step):
         """Scalar: in each epoch 70 % of the training edges carry messages and the other 30 % are asked about. Random draws depend on (seed, step) alone."""
