@@ -117,18 +117,16 @@ def parse(argv=None):
 
 
 def check(args):
-    if args.image and not args.caption:
-        raise ValueError('--image needs --caption: say in a few words what the photograph shows, e.g. --caption "A red mug on a table"')
-    if args.reference and not args.caption:
-        raise ValueError('--reference needs --caption: say in a few words what the new picture shall show, e.g. --caption "A mug in front of forest"')
+    for flag in ("image", "reference"):
+        if getattr(args, flag) and not args.caption:
+            raise ValueError(f'--{flag} needs --caption: say in a few words what the picture shows, e.g. --caption "A red mug on a table"')
     if args.user and (args.likes is not None or args.dislikes is not None):
         raise ValueError("--user names people, --likes and --dislikes describe a new one: give one or the other")
     if both := set(args.likes or []) & set(args.dislikes or []):
         raise ValueError(f"{sorted(both)[0]!r} is both liked and disliked")
-    for name, low, high in (("strength", 0, 1), ("control_start", 0, 1), ("control_end", args.control_start, 1), ("steps", 1, 10_000), ("size", 16, 8192), ("temperature", 0, 100),
-                            ("reference_scale", 0, 10)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
+    bounds = {"strength": (0, 1), "reference_scale": (0, 10), "control_start": (0, 1), "control_end": (args.control_start, 1), "steps": (1, 10_000), "size": (16, 8192), "temperature": (0, 100)}
+    for name, (low, high) in bounds.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
     if "{instruction}" not in args.prompt:
         raise ValueError(f"--prompt is {args.prompt!r}; it must hold {{instruction}}, and may hold {{caption}}")
@@ -178,11 +176,11 @@ def get_to_know(user, tokens):
     note = f"nobody else has a word on {', '.join(unknown)}; left out" if unknown else ""
     if len(unknown) == len(words):
         return Wish(user, None, f"{note + '; ' if note else ''}no likes or dislikes that anybody shares, so no similar users: this is the generic edit")
-    user = User(user.name, *([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes)))
+    told = User(user.name, *([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes)))
     known = trained_user(graph, user.name) if user.name in graph.users else None
-    if known and {*known.likes} == {*user.likes} and {*known.dislikes} == {*user.dislikes}:
+    if known and {*known.likes} == {*told.likes} and {*known.dislikes} == {*told.dislikes}:
         return Wish(user, tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note)
-    return Wish(user, tokens.soft(tokens.new([user])), note)
+    return Wish(user, tokens.soft(tokens.new([told])), note)
 
 
 @torch.no_grad()
@@ -268,11 +266,8 @@ def source_pictures(args, flux):
         args.strength = 1.0
         return None, None, (max(multiple, args.size // multiple * multiple),) * 2
     source = fit(read_image(args.image), args.size, multiple)
-    if args.control_image:
-        control = np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
-    else:
-        control = control_picture(source, args.control_mode, args.low, args.high)
-    return source, control, source.shape[:2]
+    ready = args.control_image and np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
+    return source, control_picture(source, args.control_mode, args.low, args.high) if ready is None else ready, source.shape[:2]
 
 
 @torch.no_grad()
@@ -290,15 +285,6 @@ def image_prompt(args, stage):
     return look
 
 
-def draw(args, flux, dtype, source, control, shape, prompts, stage):
-    """A picture for each prompt, uint8 (H,W,3), all of one source and from the same noise."""
-    net = resolve(args.controlnet, ["config.json", "*.safetensors"]) if control is not None and args.control_scale else None
-    sources, controls = ([picture] * len(prompts) if picture is not None else None for picture in (source, control))
-    return render(flux, net, prompts, [args.seed] * len(prompts), shape, sources, controls, args.control_mode, args.control_scale, args.control_start, args.control_end,
-                  args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, look=image_prompt(args, stage), stage=stage,
-                  progress=lambda steps: tqdm(steps, disable=None, leave=False))
-
-
 def main(argv=None):
     args = parse(argv)
     out, dtype, stage = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], meter(args.device)
@@ -310,7 +296,12 @@ def main(argv=None):
     prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) if wish.instruction else args.caption for wish in wishes]
     for wish in wishes:
         print(f"{wish.user.name}: {wish.instruction}" + (f"   ({wish.note})" if wish.note else ""))
-    pictures = [Image.fromarray(p) for p in draw(args, flux, dtype, source, control, shape, prompts, stage)]
+    net = resolve(args.controlnet, ["config.json", "*.safetensors"]) if control is not None and args.control_scale else None
+    sources, controls = ([picture] * len(prompts) if picture is not None else None for picture in (source, control))
+    pictures = render(flux, net, prompts, [args.seed] * len(prompts), shape, sources, controls, args.control_mode, args.control_scale, args.control_start, args.control_end,
+                      args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, look=image_prompt(args, stage), stage=stage,
+                      progress=lambda steps: tqdm(steps, disable=None, leave=False))
+    pictures = [Image.fromarray(picture) for picture in pictures]
     records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
                for w, prompt in zip(wishes, prompts)]
     files = [out.with_stem(f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", w.user.name)) for w in wishes] if len(wishes) > 1 else [out]
