@@ -572,7 +572,7 @@ def test_controlnet_row_alone_equals_row_in_a_batch_with_other_modes():
 
 def test_render_frees_each_part_before_the_next():
     """When a part of the picture stack is loaded, no module of an earlier part is alive but the autoencoder; a batch of 2 gives what each gives alone, to one level."""
-    alive, parts = [], lambda: {type(o).__name__ for o in gc.get_objects() if isinstance(o, flux.Pretrained)}
+    alive, parts = [], lambda: {type(o).__name__ for o in gc.get_objects() if issubclass(type(o), flux.Pretrained)}
     before, prompts, black = parts(), ["A red mug", "A vase"], [np.zeros((64, 64, 3), np.uint8)]
     jobs = dict(shape=(64, 64), steps=2, guidance=3.5)
     stage = lambda name: alive.append(parts() - before) or contextlib.nullcontext()
@@ -1024,6 +1024,18 @@ def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     assert odd["instruction"] == mine["instruction"] and "quux" in odd["note"] and not mine["note"]
     (none, empty), (alike, quux) = edited(tmp_path, "empty", "--likes", ""), edited(tmp_path, "quux", "--dislikes", "quux")
     assert "generic" in empty["note"] and "generic" in quux["note"] and (none == alike).all()
+
+
+def test_edit_paints_what_reference_pictures_show(tmp_path):
+    """A reference changes the picture, a second one again, scale 0 takes both away; nobody asked: the caption is the prompt; it works for a user beside the ControlNet, too."""
+    mug, apple, ask = "mini/sample/scenes/01_mug.png", "mini/sample/scenes/00_apple_balloon.png", ["--caption", "Place the mug in front of forest", "--reference"]
+    cases = {"one": [*ask, mug], "two": [*ask, mug, apple], "none": [*ask, mug, apple, "--reference-scale", "0"], "nothing": [*ask, apple, "--reference-scale", "0"],
+             "bare": ["--user", edit.PERSONAS[0], "--image", mug, "--caption", "A mug"], "seen": ["--user", edit.PERSONAS[0], "--image", mug, "--caption", "A mug", "--reference", apple]}
+    found = {name: edited(tmp_path, name, *flags) for name, flags in cases.items()}
+    one, two, none, nothing, bare, seen = (picture for picture, _ in found.values())
+    assert (one != two).any() and (none != one).any() and (none == nothing).all() and (seen != bare).any()
+    assert found["one"][1]["prompt"] == ask[1] and found["one"][1]["user"] == "nobody" and found["seen"][1]["instruction"]
+    raises(ValueError, "--caption", edit.main, ["--reference", mug])
 
 
 def test_patch_quality_is_the_best_cosine_and_a_spoiled_patch_weighs_nothing():
