@@ -117,8 +117,8 @@ class ImageFeatures(nn.Module):
         self.embeddings = nn.Module()
         self.embeddings.cls_token, self.embeddings.position_embeddings = (nn.Parameter(nn.init.normal_(torch.empty(1, n, width), std=0.02))
                                                                           for n in (1, 1 + (self.side // self.patch) ** 2))
-        self.embeddings.patch_embeddings = nn.ModuleDict({"projection": nn.Conv2d(3, width, self.patch, self.patch)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList([ViTLayer(*layer) for _ in range(config["num_hidden_layers"])])})
+        self.embeddings.patch_embeddings = chain(projection=nn.Conv2d(3, width, self.patch, self.patch))
+        self.encoder = chain(layer=nn.Sequential(*(ViTLayer(*layer) for _ in range(config["num_hidden_layers"]))))
         self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     @classmethod
@@ -155,16 +155,12 @@ class ImageFeatures(nn.Module):
         fitted = [max(1, round(n / self.patch)) * self.patch for n in image.shape[2:]]
         image = image if fitted == list(image.shape[2:]) else F.interpolate(image, fitted, mode="bicubic", antialias=True)
         mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
-        x = self.embeddings.patch_embeddings.projection(((image + 1) / 2 - mean) / std)  # (B, D, H, W)
-        positions = self.positions(*x.shape[2:])
-        x = torch.cat([self.embeddings.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1) + positions
-        for layer in self.encoder.layer:
-            x = layer(x)
-        return self.layernorm(x)
+        x = self.embeddings.patch_embeddings(((image + 1) / 2 - mean) / std)  # (B, D, H, W)
+        tokens = torch.cat([self.embeddings.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
+        return self.layernorm(self.encoder(tokens + self.positions(*x.shape[2:])))
 
     def forward(self, image):
-        rows = max(1, round(image.shape[2] / self.patch))
-        return self.tokens(image)[:, 1:].unflatten(1, (rows, -1))                       # (B, H, W, D)
+        return self.tokens(image)[:, 1:].unflatten(1, (max(1, round(image.shape[2] / self.patch)), -1))      # (B, H, W, D)
 
 
 # ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
@@ -264,14 +260,14 @@ class ImagePrompt(nn.Module):
         """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, S, D), square maps of M pictures each; None: to the text alone.
 
         Ours: queries and keys are rotated as in Flux's own attention, each reference stretched over the picture. Without places the prompt learned a third as fast."""
+        for block in flux.blocks():
+            block.attn.image_prompt = None
         if references is not None:
             side, (h, w) = math.isqrt(references.shape[2]), (ids[:, 1:].amax(0) + 1).tolist()
             y, x = ((torch.arange(side, device=ids.device) + 0.5) / side * n - 0.5 for n in (h, w))
             places = F.pad(torch.cartesian_prod(y, x), (1, 0))                          # (S, 3)
             turn, turn_ref = (rope_table(at, flux.axes) for at in (ids, places))
-        for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
-            block.attn.image_prompt = None
-            if references is not None:
+            for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
                 k, v = (proj(references).unflatten(-1, (self.heads, -1)) for proj in (to_k, to_v))   # (B, M, S, H, d)
                 k = rotate(k.flatten(0, 1), turn_ref).unflatten(0, k.shape[:2])
                 block.attn.image_prompt = partial(self.attend, turn, k.transpose(2, 3), v.transpose(2, 3))
