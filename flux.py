@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import RMSNorm, Unfilled, load_checkpoint, read_json
+from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json
 
 
 class Pretrained(nn.Module):
@@ -301,7 +301,7 @@ class Modulation(nn.Module):
     """(timestep, guidance, pooled text) embedding (B, D) -> `count` vectors of shifts, scales and gates (B, count, D)."""
     def __init__(self, dim, count):
         super().__init__()
-        self.linear, self.count = nn.Linear(dim, count * dim), count
+        self.linear, self.count = Linear(dim, count * dim), count
 
     def forward(self, temb):
         home = next(self.parameters()).device                                           # may be the CPU: see offload_modulation
@@ -327,11 +327,11 @@ class Attention(nn.Module):
         super().__init__()
         inner, self.heads, self.image_prompt = heads * head_dim, heads, None
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (Linear(dim, inner) for _ in range(3))
         if text:
             self.norm_added_q, self.norm_added_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, inner) for _ in range(3))
-            self.to_out, self.to_add_out = nn.ModuleList([nn.Linear(inner, dim)]), nn.Linear(inner, dim)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, inner) for _ in range(3))
+            self.to_out, self.to_add_out = nn.ModuleList([Linear(inner, dim)]), Linear(inner, dim)
 
     def project(self, x):
         """Image tokens (or a single block's whole sequence) -> q, k, v (B, L, H, d)."""
@@ -358,7 +358,7 @@ class DoubleBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
         self.attn = Attention(dim, heads, head_dim, text=True)
-        self.ff, self.ff_context = (chain(net=nn.Sequential(chain(proj=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh")), nn.Identity(), nn.Linear(4 * dim, dim))) for _ in range(2))
+        self.ff, self.ff_context = (chain(net=nn.Sequential(chain(proj=Linear(dim, 4 * dim), gelu=nn.GELU("tanh")), nn.Identity(), Linear(4 * dim, dim))) for _ in range(2))
 
     def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), (T+L, d/2)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *text = modulation[:, :, None].unbind(1)        # (B, 1, D) each
@@ -381,7 +381,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.norm = Modulation(dim, 3)
         self.attn = Attention(dim, heads, head_dim, text=False)
-        self.proj_mlp, self.proj_out = nn.Linear(dim, 4 * dim), nn.Linear(5 * dim, dim)
+        self.proj_mlp, self.proj_out = Linear(dim, 4 * dim), Linear(5 * dim, dim)
 
     def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 3, D), (T+L, d/2)
         shift, scale, gate = modulation[:, :, None].unbind(1)
@@ -416,12 +416,12 @@ class Flux(Pretrained):
             raise ValueError(f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}")
         dim, self.guided, self.checkpointing = heads * head_dim, config["guidance_embeds"], False
         inputs = {"timestep": 256, "text": config["pooled_projection_dim"]} | ({"guidance": 256} if self.guided else {})
-        self.time_text_embed = nn.ModuleDict({f"{name}_embedder": chain(linear_1=nn.Linear(inner, dim), silu=nn.SiLU(), linear_2=nn.Linear(dim, dim)) for name, inner in inputs.items()})
-        self.context_embedder, self.x_embedder = nn.Linear(config["joint_attention_dim"], dim), nn.Linear(config["in_channels"], dim)
+        self.time_text_embed = nn.ModuleDict({f"{name}_embedder": chain(linear_1=Linear(inner, dim), silu=nn.SiLU(), linear_2=Linear(dim, dim)) for name, inner in inputs.items()})
+        self.context_embedder, self.x_embedder = Linear(config["joint_attention_dim"], dim), Linear(config["in_channels"], dim)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(dim, heads, head_dim) for _ in range(config["num_layers"])])
         self.single_transformer_blocks = nn.ModuleList([SingleBlock(dim, heads, head_dim) for _ in range(config["num_single_layers"])])
         self.norm_out = Modulation(dim, 2)                                              # scale, then shift
-        self.proj_out = nn.Linear(dim, config.get("out_channels") or config["in_channels"])
+        self.proj_out = Linear(dim, config.get("out_channels") or config["in_channels"])
 
     def forward(self, img, txt, pooled, timestep, guidance, img_ids, txt_ids, double_residuals=(), single_residuals=()):
         """img (B, L, 64), txt (B, T, 4096), pooled (B, 768) of the weights' type, timestep (B,) in [0, 1], guidance (B,) as the user gives it or None,

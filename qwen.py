@@ -200,7 +200,7 @@ class FrozenProduct(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """x W^T + b. In fp32 on a CPU a large frozen W goes to oneDNN: F.linear uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long."""
-    frozen = not weight.requires_grad and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    frozen = not (weight.requires_grad and torch.is_grad_enabled()) and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return (FrozenProduct.apply if frozen and ONEDNN and weight.numel() > 2 ** 18 else F.linear)(x, weight, bias)
 
 
