@@ -81,7 +81,7 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("steps", int, None, "Euler steps"),
         ("guidance", float, None, "FLUX.1's guidance embedding"),
         ("strength", float, None, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
-        ("reference-scale", float, None, "weight of the references beside the text"),
+        ("reference-scale", float, None, "weight of each reference beside the text; several add up: give less"),
         ("control-mode", tuple(MODES), "canny", "what the ControlNet looks at"),
         ("control-image", str, None, "a control picture that is ready, say a depth map"),
         ("control-scale", float, None, "the ControlNet's weight; at 0 it is not even loaded"),

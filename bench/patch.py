@@ -43,7 +43,7 @@ def show(file):
     for names, words in CASES:
         references = [f"{ROOT}/mini/sample/scenes/{name}.png" for name in names.split()]
         with contextlib.redirect_stdout(io.StringIO()):
-            edit.main(["--reference", *references, "--caption", words, "--out", str(file)])
+            edit.main(["--reference", *references, "--reference-scale", str(1.5 / len(references)), "--caption", words, "--out", str(file)])
         shown = [Image.open(reference) for reference in references]
         cells += [(shown[0], "reference", "", ""), (shown[1], "and", "", "") if shown[1:] else (Image.new("RGB", shown[0].size, "white"), "", "", "")]
         cells.append((Image.open(file).convert("RGB"), words, "", ""))
