@@ -1,6 +1,6 @@
 """PatchDPO and what it is compared with, from the shipped image prompt and with equal budgets, as a Markdown table: held-out scenes, mean and standard deviation over seeds.
 
-    python bench/patch.py                    # 5 losses x 3 seeds, and the choice of a learning rate for each: about 40 minutes of one core
+    python bench/patch.py                    # 5 losses x 3 seeds, and the choice of a learning rate for each: about 15 minutes of one core
     python bench/patch.py --seeds 1 --steps 20 --out runs/quick
     python bench/patch.py --show out/references.png     # no training: reference pictures, words, and what edit.py --reference makes of them
 
@@ -54,7 +54,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--steps", type=int, default=60)
-    p.add_argument("--lrs", nargs="+", default=["1e-3", "3e-4"], metavar="LR")
+    p.add_argument("--lrs", nargs="+", default=["1e-3", "3e-4", "3e-5"], metavar="LR")
     p.add_argument("--out", type=Path, default=Path("runs/bench_patch"))
     p.add_argument("--show", type=Path, metavar="PNG", help="only draw: references, words, results")
     args, more = p.parse_known_args()
