@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from graph import GraphSAGE, PreferenceGraph, embed_new_user
-from qwen import generate, linear
+from qwen import check_fit, generate, reading, linear
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
 
@@ -192,14 +192,14 @@ class UserTokens(nn.Module):
         """From collaborative.safetensors. ValueError when the file is none, or its tensors do not fit its own sizes."""
         if not Path(file).is_file():
             raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
-        try:
-            with safe_open(file, "pt") as f:
-                meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
-            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
-            model = cls(graph, **meta["config"])
+        with reading(file), safe_open(file, "pt") as f:
+            meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
+            edges, sizes = tensors.pop("graph.edges").long(), torch.tensor([[len(meta["users"])], [len(meta["attributes"])]])
+            if edges.ndim != 2 or len(edges) != 3 or not ((0 <= edges[:2]) & (edges[:2] < sizes)).all() or len(tensors["graph.features"]) != sizes[1]:
+                raise ValueError("its graph has edges between users and attributes that it does not name")
+            model = cls(PreferenceGraph(meta["users"], meta["attributes"], edges, tensors.pop("graph.features")), **meta["config"])
+            check_fit(file, model.state_dict(), tensors, finite=True)
             model.load_state_dict(tensors)
-        except Exception as e:
-            raise ValueError(f"{file} is not a whole collaborative.safetensors: {type(e).__name__} {e}") from None
         return model.to(device)
 
 

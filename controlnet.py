@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, offload_modulation, pack, sigmas, to_picture, to_tensor, unpack
-from qwen import read_json, read_tensors
+from qwen import read_json, reading, read_tensors
 
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
 
@@ -202,7 +202,8 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
         vae.to("cpu")
     with stage("Flux + ControlNet" if controlled else "Flux"):
         model, net = load_pair(flux, controlnet if controlled else None, device, dtype, offload)
-        ids, levels, out = image_ids(h, w, device), sigmas(steps, h * w // 4, read_json(Path(flux) / "scheduler" / "scheduler_config.json")), []
+        with reading(file := Path(flux) / "scheduler" / "scheduler_config.json"):
+            ids, levels, out = image_ids(h, w, device), sigmas(steps, h * w // 4, read_json(file)), []
         if look:
             look(model, ids)
         for i in range(0, len(prompts), batch):

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json
+from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json, reading
 
 
 class Pretrained(nn.Module):
@@ -35,11 +35,8 @@ class Pretrained(nn.Module):
         found = config.get("_class_name") or config.get("model_type")
         if found != cls.kind:
             raise ValueError(f"{path} holds a {found!r}, {cls.__name__} reads {cls.kind!r}")
-        try:
-            with torch.device("meta"), Unfilled():
-                model = cls(config)
-        except KeyError as error:
-            raise ValueError(f"{path}/config.json lacks {error}") from error
+        with reading(Path(path) / "config.json"), torch.device("meta"), Unfilled():
+            model = cls(config)
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
 
@@ -69,11 +66,12 @@ class TextTokenizer:
     def load(cls, path):
         """`path`: the folder `tokenizer` (CLIP) or `tokenizer_2` (T5). The length is model_max_length in its tokenizer_config.json (77 and 512)."""
         tokenizer, file, config = cls(), Path(path) / "tokenizer.json", read_json(Path(path) / "tokenizer_config.json")
-        pad, length = config["pad_token"], config["model_max_length"]
-        pad = pad["content"] if isinstance(pad, dict) else pad
-        tokenizer.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(Path(path))
-        tokenizer.backend.enable_truncation(length)
-        tokenizer.backend.enable_padding(length=length, pad_id=tokenizer.backend.token_to_id(pad), pad_token=pad)
+        with reading(path):
+            pad, length = config["pad_token"], config["model_max_length"]
+            pad = pad["content"] if isinstance(pad, dict) else pad
+            tokenizer.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(Path(path))
+            tokenizer.backend.enable_truncation(length)
+            tokenizer.backend.enable_padding(length=length, pad_id=tokenizer.backend.token_to_id(pad), pad_token=pad)
         return tokenizer
 
     def __call__(self, prompts):
@@ -165,7 +163,8 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     def run(encoder, part):
         ids = TextTokenizer.load(Path(path) / f"tokenizer{part}")(prompts).to(device)
         model = encoder.load(Path(path) / f"text_encoder{part}", device, dtype)
-        return torch.cat([model(rows) for rows in ids.split(batch)])
+        with reading(Path(path) / f"text_encoder{part}"):                               # ids beyond the vocabulary, heads that do not divide the width
+            return torch.cat([model(rows) for rows in ids.split(batch)])
     return run(T5, "_2"), run(CLIPText, "")
 
 
@@ -230,7 +229,7 @@ class VAE(Pretrained):
         super().__init__()
         choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})     # Stable Diffusion's autoencoders have one
         channels = config["latent_channels"]
-        self.scale, self.shift, self.factor = config["scaling_factor"], config["shift_factor"], 2 ** (len(config["block_out_channels"]) - 1)
+        self.scale, self.shift, self.factor = float(config["scaling_factor"]), float(config["shift_factor"]), 2 ** (len(config["block_out_channels"]) - 1)
         self.encoder = coder(config, config["in_channels"], 2 * channels, "down")
         self.decoder = coder(config, channels, config["out_channels"], "up")
 
@@ -257,7 +256,9 @@ def to_tensor(picture):
 
 
 def to_picture(image):
-    """(3, H, W), nominally in [-1, 1] -> uint8 (H,W,3)."""
+    """(3, H, W), nominally in [-1, 1] -> uint8 (H,W,3). ValueError when it is not finite: it would be black."""
+    if not image.isfinite().all():
+        raise ValueError("the picture is not finite: a spoiled autoencoder, or latents too large for it")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
@@ -506,7 +507,7 @@ def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None
         v = v[0] if cfg == 1 else v[1] + cfg * (v[0] - v[1])
         x = x + (levels[i + 1] - levels[i]) * v                                         # Euler
     if not x.isfinite().all():
-        raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: use bfloat16 or float32")
+        raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: a spoiled checkpoint, or a type too small for it (use bfloat16 or float32)")
     return x
 
 

@@ -49,7 +49,7 @@ import controlnet
 import graph
 import lora
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
-from patch_dpo import (ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, record,
+from patch_dpo import (ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, read_image, record,
                        s_patch, self_supervised_loss, warp)
 from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, reading, resolve
 
@@ -177,8 +177,8 @@ def parse(argv=None):
     args = top.parse_args(argv)
     for name, value in vars(args).items():
         least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
-        most = 1 if name in ("drop", "dropout", "strength") else math.inf
-        if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
+        most = 1 if name in ("drop", "dropout", "strength") else 10 ** 30                 # beyond it AdamW's steps do not fit into fp32
+        if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a finite number, at least {least}" + f" and at most {most}" * (most == 1))
     args.out = args.out or f"runs/{args.stage}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -310,8 +310,7 @@ def read_scenes(path, *needed):
 
 def read_picture(file, size=None):
     """A picture file -> uint8 (H, W, 3), cut to a square of `size` where it is given."""
-    with reading(file), Image.open(file) as image:
-        image = image.convert("RGB")
+    image = read_image(file)
     return np.array(ImageOps.fit(image, (size, size)) if size else image)
 
 
