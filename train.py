@@ -848,7 +848,7 @@ class Patch(Pictures):
     def train_features(self, folder):
         """The f that judges patches: --features, after --feature-steps of self-supervised patch training (ours), which is kept in `folder`."""
         args, f, g = self.args, copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
-        before, optimizer = self.s_patch(f), torch.optim.AdamW(f.parameters(), 1e-4)
+        before, optimizer = self.s_patch(f), torch.optim.AdamW(f.parameters(), 1e-3)
         for _ in tqdm(range(args.feature_steps), desc="features"):
             optimizer.zero_grad()
             self_supervised_loss(f, self.pictures[self.truth[torch.randint(self.count, (16,), generator=g)]].to(args.device), g).backward()
