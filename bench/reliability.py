@@ -9,27 +9,7 @@
 
 Runs are children forked from this process after its imports, so a run takes a second; without a name every part runs. All on the shipped sample.
 """
-import argparse
-import builtins
-import contextlib
-import io
-import itertools
-import json
-import math
-import mmap
-import os
-import random
-import re
-import resource
-import runpy
-import shutil
-import signal
-import struct
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
+import argparse, builtins, contextlib, io, itertools, json, math, mmap, os, random, re, resource, runpy, shutil, signal, struct, subprocess, sys, tempfile, time, traceback
 from collections import Counter, defaultdict
 from pathlib import Path
 
