@@ -62,7 +62,7 @@ PRESETS = {
         "graph": dict(steps=300, weight_decay=1e-2, drop=0.9),
         "sft": dict(steps=400, warmup=10),
         "cdpo": dict(steps=1200, lr=1e-2, warmup=20, beta=0.2, drop=0.9),
-        "patch": dict(steps=150, batch=16, lr=1e-3, warmup=10, beta=100.0),
+        "patch": dict(steps=150, batch=16, lr=3e-4, warmup=10, beta=100.0),
         "dro": dict(steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
     },
     "paper": {
