@@ -189,8 +189,10 @@ def strike(stage, sample, out, rng, seen, seconds, own):
 
 
 def kill(args, sample):
-    rows, seen = [], mmap.mmap(-1, 2)
-    for stage in STAGES:
+    seen = mmap.mmap(-1, 2)
+    table("Killed with SIGKILL and continued", ["stage", "kills", "in imports", "start", "training", "a save", "runs ended, compared byte for byte", "faults", "same seed twice: same bytes",
+                                               "a second run on the folder"], [])
+    for stage in args.stages:
         rng, landed, faults, runs, start = random.Random(f"{args.seed} {stage}"), Counter(), [], 0, time.monotonic()
         for name in ("whole", "again"):
             must(sample.run(stage, sample.folder / name / stage))
@@ -208,10 +210,8 @@ def kill(args, sample):
                 newest(out)
             except Exception as e:
                 faults.append(f"{out.name}, kill {landed.total()}: {e}")
-        print(*(f"fault: {fault}" for fault in faults[:10]), sep="\n", end="")
-        rows.append([stage, landed.total(), *(landed[p] for p in ("imports", "start", "training", "a save")), runs, len(faults), "yes" if same else "NO", two_runs(stage, sample, seen)])
-    table("Killed with SIGKILL and continued", ["stage", "kills", "in imports", "start", "training", "a save", "runs ended, compared byte for byte", "faults",
-                                               "same seed twice: same bytes", "a second run on the folder"], rows)
+        row = [stage, landed.total(), *(landed[p] for p in ("imports", "start", "training", "a save")), runs, len(faults), "yes" if same else "NO", two_runs(stage, sample, seen)]
+        print("| " + " | ".join(map(str, row)) + " |", *(f"fault: {fault}" for fault in faults[:10]), sep="\n", flush=True)
 
 
 def two_runs(stage, sample, seen):
@@ -589,6 +589,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"some of {', '.join(PARTS)}; all when not given")
     parser.add_argument("--count", type=int, help="kills a stage (50), or spoiled inputs (2000)")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="of kill")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes of fuzz (2)")
     parser.add_argument("--only", type=int, help="one case of fuzz, with all it prints")
