@@ -138,20 +138,21 @@ def keys_dense(user, attribute, value, shape, k, chunk):
 
 
 def keys_sparse(user, attribute, value, shape, k, chunk):
-    """The same by sparse products: only pairs with something in common are ever written down."""
-    def table(row, column, value, shape):
-        start = F.pad(row.bincount(minlength=shape[0]).cumsum(0), (1, 0))
-        return torch.sparse_csr_tensor(start, column, value, shape, check_invariants=False)
-    total, device, by_attribute = shape[0], user.device, attribute.argsort(stable=True)
-    across = table(attribute[by_attribute], user[by_attribute], value[by_attribute], shape[::-1])       # (A, U)
-    best = torch.zeros(total, k, dtype=torch.int64, device=device)
-    for rows in torch.arange(total, device=device).split(16 * chunk):
-        mine = slice(*torch.searchsorted(user, torch.stack([rows[0], rows[-1] + 1])).tolist())
-        product = table(user[mine] - rows[0], attribute[mine], value[mine], (len(rows), shape[1])) @ across     # (c, U)
-        row = torch.arange(len(rows), device=device).repeat_interleave(product.crow_indices().diff())   # (P,) pairs
-        ahead, common = (product.col_indices() - rows[row]) % total, product.values().long()
-        other = (ahead > 0) & (common > 0)
-        row, key = row[other], (common * total - ahead)[other]
+    """The same, but only pairs with something in common are ever written down: some 4,096 `chunk` meetings (u, attribute, v) at a time."""
+    (total, _), device, by_attribute = shape, user.device, attribute.argsort(stable=True)
+    degree = attribute.bincount()                                                                       # (A,) how many name it; those of a begin at first[a]
+    count, first, best = degree[attribute], degree.cumsum(0) - degree, torch.zeros(total, k, dtype=torch.int64, device=device)
+    met = torch.zeros(total, device=device, dtype=torch.int64).index_add(0, user, count).cumsum(0)      # (U,) meetings of all users so far
+    for rows in torch.arange(total, device=device).split((met // (4096 * chunk)).unique_consecutive(return_counts=True)[1].tolist()):
+        mine = slice(*torch.searchsorted(user, torch.stack([rows[0], rows[-1] + 1])).tolist())          # the edges of these users
+        edge = torch.arange(mine.start, mine.stop, device=device).repeat_interleave(count[mine])        # (M,)
+        nth = torch.arange(len(edge), device=device) - (count[mine].cumsum(0) - count[mine]).repeat_interleave(count[mine])
+        other = by_attribute[first[attribute[edge]] + nth]                                              # (M,) the other's edge to the same attribute
+        pair, which = ((user[edge] - rows[0]) * total + (user[other] - user[edge]) % total).unique(return_inverse=True)
+        common = torch.zeros(len(pair), device=device).index_add(0, which, value[edge] * value[other]).long()
+        row, ahead = pair // total, pair % total
+        good = (ahead > 0) & (common > 0)
+        row, key = row[good], (common * total - ahead)[good]
         key = key[(row * shape.numel() - key).argsort()]                                                # rows stay where they are, each with its best first
         place = torch.arange(len(row), device=device) - torch.searchsorted(row, row)
         best[rows[row[place < k]], place[place < k]] = key[place < k]
