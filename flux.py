@@ -82,6 +82,9 @@ def clip_bpe(path):
     """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"), unk_token=end, end_of_word_suffix="</w>"))
+    merges = [line for line in (path / "merges.txt").read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+    if bpe.get_vocab_size() != 514 + len(merges):                                       # 256 bytes, the same at a word's end, two special tokens; the rest are merges
+        raise ValueError(f"merges.txt holds {len(merges)} merges, vocab.json {bpe.get_vocab_size() - 514}")
     bpe.add_special_tokens([AddedToken(start, normalized=False), AddedToken(end, normalized=False)])
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")

@@ -39,6 +39,8 @@ def read_jsonl(path, **fields):
             continue
         try:
             row = json.loads(line)
+            if b"\\u" in line:                                                         # half of a surrogate pair is no text
+                json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}:{number}: not a line of JSON ({e})") from None
         if not isinstance(row, dict):

@@ -135,6 +135,8 @@ def load_adapter(model, folder, adapter="policy"):
     with reading(folder):
         rank, dropout = int(config["r"]), float(config.get("lora_dropout", 0.0))
         alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)      # rank-stabilised: alpha / sqrt(rank)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"lora_dropout is {dropout}")
         if not any(isinstance(m, LoRALinear) for m in model.modules()):
             inject(model, rank, alpha, dropout, names)
     own = tensors(model, adapter)

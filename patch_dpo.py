@@ -127,7 +127,9 @@ class ImageFeatures(nn.Module):
         path = resolve(path, ["*.json", "model.safetensors"])
         config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
         with reading(path), torch.device("meta"), Unfilled():
-            model = cls(config, *(list(map(float, pixels[name])) for name in ("image_mean", "image_std")))
+            model = cls(config, *([float(x) for x in pixels[name]] for name in ("image_mean", "image_std")))
+            if not len(model.mean) == len(model.std) == 3:
+                raise ValueError(f"preprocessor_config.json has the means {model.mean} and deviations {model.std}, three of each were expected")
         load_checkpoint(model, path / "model.safetensors", cls.rename)
         return model.to(device, torch.float32).eval()
 

@@ -179,7 +179,7 @@ def parse(argv=None):
         least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
         most = 1 if name in ("drop", "dropout", "strength") else 10 ** 30                 # beyond it AdamW's steps do not fit into fp32
         if type(value) in (int, float) and not least <= value <= most:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a finite number, at least {least}" + f" and at most {most}" * (most == 1))
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
     args.out = args.out or f"runs/{args.stage}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
