@@ -820,7 +820,8 @@ def test_train_resume_is_bit_exact():
     flags, d = [*prepared()[0], "--steps", 12, "--out"], prepared()[1]
     train_here(*flags, d / "whole")
     for at, sign in ((3, signal.SIGKILL), (6, signal.SIGTERM)):
-        process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1"})         # as in this process: sums of several threads have other last bits
         while process.poll() is None and not any(int(p.name[5:]) >= at for p in (d / "torn").glob("step_*")):
             time.sleep(0.005)
         process.send_signal(sign)
