@@ -255,7 +255,7 @@ class EdgeModel(nn.Module):
 
     def logits(self, messages, edges, vectors):
         users, attributes, _ = self.sage(vectors, self.graph.features, messages)
-        return self.decoder(users[edges[0]], attributes[edges[1]])                                      # (E,)
+        return self.decoder(F.embedding(edges[0], users), F.embedding(edges[1], attributes))            # (E,); users[edges[0]] has a gradient of random last bits
 
     def loss(self, step):
         """Scalar: in each epoch 70 % of the training edges carry messages and the other 30 % are asked about. Random draws depend on (seed, step) alone."""

@@ -642,6 +642,18 @@ def test_graph_pretraining_learns_from_training_edges_alone():
     assert graph.auc(torch.tensor([3.0, 2, 1, 1]), torch.tensor([True, False, True, False])) == (1 + 1 + 0 + 0.5) / 4
 
 
+def test_graph_training_does_not_depend_on_the_number_of_threads():
+    """Three epochs on 9,000 edges end with the same bits on one thread and, twice, on two."""
+    cells, found = torch.randperm(900 * 45, generator=seeded())[:9000], []
+    edges = torch.stack([cells // 45, cells % 45, torch.randint(2, cells.shape, generator=seeded(1)) * 2 - 1])
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        model, _ = graph.pretrain(PreferenceGraph([str(i) for i in range(900)], [str(i) for i in range(45)], edges, torch.randn(45, 64, generator=seeded(2))), epochs=3)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_graph_new_user_is_inductive():
     """A new user's embedding depends on nobody else, sees the sign where the graph does, and is defined without likes."""
     built, new = toy_graph(), [User("x", ["t0"], ["t1"]), User("y", ["t1"], ["t0"]), User("z", [], [])]
