@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from graph import GraphSAGE, PreferenceGraph, embed_new_user
-from qwen import check_fit, generate, reading, linear
+from qwen import check_fit, generate, linear, reading
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
 

@@ -28,12 +28,13 @@ class User:
     hidden: list = ()          # what the persona would like but never said; only evaluation reads it
 
 
-def read_jsonl(path, **fields):
-    """Rows (dict) of a JSON-lines file in which every row has `fields`, given as name=type; list means a list of strings.
-    Blank lines are skipped; anything else that does not fit is a ValueError with file and line number."""
+def read_jsonl(path, optional=None, **fields):
+    """Rows (dict) of a JSON-lines file in which every row has `fields`, given as name=type; list means a list of strings. Of `optional`, given as
+    {name: default}, a row has what it has, of the default's type. Blank lines are skipped; anything else that does not fit is a ValueError with file and line number."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
-    rows = []
+    optional, rows = optional or {}, []
+    fields |= {name: type(default) for name, default in optional.items()}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
@@ -45,6 +46,7 @@ def read_jsonl(path, **fields):
             raise ValueError(f"{path}:{number}: not a line of JSON ({e})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: a JSON object was expected, got {type(row).__name__}")
+        row = {**optional, **row}
         for name, kind in fields.items():
             value = row.get(name)
             if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
@@ -57,14 +59,14 @@ def read_jsonl(path, **fields):
 def read_users(path):
     """users.jsonl -> list[User], in file order. Names must be unique; nothing may be liked and disliked at once."""
     users, seen = [], set()
-    for row in read_jsonl(path, user=str, likes=list, dislikes=list):
+    for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
         likes, dislikes = list(dict.fromkeys(row["likes"])), list(dict.fromkeys(row["dislikes"]))
         both = set(likes) & set(dislikes)
         if both or row["user"] in seen:
             problem = f"likes and dislikes {sorted(both)[0]!r}" if both else "appears twice"
             raise ValueError(f"{path}:{row['line']}: user {row['user']!r} {problem}")
         seen.add(row["user"])
-        users.append(User(row["user"], likes, dislikes, row.get("hidden", [])))
+        users.append(User(row["user"], likes, dislikes, row["hidden"]))
     return users
 
 
@@ -117,7 +119,7 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     own = torch.arange(total, device=value.device)[:, None].expand(total, k)
     if len(user) == 0 or k == 0:
         return own, own * 0.0
-    shared = attribute.bincount().double().square().sum()                                    # (u, attribute, v) that meet
+    shared = attribute.bincount().double().square().sum()                                               # (u, attribute, v) that meet
     keys_of = keys_sparse if 1000 * shared < total * signs.numel() else keys_dense                      # one costs about 1,000 multiplications
     key = keys_of(user, attribute, value, signs.shape, k, chunk)                                        # (U, k)
     common = -(-key // total)                                                                           # key = common * U - how far v is ahead of u

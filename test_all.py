@@ -30,6 +30,7 @@ SAMPLE = {name: f"mini/sample/{name}.jsonl" for name in ("users", "pairs", "edit
 ENCODER = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, hidden_act="gelu", mlp_ratio=4,
                layer_norm_eps=1e-6, qkv_bias=True)
 torch.set_num_threads(1)
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def peer(name):
@@ -84,7 +85,7 @@ def reload(theirs, kind, **how):
 
 def shell(*args, timeout=170, **how):
     """Run one of our scripts as a user would: shell("train.py", "graph", "--steps", 3)."""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD, **how)
 
 
 @contextlib.contextmanager
@@ -833,7 +834,7 @@ def test_train_resume_is_bit_exact():
     train_here(*flags, d / "whole")
     for at, sign in ((3, signal.SIGKILL), (6, signal.SIGTERM)):
         process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})         # as in this process: sums of several threads have other last bits
+                                   env=ONE_THREAD)         # as in this process: sums of several threads have other last bits
         while process.poll() is None and not any(int(p.name[5:]) >= at for p in (d / "torn").glob("step_*")):
             time.sleep(0.005)
         process.send_signal(sign)
