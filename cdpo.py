@@ -25,7 +25,6 @@ from qwen import check_fit, generate, linear, reading
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
 
-
 # ------------------------------------------------------------------------------------------------ losses
 def token_logprobs(hidden, head, labels, chunk=128):
     """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
@@ -46,7 +45,6 @@ def token_logprobs(hidden, head, labels, chunk=128):
         logp = logp + ((h - h.detach()).float() * torch.cat(slopes)).sum(-1)                            # adds 0, and the gradient
     return torch.zeros(len(labels), device=hidden.device).index_add(0, row, logp)
 
-
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
     """Log-probabilities, each (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry no gradient."""
     d_theta = policy_chosen - policy_rejected                                                           # (2)
@@ -55,20 +53,17 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1)
     rejected_rewards = beta * (policy_rejected - ref_rejected).detach()
     return -F.logsigmoid(beta * (d_theta - d_ref)), chosen_rewards, rejected_rewards                    # (1)
 
-
 def cdpo_loss(own, neighbour, similarity, lam=0.15):
     """own (B,) the user's DPO losses, neighbour and similarity (B,K) -> (B,). A user without similar users: the own term alone."""
     total = similarity.sum(-1)                                                                          # (B,)
     weight = similarity / total.clamp_min(torch.finfo(similarity.dtype).tiny)[:, None]                  # (B, K)
     return own + lam * (weight * neighbour).sum(-1)                                                     # (7)
 
-
 def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
     """Each (B,) -> sums over the batch, under TRL's names."""
     each = {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": chosen_rewards - rejected_rewards,
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float(), "logps/chosen": policy_chosen.detach(), "logps/rejected": policy_rejected.detach()}
     return {name: x.sum() for name, x in each.items()}
-
 
 # ------------------------------------------------------------------------------------------------ text
 def prompt(caption, guidance="", profile=""):
@@ -77,16 +72,13 @@ def prompt(caption, guidance="", profile=""):
     text = f"Given this user's profile {profile}, suggest an edit for the following image: {caption}" if profile else f"{REQUEST}\nCaption: {caption}"
     return [{"role": "user", "content": f"{text}\nGuidance: {guidance}" if guidance else text}]
 
-
 def profile(user):
     """The user in words, for the prompt-engineering baseline."""
     return "; ".join(f"{verb} {', '.join(names)}" for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)) if names)
 
-
 def encode(tokenizer, messages, *answers):
     """(prompt ids, [ids of each answer]) in Qwen's template; an answer is closed by <|im_end|>."""
     return tokenizer.chat(messages), [tokenizer.encode(f"{answer}<|im_end|>") for answer in answers]
-
 
 def pack(rows, soft_tokens=0):
     """B rows of `encode`, each with up to n answers, one sequence each: the prompt is computed once for all its answers.
@@ -107,11 +99,9 @@ def pack(rows, soft_tokens=0):
     path = (k <= k[:, None]) & ((block == 0) | (block == block[:, None]))                               # (T, T)
     return ids.clamp_min(0), labels, (path & (real[:, None] | (k == k[:, None])))[:, None]              # padding sees itself: no empty row
 
-
 def behind(soft, embeds):
     """The users' tokens (B,S,D), or None, and then the text (B,T,D)."""
     return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
-
 
 def answer_logprobs(model, rows, soft=None, chunk=128):
     """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
@@ -119,7 +109,6 @@ def answer_logprobs(model, rows, soft=None, chunk=128):
     hidden = model.model(embeds=behind(soft, model.model.embed_tokens(ids)), attention_mask=mask)       # (B, T, D)
     n, L = len(labels) // len(rows), labels.shape[1]
     return token_logprobs(hidden[:, -n * L:].reshape(len(labels), L, -1), model.lm_head.weight, labels, chunk).view(-1, n)
-
 
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer ended by itself)]; soft (N,S,D) or None."""
@@ -130,7 +119,6 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
     mask = F.pad(mask, (embeds.shape[1] - ids.shape[1], 0), value=True).to(ids.device)
     answers = generate(model, embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
-
 
 # ------------------------------------------------------------------------------------------------ the user
 class SoftPrompt(nn.Module):
@@ -144,7 +132,6 @@ class SoftPrompt(nn.Module):
 
     def forward(self, h):
         return self.fc2(F.gelu(self.fc1(self.norm(h)))).unflatten(-1, (self.tokens, -1))                # (B, tokens, out)
-
 
 class UserTokens(nn.Module):
     """From a user to soft tokens. kind "graph": node vector -> GraphSAGE over the stored graph -> h_u (C-DPO);
@@ -201,7 +188,6 @@ class UserTokens(nn.Module):
             check_fit(file, model.state_dict(), tensors, finite=True)
             model.load_state_dict(tensors)
         return model.to(device)
-
 
 if __name__ == "__main__":
     same = torch.zeros(2)

@@ -20,7 +20,6 @@ from qwen import read_json, reading, read_tensors
 
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
 
-
 # ---- control pictures --------------------------------------------------------------------------------------------------------
 def canny(image, low=100, high=200):
     """Canny's edges of a picture: (H,W) or (H,W,3) uint8 -> (H,W) uint8 of 0 and 255. ValueError: another dtype or shape.
@@ -34,7 +33,6 @@ def canny(image, low=100, high=200):
     ridge = thin(size, dx, dy)
     return 255 * follow(ridge & (size > high), ridge & (size > low)).astype(np.uint8)
 
-
 def sobel(image):
     """Horizontal and vertical derivative (H,W) of (H,W,C): at each pixel that of the channel with the largest |dx| + |dy|."""
     p = np.pad(image.astype(np.int32), ((1, 1), (1, 1), (0, 0)), "edge")
@@ -43,7 +41,6 @@ def sobel(image):
     dx, dy = rows[:, 2:] - rows[:, :-2], cols[2:] - cols[:-2]  # (H, W, C)
     channel = np.argmax(abs(dx) + abs(dy), axis=2)[..., None]  # the first of equals
     return np.take_along_axis(dx, channel, 2)[..., 0], np.take_along_axis(dy, channel, 2)[..., 0]
-
 
 def thin(size, dx, dy):
     """Non-maximum suppression: True where `size` is largest across the edge; the edge's direction is one of four."""
@@ -60,7 +57,6 @@ def thin(size, dx, dy):
     slanted = np.where(falling, (size > at(-1, -1)) & (size > at(1, 1)), (size > at(-1, 1)) & (size > at(1, -1)))
     return np.where(ay < tan22, flat, np.where(ay > tan22 + (ax << 16), steep, slanted))
 
-
 def follow(strong, weak):
     """Hysteresis: the strong pixels and every weak one that a chain of weak pixels (8 neighbours) ties to them."""
     width = strong.shape[1] + 2
@@ -73,7 +69,6 @@ def follow(strong, weak):
         weak[front], edges[front] = False, True
     return edges.reshape(-1, width)[1:-1, 1:-1]
 
-
 def control_picture(image, mode="canny", low=100, high=200):
     """What a net of this mode looks at: uint8 (H,W,3) -> uint8 (H,W,3). depth and pose need another model, tile and lq are pictures as they are."""
     if mode == "canny":
@@ -85,7 +80,6 @@ def control_picture(image, mode="canny", low=100, high=200):
     if mode in ("tile", "lq"):
         return image
     raise ValueError(f"the control mode {mode!r} needs a control picture that is ready; only canny, gray, blur, tile and lq are drawn from the picture itself")
-
 
 # ---- the net -----------------------------------------------------------------------------------------------------------------
 class ControlNet(Flux):
@@ -132,11 +126,9 @@ class ControlNet(Flux):
             taps.append(scale * out(img))
         return taps[:len(self.transformer_blocks)], taps[len(self.transformer_blocks):]
 
-
 def runs(step, steps, start, end):
     """Whether a net that works from fraction `start` to fraction `end` of the steps works in this one."""
     return start <= step / steps and (step + 1) / steps <= end
-
 
 def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scale=0.4, start=0.0, end=1.0):
     """The `control` argument of flux.denoise: the net's residuals in the steps in which it `runs`, none in the others. Modulation and RoPE are computed here, for all `levels`."""
@@ -148,12 +140,10 @@ def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scal
         return net.residuals(x.to(txt.dtype), control, txt, modulations[step - steps], rope, mode, scale)       # of all levels, the last `steps` run
     return residuals
 
-
 def place(parameters, homes, device, *_):
     """A hook: puts each parameter's tensor on the device; on the CPU that is its home tensor itself."""
     for p, home in zip(parameters, homes):
         p.data = home.to(device)
-
 
 def stream(net, device):
     """A transformer on `device` but for its blocks: they stay on the CPU, and each visits for its own forward, without its modulation layers."""
@@ -165,10 +155,8 @@ def stream(net, device):
         block.register_forward_pre_hook(partial(place, visitors, homes, device)), block.register_forward_hook(partial(place, visitors, homes, "cpu"))
     return net
 
-
 # ---- from prompts and pictures to pictures -----------------------------------------------------------------------------------
 FLUX_PARTS = [f"{part}/*" for part in ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")]    # of a hub repository; not the single-file copy beside them
-
 
 def load_pair(flux, controlnet, device, dtype, offload):
     """(Flux, ControlNet or None). With offload they take 17.4 GB of the GPU instead of 30.4: no modulation layers, the net's blocks one at a time."""
@@ -178,7 +166,6 @@ def load_pair(flux, controlnet, device, dtype, offload):
     if net and (ours := net.x_embedder.weight.shape) != (theirs := model.x_embedder.weight.shape):
         raise ValueError(f"{controlnet} is not a ControlNet for {flux}: its x_embedder is {tuple(ours)}, the transformer's {tuple(theirs)}")
     return (offload_modulation(model, device), net and stream(net, device)) if offload else (model, net)
-
 
 @torch.no_grad()
 def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None, mode="canny", scale=0.4, start=0.0, end=1.0, steps=28, guidance=3.5, strength=1.0,
@@ -217,7 +204,6 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
     with stage("autoencoder, out"):
         vae.to(device)
         return [to_picture(vae.decode(latent[None])[0]) for latent in unpack(torch.cat(out), h, w)]
-
 
 if __name__ == "__main__":
     y, x = np.mgrid[:19, :45]

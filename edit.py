@@ -95,7 +95,6 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
     ],
 }
 
-
 def parse(argv=None):
     """The flags as a namespace; ValueError for values that make no sense together."""
     early = argparse.ArgumentParser(add_help=False)
@@ -115,7 +114,6 @@ def parse(argv=None):
     check(args)
     return args
 
-
 def check(args):
     for flag in ("image", "reference"):
         if getattr(args, flag) and not args.caption:
@@ -133,7 +131,6 @@ def check(args):
     if not args.out.endswith(".png"):
         raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
 
-
 # ---- pictures in -------------------------------------------------------------------------------------------------------------
 def fit(image, size, multiple):
     """PIL -> uint8 (H,W,3) of about size x size pixels in area: resized, then cut centrally to sides that are multiples of `multiple`.
@@ -141,7 +138,6 @@ def fit(image, size, multiple):
     ratio = min(4, max(1 / 4, image.width / image.height)) ** 0.5
     width, height = (max(1, round(side / multiple)) * multiple for side in (size * ratio, size / ratio))
     return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
-
 
 # ---- who asks, and for what --------------------------------------------------------------------------------------------------
 @dataclass
@@ -152,11 +148,9 @@ class Wish:
     note: str = ""
     instruction: str = ""
 
-
 def trained_user(graph, name):
     edges = graph.edges[1:, graph.edges[0] == graph.users.index(name)].T.tolist()
     return User(name, *([graph.attributes[a] for a, sign in edges if sign == wanted] for wanted in (1, -1)))
-
 
 def find_users(args, graph):
     """The people asked for, list[User]: from --likes and --dislikes, from the file --users, or as the policy was trained with them."""
@@ -167,7 +161,6 @@ def find_users(args, graph):
         near = difflib.get_close_matches(unknown[0], [*people, *graph.users], 3, 0)
         raise ValueError(f"nobody is called {unknown[0]!r}, neither in {args.users} nor among those the policy was trained with; nearest: {', '.join(near)}")
     return [people[name] if name in people else trained_user(graph, name) for name in names]
-
 
 def get_to_know(user, tokens):
     """The Wish of a user, without instruction: soft tokens as trained, or, of somebody new, from likes and dislikes alone."""
@@ -181,7 +174,6 @@ def get_to_know(user, tokens):
     if known and {*known.likes} == {*told.likes} and {*known.dislikes} == {*told.dislikes}:
         return Wish(user, tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note)
     return Wish(user, tokens.soft(tokens.new([told])), note)
-
 
 @torch.no_grad()
 def write_instructions(args, dtype, stage):
@@ -200,7 +192,6 @@ def write_instructions(args, dtype, stage):
             (wish.instruction, _), = cdpo.suggest(model, tokenizer, [message], wish.soft, temperature=args.temperature, generator=generator)
     return wishes
 
-
 # ---- pictures out ------------------------------------------------------------------------------------------------------------
 def save(file, picture, record):
     """The PIL picture as PNG, and `record` twice: in the PNG's text and in a JSON file beside it."""
@@ -210,7 +201,6 @@ def save(file, picture, record):
     picture.save(file, pnginfo=info)
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
-
 def wrap(text, font, width):
     """Lines of words that are at most `width` pixels long (a longer word stands alone)."""
     lines = [""]
@@ -218,7 +208,6 @@ def wrap(text, font, width):
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
     return lines
-
 
 def grid(cells, columns=4):
     """[(PIL picture, heading, text, small print)] -> one PIL picture; small pictures are enlarged."""
@@ -236,7 +225,6 @@ def grid(cells, columns=4):
             pen.text((x, y + height + 8 + 20 * n), line, color, font)
     return sheet
 
-
 def meter(device):
     """stage(name): a context that prints how long a part took and the most memory it held (on the CPU: the process, so far), and frees what it left."""
     @contextlib.contextmanager
@@ -251,7 +239,6 @@ def meter(device):
         peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         print(f"  {name:<20}{time.perf_counter() - start:7.1f} s   peak {peak / 1e9:6.2f} GB")
     return stage
-
 
 # ---- all of it ---------------------------------------------------------------------------------------------------------------
 def source_pictures(args, flux):
@@ -269,7 +256,6 @@ def source_pictures(args, flux):
     ready = args.control_image and np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
     return source, control_picture(source, args.control_mode, args.low, args.high) if ready is None else ready, source.shape[:2]
 
-
 @torch.no_grad()
 def image_prompt(args, stage):
     """What `render` calls with its Flux and the pixels' positions, so that Flux attends to the --reference pictures; None without any."""
@@ -283,7 +269,6 @@ def image_prompt(args, stage):
     def look(flux, ids):
         ImagePrompt.load(args.image_prompt, flux, maps.shape[-1], args.reference_scale).to(args.device).look(flux, maps, ids)
     return look
-
 
 def main(argv=None):
     args = parse(argv)
@@ -312,7 +297,6 @@ def main(argv=None):
         cells += [(picture, w.user.name, w.instruction, f"likes {', '.join(w.user.likes) or 'nothing in particular'}") for w, picture in zip(wishes, pictures)]
         save(out, grid(cells), {"edits": records})
     print("wrote", ", ".join(map(str, dict.fromkeys([out, *files]))))
-
 
 if __name__ == "__main__":
     try:

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json, reading
 
-
 class Pretrained(nn.Module):
     """A module built from a checkpoint's config dict. `kind`: what config.json must call it; `rename`: as in load_checkpoint."""
     kind, rename = "", staticmethod(lambda name: name)
@@ -40,24 +39,20 @@ class Pretrained(nn.Module):
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
 
-
 def choose(name, value, allowed):
     """allowed[value], or a ValueError that names the setting, its value and what would have been read."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; only {', '.join(map(repr, allowed))} can be read")
     return allowed[value]
 
-
 def chain(**modules):
     """Modules that run one after the other, under the names of the checkpoint."""
     return nn.Sequential(OrderedDict(modules))
-
 
 def self_attention(x, heads, q, k, v, out, **how):
     """Softmax attention of x (B, T, D) to itself through four linear layers; `how`: of scaled_dot_product_attention."""
     q, k, v = (proj(x).unflatten(-1, (heads, -1)).transpose(1, 2) for proj in (q, k, v))        # (B, H, T, d)
     return out(F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2).flatten(2))
-
 
 # ---- the prompt: tokens, CLIP, T5 --------------------------------------------------------------------------------------------
 class TextTokenizer:
@@ -77,7 +72,6 @@ class TextTokenizer:
     def __call__(self, prompts):
         return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])  # (N, T)
 
-
 def clip_bpe(path):
     """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -91,7 +85,6 @@ def clip_bpe(path):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.post_processor = processors.RobertaProcessing((end, bpe.token_to_id(end)), (start, bpe.token_to_id(start)), trim_offsets=False, add_prefix_space=False)
     return bpe
-
 
 class CLIPText(Pretrained):
     """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text token."""
@@ -117,7 +110,6 @@ class CLIPText(Pretrained):
         # The public config says eos_token_id 2, which is wrong: there, and only there, the end is the highest id. Padding repeats it: take the first.
         end = ids.argmax(1) if self.end == 2 else (ids == self.end).int().argmax(1)     # (B,)
         return model.final_layer_norm(x[torch.arange(len(ids)), end])                   # (B, D)
-
 
 class T5(Pretrained):
     """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was trained."""
@@ -158,7 +150,6 @@ class T5(Pretrained):
             x = x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
         return self.encoder.final_layer_norm(x)
 
-
 @torch.no_grad()
 def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder.
@@ -169,7 +160,6 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
         with reading(Path(path) / f"text_encoder{part}"):                               # ids beyond the vocabulary, heads that do not divide the width
             return torch.cat([model(rows) for rows in ids.split(batch)])
     return run(T5, "_2"), run(CLIPText, "")
-
 
 # ---- the picture: autoencoder ------------------------------------------------------------------------------------------------
 class ResBlock(nn.Module):
@@ -183,7 +173,6 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
-
 class PixelAttention(nn.Module):
     """Every pixel attends to every pixel, with one head."""
     def __init__(self, width, groups):
@@ -196,7 +185,6 @@ class PixelAttention(nn.Module):
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)                          # (B, h*w, C)
         out = self_attention(pixels, 1, self.to_q, self.to_k, self.to_v, self.to_out[0])
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])                        # (B, C, h, w)
-
 
 class Level(nn.Module):
     """Residual blocks at one resolution, with attention behind the first in the middle of a coder; then, where `resample` is "down" or "up", half or twice the resolution."""
@@ -212,7 +200,6 @@ class Level(nn.Module):
             x = stage(x)
         return x
 
-
 def coder(config, inner, outer, way):
     """One half of the autoencoder: levels then middle (the encoder, `way` "down"), or middle then levels (the decoder, "up")."""
     widths, groups, depth, down = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"], way == "down"
@@ -222,7 +209,6 @@ def coder(config, inner, outer, way):
     blocks = {"down_blocks": nn.Sequential(*levels), "mid_block": middle} if down else {"mid_block": middle, "up_blocks": nn.Sequential(*levels)}
     return chain(conv_in=nn.Conv2d(inner, widths[0], 3, padding=1), **blocks, conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
                  conv_out=nn.Conv2d(widths[-1], outer, 3, padding=1))
-
 
 class VAE(Pretrained):
     """The autoencoder. Latents are shifted and scaled to about unit size: z = (encoder - shift) * scale."""
@@ -252,18 +238,15 @@ class VAE(Pretrained):
         """latent (B, 16, h, w) -> image (B, 3, 8h, 8w), nominally in [-1, 1]; not clamped."""
         return self.decoder(latent / self.scale + self.shift)
 
-
 def to_tensor(picture):
     """A picture, uint8 (H,W,3) or PIL RGB -> (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-
 
 def to_picture(image):
     """(3, H, W), nominally in [-1, 1] -> uint8 (H,W,3). ValueError when it is not finite: it would be black."""
     if not image.isfinite().all():
         raise ValueError("the picture is not finite: a spoiled autoencoder, or latents too large for it")
     return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-
 
 def pack(latent):
     """(B, C, h, w) -> (B, h/2 * w/2, 4C): every 2x2 patch is a token, inner order (channel, dy, dx)."""
@@ -272,16 +255,13 @@ def pack(latent):
         raise ValueError(f"a latent of {h} x {w} cannot be cut into 2 x 2 patches: picture sides must be multiples of twice the autoencoder's factor (FLUX.1: 16)")
     return latent.reshape(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
 
-
 def unpack(tokens, h, w):
     """The inverse of pack: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
     return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2)).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h, w)
 
-
 def image_ids(h, w, device=None):
     """Positions (0, y, x) of the tokens of an h x w latent -> (h/2 * w/2, 3). Text stands at (0, 0, 0)."""
     return F.pad(torch.cartesian_prod(torch.arange(h // 2, device=device), torch.arange(w // 2, device=device)), (1, 0)).float()
-
 
 # ---- the transformer ---------------------------------------------------------------------------------------------------------
 def rope_table(ids, axes, theta=10000.0):
@@ -290,16 +270,13 @@ def rope_table(ids, axes, theta=10000.0):
     angles = torch.cat(angles, dim=1)                                                   # (T, d/2)
     return torch.polar(torch.ones_like(angles), angles)
 
-
 def rotate(x, rope):
     """Turn every neighbouring pair of x (B, T, H, d): as a complex number, times its position's."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))                     # (B, T, H, d/2)
     return torch.view_as_real(pairs * rope[:, None]).flatten(-2).type_as(x)
 
-
 def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)     # norm * (1 + scale) + shift, in one kernel
-
 
 class Modulation(nn.Module):
     """(timestep, guidance, pooled text) embedding (B, D) -> `count` vectors of shifts, scales and gates (B, count, D)."""
@@ -311,7 +288,6 @@ class Modulation(nn.Module):
         home = next(self.parameters()).device                                           # may be the CPU: see offload_modulation
         return self.linear(F.silu(temb).to(home)).unflatten(-1, (self.count, -1)).to(temb.device)
 
-
 def offload_modulation(model, device):
     """Moves all of a transformer but its modulation layers to `device`. They are 27 % of FLUX.1 (6.5 GB of 23.8 in bf16), and a picture needs them once."""
     linears = {module: module.linear for module in model.modules() if isinstance(module, Modulation)}
@@ -321,7 +297,6 @@ def offload_modulation(model, device):
     for module, linear in linears.items():
         module.linear = linear
     return model
-
 
 class Attention(nn.Module):
     """Joint attention over [text, image]. `text`: the text has projections of its own (double blocks), else both share one set (single blocks).
@@ -353,7 +328,6 @@ class Attention(nn.Module):
             out = torch.cat([out[:, :, :T], out[:, :, T:] + self.image_prompt(q[:, T:].transpose(1, 2))], dim=2)
         return out.transpose(1, 2).flatten(2)
 
-
 class DoubleBlock(nn.Module):
     """Image and text each have their own weights and meet in the attention."""
     modulations = 12                    # shift, scale, gate of attention, the same of the MLP; for the image, then for the text
@@ -376,7 +350,6 @@ class DoubleBlock(nn.Module):
         txt = torch.addcmul(txt, t_mlp_gate, self.ff_context(modulate(txt, t_mlp_shift, t_mlp_scale)))
         return img, txt
 
-
 class SingleBlock(nn.Module):
     """Image and text as one sequence; attention and MLP side by side, one output projection for both."""
     modulations = 3                     # shift, scale, gate
@@ -395,17 +368,14 @@ class SingleBlock(nn.Module):
         x = torch.addcmul(x, gate, self.proj_out(torch.cat([attended, F.gelu(self.proj_mlp(h), approximate="tanh")], dim=2)))
         return x[:, T:], x[:, :T]
 
-
 def sinusoid(x, dim=256):
     """(B,) -> (B, dim) in fp32: cosines, then sines, of 1000 x at speeds 10000^(-i / (dim/2))."""
     angles = 1000 * x.float()[:, None] * torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, device=x.device))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 def spread(residuals, blocks):
     """A ControlNet's residuals over `blocks` blocks, in runs of ceil(blocks / residuals) -> one a block, None where there are none."""
     return [residuals[i // math.ceil(blocks / len(residuals))] if len(residuals) else None for i in range(blocks)]
-
 
 class Flux(Pretrained):
     """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0.
@@ -469,10 +439,8 @@ class Flux(Pretrained):
         scale, shift = out[:, :, None].unbind(1)
         return self.proj_out(modulate(img, shift, scale))                               # (B, L, 64)
 
-
 # ---- the sampler -------------------------------------------------------------------------------------------------------------
 SCHEDULE = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
-
 
 def sigmas(steps, image_tokens, schedule=SCHEDULE):
     """Noise levels 1 ... 0 of `steps` Euler steps -> (steps+1,) fp32. `schedule`: scheduler/scheduler_config.json (default: FLUX.1-dev's).
@@ -484,7 +452,6 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
     slope = (schedule["max_shift"] - schedule["base_shift"]) / (high - low)
     factor = math.exp(schedule["base_shift"] + slope * (image_tokens - low)) if schedule["use_dynamic_shifting"] else schedule["shift"]
     return torch.cat([factor / (factor + 1 / sigma - 1), sigma.new_zeros(1)]).float()
-
 
 @torch.no_grad()
 def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None, strength=1.0, negative=None, cfg=1.0, control=None, progress=iter):
@@ -512,7 +479,6 @@ def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None
     if not x.isfinite().all():
         raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: a spoiled checkpoint, or a type too small for it (use bfloat16 or float32)")
     return x
-
 
 if __name__ == "__main__":
     torch.manual_seed(0)

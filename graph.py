@@ -18,7 +18,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 # ------------------------------------------------------------------------------------------------ files
 @dataclass
 class User:
@@ -26,7 +25,6 @@ class User:
     likes: list
     dislikes: list
     hidden: list = ()          # what the persona would like but never said; only evaluation reads it
-
 
 def read_jsonl(path, optional=None, **fields):
     """Rows (dict) of a JSON-lines file in which every row has `fields`, given as name=type; list means a list of strings. Of `optional`, given as
@@ -55,7 +53,6 @@ def read_jsonl(path, optional=None, **fields):
         rows.append({**row, "line": number})
     return rows
 
-
 def read_users(path):
     """users.jsonl -> list[User], in file order. Names must be unique; nothing may be liked and disliked at once."""
     users, seen = [], set()
@@ -68,7 +65,6 @@ def read_users(path):
         seen.add(row["user"])
         users.append(User(row["user"], likes, dislikes, row["hidden"]))
     return users
-
 
 # ------------------------------------------------------------------------------------------------ the graph
 @dataclass
@@ -89,11 +85,9 @@ class PreferenceGraph:
         table[self.edges[0], self.edges[1]] = self.edges[2].to(torch.int8)
         return table
 
-
 def attribute_names(users):
     """Every attribute somebody likes or dislikes, sorted."""
     return sorted({a for u in users for a in [*u.likes, *u.dislikes]})
-
 
 def edges_of(users, attributes):
     """(3,E) int64: user, attribute, sign. An attribute the graph does not know is a ValueError."""
@@ -102,7 +96,6 @@ def edges_of(users, attributes):
         raise ValueError(f"unknown attribute {unknown[0]!r}; the graph knows {', '.join(list(attributes)[:60])}")
     edges = [(i, index[a], sign) for i, u in enumerate(users) for names, sign in ((u.likes, 1), (u.dislikes, -1)) for a in names]
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
-
 
 def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     """The k most similar other users: (index (U,k) int64, score (U,k) in [0,1]), best first; exact.
@@ -125,7 +118,6 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
     common = -(-key // total)                                                                           # key = common * U - how far v is ahead of u
     return torch.where(common > 0, (own + common * total - key) % total, own), common / common.max().clamp_min(1)     # (6)
 
-
 def keys_dense(user, attribute, value, shape, k, chunk):
     """Entries (E,) of a table `shape` (U,A) -> the k largest keys of every user (U,k) int64, 0 where there are fewer: blocks of rows times all the others."""
     total, device = shape[0], user.device
@@ -139,7 +131,6 @@ def keys_dense(user, attribute, value, shape, k, chunk):
         key[torch.arange(len(rows)), rows] = 0                                                          # nobody is a neighbour of himself
         best[rows, :min(k, total)] = key.topk(min(k, total)).values.long().clamp_min(0)
     return best
-
 
 def keys_sparse(user, attribute, value, shape, k, chunk):
     """The same, but only pairs with something in common are ever written down: some 4,096 `chunk` meetings (u, attribute, v) at a time."""
@@ -162,7 +153,6 @@ def keys_sparse(user, attribute, value, shape, k, chunk):
         best[rows[row[place < k]], place[place < k]] = key[place < k]
     return best
 
-
 # ------------------------------------------------------------------------------------------------ GraphSAGE
 class SAGEConv(nn.Module):
     """PyG's SAGEConv with mean aggregation; lin_r has no bias."""
@@ -179,7 +169,6 @@ class SAGEConv(nn.Module):
         mean = F.embedding_bag(edge_index[0][order], x_src, first, mode="mean")                         # (N, F), no (E, F) tensor
         return self.lin_l(mean) + self.lin_r(x_dst)
 
-
 class Relations(nn.Module):
     """One layer in one direction: the sum over the relations of a SAGEConv each, as in PyG's to_hetero."""
 
@@ -194,7 +183,6 @@ class Relations(nn.Module):
             return self.convs["any"](x_src, x_dst, edges[:2])
         like = edges[2] > 0
         return self.convs["like"](x_src, x_dst, edges[:2, like]) + self.convs["dislike"](x_src, x_dst, edges[:2, ~like])
-
 
 class GraphSAGE(nn.Module):
     """Two layers over the bipartite graph, ReLU after the first."""
@@ -214,7 +202,6 @@ class GraphSAGE(nn.Module):
             x_user, x_attr = to_user(x_attr, x_user, back), to_attribute(x_user, x_attr, edges)
         return x_user, x_attr, states
 
-
 class EdgeDecoder(nn.Module):
     """Does u like a? Two linear layers on the pair of embeddings; dropped after pretraining."""
 
@@ -224,7 +211,6 @@ class EdgeDecoder(nn.Module):
 
     def forward(self, users, attributes):
         return self.lin2(F.relu(self.lin1(torch.cat([users, attributes], -1)))).squeeze(-1)             # (E,)
-
 
 def embed_new_user(sage, states, users, attributes):
     """Embeddings (N,out) of users the graph has never seen, from likes and dislikes alone, without retraining.
@@ -236,7 +222,6 @@ def embed_new_user(sage, states, users, attributes):
     for i, (to_user, x_attr) in enumerate(zip(sage.to_user, states)):
         x = to_user(x_attr, F.relu(x) if i else x, back)
     return x
-
 
 # ------------------------------------------------------------------------------------------------ pretraining
 class EdgeModel(nn.Module):
@@ -275,14 +260,12 @@ class EdgeModel(nn.Module):
         score, liked = self.logits(self.split["train"], edges, self.vectors), edges[2] > 0
         return {"accuracy": ((score > 0) == liked).float().mean().item(), "auc": auc(score, liked)}
 
-
 def auc(score, positive):
     """Chance that a positive scores above a negative, ties one half; nan where one of the two kinds is missing."""
     value, inverse, count = score.double().unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count - 1) / 2)[inverse]                                                 # mean rank of equal scores
     p, n = positive.sum().item(), (~positive).sum().item()
     return (rank[positive].sum().item() - p * (p + 1) / 2) / (p * n) if p and n else float("nan")
-
 
 def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9, weight_decay=1e-2, seed=0):
     """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). train.py runs the same loss with checkpoints; this is the whole of it."""
@@ -295,7 +278,6 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
         loss.backward()
         optimizer.step()
     return model, model.evaluate("test")
-
 
 if __name__ == "__main__":
     names = ["neon", "chrome", "city", "wood", "forest", "leaf"]                                        # two tastes, three attributes each

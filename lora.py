@@ -17,7 +17,6 @@ from qwen import Linear, check_fit, read_json, read_tensors, reading
 
 ADAPTERS = ("policy", "reference")
 
-
 class LoRALinear(Linear):
     """The linear layer `base`, its parameters and their names kept, and a pair of low-rank matrices for each adapter."""
 
@@ -40,14 +39,12 @@ class LoRALinear(Linear):
         low = F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A)                 # (..., rank)
         return y + F.linear(self.scale * low, B).to(y.dtype)
 
-
 def layers(model):
     """{name: LoRALinear} of an injected model; ValueError when there are none."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no adapters: inject or load them first (merge takes them away)")
     return found
-
 
 def select(model, targets):
     """Names of the linear layers that `targets` means: "all-linear" (all but the output head) or a list of names or their last parts."""
@@ -57,7 +54,6 @@ def select(model, targets):
     if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
     return [name for name in linear if f".{name}".endswith(tuple(f".{t}" for t in targets))]
-
 
 def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
     """Freeze `model`, put both adapters on the layers that `select` takes, use "policy" -> names of the layers. Call it after the model has its device and dtype.
@@ -70,7 +66,6 @@ def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
     return names
 
-
 def use(model, adapter):
     """Run forwards with "policy", "reference" or None (the base alone). Under gradient checkpointing, switch only after the backward pass."""
     if adapter not in (*ADAPTERS, None):
@@ -78,13 +73,11 @@ def use(model, adapter):
     for layer in layers(model).values():
         layer.adapter = adapter
 
-
 @torch.no_grad()
 def copy_adapter(model, source="policy", target="reference"):
     """Make `target` equal to `source`: what SFT has taught the policy becomes the reference of DPO."""
     for new, old in zip(tensors(model, target).values(), tensors(model, source).values()):
         new.copy_(old)
-
 
 @torch.no_grad()
 def merge(model, adapter="policy"):
@@ -96,18 +89,15 @@ def merge(model, adapter="policy"):
         plain.bias = layer.bias
         model.set_submodule(name, plain.train(layer.training))
 
-
 # ---- files in PEFT's format --------------------------------------------------------------------------------------------------
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
 IGNORED = {"base_model_name_or_path", "task_type", "revision", "auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size",
            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}         # which layers: the tensors' names say it
 FIXED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
 
-
 def tensors(model, adapter):
     """The adapter's parameters under the names they have on disk."""
     return {f"base_model.model.{name}.{part}.weight": getattr(layer, part)[adapter] for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
-
 
 def save_adapter(model, folder, adapter="policy", base_model=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is the path or repository noted there."""
@@ -120,7 +110,6 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
               "r": layer.lora_A[adapter].shape[0], "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none", "inference_mode": True,
               "target_modules": sorted(short) if unique else names}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
 
 @torch.no_grad()
 def load_adapter(model, folder, adapter="policy"):
@@ -145,7 +134,6 @@ def load_adapter(model, folder, adapter="policy"):
         raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {scale}")
     for name, p in own.items():
         p.copy_(stored[name])
-
 
 if __name__ == "__main__":
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)

@@ -29,7 +29,6 @@ from torch import nn
 from flux import chain, choose, rope_table, rotate, self_attention, to_tensor
 from qwen import Unfilled, load_checkpoint, read_json, reading, resolve
 
-
 # ---- patch quality and the losses --------------------------------------------------------------------------------------------
 def patch_quality(f_x, f_ref):
     """Cosine of every patch of x to the reference patch most like it: (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1].  Eq. 3.
@@ -38,11 +37,9 @@ def patch_quality(f_x, f_ref):
     x, ref = units(f_x, f_ref)
     return (x @ ref.mT).amax(2).view(f_x.shape[:3])                                     # (3)
 
-
 def units(*maps):
     """Feature maps (B, H, W, D) -> lists of their patches (B, HW, D), of length 1."""
     return [F.normalize(f.flatten(1, 2).float(), dim=-1) for f in maps]
-
 
 def patch_weights(quality, size, how="minmax"):
     """p~ of the loss: quality (B, H, W) brought into [0, 1], then to the latent grid `size` = (h, w) -> (B, h, w).
@@ -55,7 +52,6 @@ def patch_weights(quality, size, how="minmax"):
     p = torch.where((high - low > 1e-4) & stretch, spread, quality.clamp(0, 1))
     return F.interpolate(p[:, None], size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
 
-
 def patch_dpo_loss(error_gen, error_ref, weight_gen, weight_ref, power=2):
     """Errors (prediction - target) of the generated and the reference picture (B, C, h, w), weights p~ (B, h, w) -> (B,).
 
@@ -64,16 +60,13 @@ def patch_dpo_loss(error_gen, error_ref, weight_gen, weight_ref, power=2):
     ref = ((1 - weight_ref[:, None]) ** power * error_ref ** 2).mean((1, 2, 3))         # what went missing: learn the reference
     return gen + ref                                                                    # (S1)
 
-
 def diffusion_dpo_loss(win, lose, ref_win, ref_lose, beta):
     """Mean squared errors (B,) of the trained and of the frozen model, same noise and t within a pair -> (B,).  Diffusion-DPO, authors' code; Flow-GRPO's beta is 100."""
     return -F.logsigmoid(-0.5 * beta * ((win - ref_win) - (lose - ref_lose)))
 
-
 def dro_loss(expert, ref_expert, policy, ref_policy, margin=1e-3):
     """Mean squared errors (B,): on an expert's picture against its velocity, on the policy's own trajectory against the policy's own velocity -> (B,).  Diffusion-DRO, authors' code."""
     return ((expert - ref_expert) - (policy - ref_policy) + margin).clamp_min(0)
-
 
 # ---- f: features of patches --------------------------------------------------------------------------------------------------
 class LayerScale(nn.Module):
@@ -83,7 +76,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x):
         return self.lambda1 * x
-
 
 class ViTLayer(nn.Module):
     """One pre-norm transformer layer, with DINOv2's names; a ViT has no layer scale."""
@@ -100,7 +92,6 @@ class ViTLayer(nn.Module):
         attn = self.attention.attention
         x = x + self.layer_scale1(self_attention(self.norm1(x), self.heads, attn.query, attn.key, attn.value, self.attention.output.dense))
         return x + self.layer_scale2(self.mlp(self.norm2(x)))
-
 
 class ImageFeatures(nn.Module):
     """DINOv2 or ViT; features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map. Built from config.json's values
@@ -164,7 +155,6 @@ class ImageFeatures(nn.Module):
     def forward(self, image):
         return self.tokens(image)[:, 1:].unflatten(1, (max(1, round(image.shape[2] / self.patch)), -1))      # (B, H, W, D)
 
-
 # ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
 def random_views(B, generator=None):
     """Rotated by up to 20 degrees, scaled 0.6 to 1, shifted, mirrored half the time: maps (B, 3, 3) from a view's coordinates ([-1, 1], x then y) to the picture's."""
@@ -174,23 +164,19 @@ def random_views(B, generator=None):
     mirror, zero, cos, sin = torch.where(flip < 0.5, -1.0, 1.0), torch.zeros(B), scale * angle.cos(), scale * angle.sin()
     return torch.stack([mirror * cos, -sin, x, mirror * sin, cos, y, zero, zero, zero + 1], dim=1).view(B, 3, 3)
 
-
 def warp(image, view):
     """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
     return F.grid_sample(image, project(centres(*image.shape[2:], image.device), view), padding_mode="reflection", align_corners=False)
-
 
 def centres(H, W, device=None):
     """Centres of H x W cells in [-1, 1]: (H, W, 2), x then y."""
     y, x = ((2 * torch.arange(n, device=device) + 1) / n - 1 for n in (H, W))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
 
-
 def project(points, transform):
     """Points (H, W, 2) under homographies (B, 3, 3) -> (B, H, W, 2)."""
     points = F.pad(points, (0, 1), value=1.0) @ transform[:, None].mT                   # (B, H, W, 3)
     return points[..., :2] / points[..., 2:].clamp_min(1e-6)
-
 
 def correspondence(transform, H, W):
     """For each of picture a's H x W patches, which patch of picture b shows the same place: `transform` (B, 3, 3) maps a's coordinates to b's -> (B, H*W), -1 outside b."""
@@ -199,12 +185,10 @@ def correspondence(transform, H, W):
     inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
     return torch.where(inside, row * W + column, -1).flatten(1)
 
-
 def jitter(image, generator=None):
     """Random brightness, contrast and tint, the same for a whole picture: (B, 3, H, W) in [-1, 1]."""
     gain, tint, shift = (torch.rand(len(image), n, 1, 1, generator=generator).to(image.device) - 0.5 for n in (1, 3, 1))
     return (image * (1 + 0.6 * gain + 0.2 * tint) + 0.4 * shift).clamp(-1, 1)
-
 
 def patch_nce(f_a, f_b, target, tau=0.07):
     """InfoNCE: patch i of a (B, H, W, D) must find patch target[i] (B, H*W; -1: nowhere) of b among all patches of all pictures in the batch -> scalar.  Ours."""
@@ -212,13 +196,11 @@ def patch_nce(f_a, f_b, target, tau=0.07):
     first = torch.arange(len(b), device=b.device)[:, None] * b.shape[1]                 # each picture's first row in the flat list
     return F.cross_entropy(a.flatten(0, 1) @ b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
 
-
 def self_supervised_loss(features, image, generator=None):
     """Two views of each picture with known geometry and other colours: corresponding patches shall have like features. image (B, 3, H, W) -> scalar.  Ours."""
     a, b = (random_views(len(image), generator).to(image.device) for _ in range(2))
     f_a, f_b = (features(jitter(warp(image, view), generator)) for view in (a, b))
     return patch_nce(f_a, f_b, correspondence(torch.linalg.inv(b) @ a, *f_a.shape[1:3]))
-
 
 def s_patch(f_a, f_b, target):
     """Of a's patches with a target, the share whose most similar patch in b is it, and is it or next to it -> two floats. f (B, H, W, D), target (B, H*W) from
@@ -228,7 +210,6 @@ def s_patch(f_a, f_b, target):
     found, right = (a @ b.mT).argmax(2)[seen], target[seen]                             # (patches,)
     near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
     return (found == right).float().mean().item(), near.float().mean().item()
-
 
 def hpatches(folder, size):
     """HPatches sequences in `folder` (i_*/ and v_*/ with 1.ppm ... 6.ppm, H_1_2 ... H_1_6) -> yields (group, image a, image b (3, size, size), transform (3, 3) from a to b)."""
@@ -242,7 +223,6 @@ def hpatches(folder, size):
         for k in range(1, 6):
             transform = np.linalg.inv(pixels[k]) @ np.loadtxt(group / f"H_1_{k + 1}") @ pixels[0]
             yield group.name, small[0], small[k], torch.tensor(transform, dtype=torch.float32)
-
 
 # ---- the image prompt --------------------------------------------------------------------------------------------------------
 class ImagePrompt(nn.Module):
@@ -290,7 +270,6 @@ class ImagePrompt(nn.Module):
         load_checkpoint(prompt, file)
         return prompt
 
-
 # ---- Diffusion-DRO: the policy's own trajectories ----------------------------------------------------------------------------
 @dataclass
 class Trajectories:
@@ -306,7 +285,6 @@ class Trajectories:
         step = torch.randint(self.t.shape[1], row.shape, generator=generator)
         return self.x[row, step], self.v[row, step], self.t[row, step], self.item[row]
 
-
 @torch.no_grad()
 def record(velocity, noise, item, steps=20, generator=None):
     """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in `steps` equal steps from a start that is random for each sample, so that every t is visited (authors' code)."""
@@ -316,7 +294,6 @@ def record(velocity, noise, item, steps=20, generator=None):
         vs.append(velocity(xs[-1], now))
         xs.append(xs[-1] - vs[-1] / steps)
     return Trajectories(torch.stack(xs[:-1], 1), torch.stack(vs, 1), t, item)
-
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------------
 def read_image(path):
@@ -334,7 +311,6 @@ def read_image(path):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 @torch.no_grad()
 def heat_map(features, reference, generated):
     """Two PIL pictures, RGB -> (one PIL picture: reference, generated, the quality of its patches from blue, the worst, to red, the best; quality (H, W))."""
@@ -345,7 +321,6 @@ def heat_map(features, reference, generated):
     colours = Image.fromarray((255 * torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)).byte().numpy())
     panels = [np.array(image.resize(size, Image.NEAREST)) for image in (reference, generated, colours)]
     return Image.fromarray(np.concatenate(panels, axis=1)), quality[0]
-
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Which patches of a generated picture are unlike anything in its reference?")

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 ONEDNN = torch.backends.mkldnn.is_available()
 
-
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
@@ -36,7 +35,6 @@ def resolve(path_or_repo, patterns=None):
         raise ValueError(f"cannot download {name} ({type(error).__name__}): if it is gated, accept its licence at https://huggingface.co/{name} "
                          "and set HF_TOKEN; or give the path of a local folder with its files") from error
 
-
 @contextlib.contextmanager
 def reading(file):
     """Whatever goes wrong inside is the fault of `file`: a ValueError that names it (of a spoiled file, each reader trips over something else)."""
@@ -46,7 +44,6 @@ def reading(file):
         if isinstance(error, ValueError) and str(file) in str(error):
             raise
         raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
-
 
 def read_json(file, default=None):
     """The JSON object in `file`, `default` when there is one and no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
@@ -59,7 +56,6 @@ def read_json(file, default=None):
         if vast := [name for name, n in value.items() if "layers" in name and isinstance(n, (int, float)) and not 0 <= n <= 1000]:
             raise ValueError(f"{vast[0]} is {value[vast[0]]}, allowed is 0 .. 1000")
         return value
-
 
 def read_tensors(path):
     """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}.
@@ -80,7 +76,6 @@ def read_tensors(path):
             tensors |= {name: f.get_tensor(name) for name in f.keys()}
     return tensors
 
-
 def check_fit(what, expected, stored, finite=False):
     """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, the other way round, with another shape, of integers, or (finite) with nan or inf."""
     faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
@@ -89,13 +84,11 @@ def check_fit(what, expected, stored, finite=False):
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
-
 class Unfilled(TorchFunctionMode):
     """A context in which new modules are not drawn at random, for weights that are about to be loaded: on the meta device, torch imports its compiler (3 s) to do so."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
 
 def load_checkpoint(module, path, rename=lambda name: name):
     """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
@@ -107,7 +100,6 @@ def load_checkpoint(module, path, rename=lambda name: name):
     check_fit(path, {name: own[name] for name in first.values()}, stored)
     stored = {name: nn.Parameter(t, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else t for name, t in stored.items()}
     module.load_state_dict({name: stored[main[name]] for name in own}, assign=any(t.is_meta for t in own.values()))
-
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------------------------
 class Tokenizer:
@@ -147,7 +139,6 @@ class Tokenizer:
         text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
         return self.encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
 
-
 # ---- model -------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Config:
@@ -184,7 +175,6 @@ class Config:
                    tied=c.get("tie_word_embeddings", False), headless=(c.get("architectures") or ["ForCausalLM"])[0].endswith("Model"),
                    window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])))
 
-
 class FrozenProduct(torch.autograd.Function):
     """x W^T + b for a frozen W, by oneDNN."""
 
@@ -197,17 +187,14 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx, grad):
         return FrozenProduct.apply(grad, ctx.saved_tensors[0].T, None), None, None
 
-
 def linear(x, weight, bias=None):
     """x W^T + b. In fp32 on a CPU a large frozen W goes to oneDNN: F.linear uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long."""
     frozen = not (weight.requires_grad and torch.is_grad_enabled()) and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return (FrozenProduct.apply if frozen and ONEDNN and weight.numel() > 2 ** 18 else F.linear)(x, weight, bias)
 
-
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
-
 
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
@@ -217,18 +204,15 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)       # cast first, then the weight
 
-
 def rope_tables(positions, head_dim, theta):
     """cos, sin (B, 1, T, d) in fp32. Qwen couples dim i with i + d/2:  [x1 x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (d/2,)
     angle = positions[:, None, :, None].float() * torch.cat([frequency, frequency])              # (B, 1, T, d)
     return angle.cos(), angle.sin()
 
-
 def rotate(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
-
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -249,7 +233,6 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))                                         # (B, T, D)
 
-
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -258,7 +241,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))                       # SwiGLU
-
 
 class Layer(nn.Module):
     def __init__(self, c):
@@ -270,14 +252,12 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-
 class Cache:
     """Keys and values in buffers for `length` tokens. Their shape never changes, nor does a step of decoding: `model.model.compile()` makes it one graph."""
 
     def __init__(self, c, batch, length, device, dtype):
         self.kv = torch.zeros(c.layers, 2, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
         self.held = torch.zeros((), dtype=torch.long, device=device)                             # tokens so far; Decoder.forward advances it
-
 
 def visible(attention_mask, new, S):
     """Which of S keys the tokens standing at `new` (T,) may see, and their positions -> (B, 1, T, S) bool, (B, T)."""
@@ -286,7 +266,6 @@ def visible(attention_mask, new, S):
     real, q, k = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1])), new[:, None], torch.arange(S, device=new.device)
     mask = (k <= q) & (real[:, None, None] | (k == q))                                           # padding sees itself: an empty row would be NaN
     return mask, (real.cumsum(-1) - 1).clamp(min=0)[:, new]
-
 
 class Decoder(nn.Module):
     """The transformer without its head. `checkpointing = True` recomputes each layer in the backward pass."""
@@ -317,7 +296,6 @@ class Decoder(nn.Module):
             x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
         return self.norm(x)
 
-
 class Qwen(nn.Module):
     """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` (None in an embedding model) logits."""
 
@@ -340,7 +318,6 @@ class Qwen(nn.Module):
         load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
         return model.to(device, dtype).eval().requires_grad_(False)
 
-
 # ---- use ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=32):
@@ -354,7 +331,6 @@ def embed_texts(model, tokenizer, texts, batch_size=32):
         out.append(F.normalize(hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float(), dim=-1))
     return torch.cat(out)
 
-
 def sample(logits, temperature, top_k, top_p, generator):
     """One token a row from logits (B, V) -> (B,): temperature, then top_k, then top_p; temperature 0 is greedy."""
     if temperature == 0:
@@ -367,7 +343,6 @@ def sample(logits, temperature, top_k, top_p, generator):
         outside = p.cumsum(-1) - p >= top_p                                                      # the tokens before it are enough
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
 
 @torch.inference_mode()
 def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
@@ -397,7 +372,6 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         done |= torch.isin(new[-1], eos)
     rows = torch.stack(new, dim=1).tolist() if new else [[]] * B                                 # (B, new)
     return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in rows]
-
 
 if __name__ == "__main__":
     qwen, tokenizer = Qwen.load("mini/qwen"), Tokenizer.load("mini/qwen")

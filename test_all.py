@@ -32,14 +32,12 @@ ENCODER = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=2, num_att
 torch.set_num_threads(1)
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-
 def peer(name):
     """The peer library, or the test is skipped."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise unittest.SkipTest(f"{name} is not installed")
-
 
 def relative(a, b):
     """||a - b|| / ||b|| in float64; of two lists of tensors the largest."""
@@ -48,11 +46,9 @@ def relative(a, b):
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
-
 def same(a, b):
     """Whether two tensors, or two collections of them, are equal bit for bit."""
     return torch.equal(a, b) if torch.is_tensor(a) else len(a) == len(b) and all(map(torch.equal, a, b))
-
 
 def raises(kind, part, function, *args, **kwargs):
     """The message of the error of this kind that `function` must raise, and that must contain `part`."""
@@ -63,10 +59,8 @@ def raises(kind, part, function, *args, **kwargs):
         return str(error)
     raise AssertionError(f"{kind.__name__} was not raised")
 
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
 
 def loud(module, size=1.5):
     """The module, frozen, with random weights large enough that a wrong term shows; norms and biases are random too."""
@@ -75,18 +69,15 @@ def loud(module, size=1.5):
         p.copy_(size * torch.randn(p.shape, generator=g) / p[0].numel() ** 0.5 if p.dim() > 1 else (p == 1) + 0.2 * torch.randn(p.shape, generator=g))
     return module
 
-
 def reload(theirs, kind, **how):
     """What our `kind` reads from the files that the peer's model writes."""
     with tempfile.TemporaryDirectory() as at:
         theirs.save_pretrained(at)
         return kind.load(at, **how)
 
-
 def shell(*args, timeout=170, **how):
     """Run one of our scripts as a user would: shell("train.py", "graph", "--steps", 3)."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=ONE_THREAD, **how)
-
 
 @contextlib.contextmanager
 def quiet():
@@ -94,16 +85,13 @@ def quiet():
     with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
-
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
-
 
 def tiny_qwen(**changes):
     """A random Qwen without peer or file: 4 heads over 2, or what `changes` says."""
     return loud(Qwen(Config(**{**dict(vocab=61, width=32, inner=48, layers=2, heads=4, kv_heads=2, head_dim=8, eps=1e-6, theta=1e4, qkv_bias=True,
                                       tied=True, headless=False, window=None, eos=(5,)), **changes})))
-
 
 def peer_qwen(kind="Qwen2ForCausalLM", **changes):
     tf = peer("transformers")
@@ -111,12 +99,10 @@ def peer_qwen(kind="Qwen2ForCausalLM", **changes):
     sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, eos_token_id=None)
     return loud(getattr(tf, kind)(getattr(tf, kind).config_class(**{**sizes, **changes})))
 
-
 def padded_batch():
     """ids (3, 17), and masks of 17, 11 and 6 tokens with padding on the right and on the left."""
     right = (torch.arange(17) < torch.tensor([17, 11, 6])[:, None]).long()
     return torch.randint(8, 61, (3, 17), generator=seeded(1)), right, right.flip(1)
-
 
 def test_qwen_equals_transformers(tmp_path):
     """For every shape and padding side logits agree to 1e-5, greedy tokens are the same, also under a repetition penalty, and bf16 is at most 1.2 times as far from fp32."""
@@ -138,7 +124,6 @@ def test_qwen_equals_transformers(tmp_path):
         mine, peers = relative(Qwen.load(at, dtype=torch.bfloat16)(ids), exact), relative(theirs.bfloat16()(ids).logits, exact)
         assert mine < 1.2 * peers < 0.1, (shape, mine, peers)
 
-
 def test_qwen_text_embeddings_equal_the_peers_last_token():
     """A headless Mistral stored without "model." gives each text the peer's last hidden state, normalised, whatever else is in the batch; an empty text is refused."""
     tokenizer, texts = Tokenizer.load(MINI / "qwen"), ["red", "a very long text about a bowl", "x"]
@@ -146,7 +131,6 @@ def test_qwen_text_embeddings_equal_the_peers_last_token():
     ours, expected = reload(theirs, Qwen), torch.cat([theirs(torch.tensor([tokenizer.encode(t)])).last_hidden_state[:, -1] for t in texts])
     assert relative(qwen.embed_texts(ours, tokenizer, texts, batch_size=2), nn.functional.normalize(expected, dim=-1)) < 1e-5
     raises(ValueError, "without tokens", qwen.embed_texts, ours, tokenizer, ["red", ""])
-
 
 def test_qwen_row_does_not_depend_on_cache_batch_or_padding():
     """Hidden states and greedy tokens of a row are the same alone, in a batch padded on either side, read in pieces through the cache, and from vectors in place of ids."""
@@ -163,7 +147,6 @@ def test_qwen_row_does_not_depend_on_cache_batch_or_padding():
     embeds = model.model.embed_tokens(ids)
     assert same(model(embeds=embeds), model(ids)) and generate(model, embeds=embeds) == generate(model, ids)
 
-
 def test_qwen_generation_stops_and_samples():
     """Each row ends before its own first eos; sampling moves only its own generator and draws from exactly the top-k and top-p sets; logits that are not finite end it."""
     model, (ids, _, _) = tiny_qwen(eos=()), padded_batch()
@@ -178,7 +161,6 @@ def test_qwen_generation_stops_and_samples():
     assert one == two and same(state, torch.get_rng_state())
     model.model.norm.weight[0] = math.nan
     raises(ValueError, "not finite", generate, model, ids)
-
 
 def test_qwen_tokenizer_writes_the_template_of_transformers(tmp_path):
     """A chat is Qwen2.5's template, with its default system turn when none is given; tokens, chats and logits of mini/qwen are transformers'; an end token is added on demand."""
@@ -200,7 +182,6 @@ def test_qwen_tokenizer_writes_the_template_of_transformers(tmp_path):
     assert relative(Qwen.load(MINI / "qwen")(ids), model(ids).logits) < 1e-5
     assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>" and model.generation_config.eos_token_id == [theirs.eos_token_id, theirs.pad_token_id]
 
-
 def test_full_size_models_have_the_published_names_and_counts():
     """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder and T5-XXL, ControlNet-Union and Union-Pro-2.0 have the public numbers of parameters, names and shapes."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
@@ -221,7 +202,6 @@ def test_full_size_models_have_the_published_names_and_counts():
     for mine, model in zip(ours, theirs):
         assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
-
 def test_rope_depends_on_distance_only():
     """Qwen's products of rotated queries and keys, and Flux's velocity, stay when all positions move by the same; one that moves alone shows; tables are fp32 under bf16."""
     q, k = torch.randn(2, 1, 1, 1, 16, generator=seeded())
@@ -233,7 +213,6 @@ def test_rope_depends_on_distance_only():
     assert relative(model(**x | {"img_ids": x["img_ids"] + offset, "txt_ids": x["txt_ids"] + offset}), model(**x)) < 1e-4
     assert relative(model(**x | {"img_ids": x["img_ids"] * 2}), model(**x)) > 1e-3
     assert model.bfloat16().rope(x["txt_ids"], x["img_ids"]).dtype == torch.complex64
-
 
 def test_checkpointing_and_compile_change_nothing():
     """Gradients through recomputed layers are the plain ones, for Qwen, its LoRA with dropout and Flux; so are a compiled Qwen's logits; switching adapters first is an error."""
@@ -250,7 +229,6 @@ def test_checkpointing_and_compile_change_nothing():
     lora.use(adapted, "reference")
     raises(RuntimeError, "recomputation", loss.backward)
     assert relative(torch.compile(tiny_qwen(), backend="aot_eager", fullgraph=True)(ids, right), tiny_qwen()(ids, right)) < 1e-5
-
 
 def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
     """On the meta device or not a module gets the stored values, a tied head once; missing, unexpected, misshapen, integer tensors, half a file, a lost shard, two files: all named."""
@@ -272,7 +250,6 @@ def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
     raises(ValueError, "'model.safetensors', 'y.safetensors'", load_checkpoint, empty, tmp_path)
     (tmp_path / "m.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": "y.safetensors", "b.weight": "part-2.safetensors"}}))
     raises(ValueError, "part-2.safetensors", load_checkpoint, empty, tmp_path)
-
 
 def test_loader_refuses_what_it_cannot_read(tmp_path):
     """Another model's folder, settings that are not written here, sizes that do not fit, a mistyped path, a gated repository, an XLabs net: each is named in one sentence."""
@@ -304,7 +281,6 @@ def test_loader_refuses_what_it_cannot_read(tmp_path):
     with mock.patch("qwen.snapshot_download", side_effect=OSError("403")):
         assert resolve(tmp_path) == tmp_path and "huggingface.co/a/gated" in raises(ValueError, "HF_TOKEN", resolve, "a/gated")
 
-
 def tiny_lora(dtype=torch.float32, **how):
     """tiny_qwen with adapters whose policy does something."""
     model = tiny_qwen().to(dtype)
@@ -312,7 +288,6 @@ def tiny_lora(dtype=torch.float32, **how):
     for layer in lora.layers(model).values():
         nn.init.normal_(layer.lora_B["policy"], std=0.1, generator=seeded())
     return model
-
 
 def test_lora_files_are_pefts(tmp_path):
     """An adapter made by peft gives peft's logits here, rank-stabilised or not, on all layers or some; saved again, it gives them in peft."""
@@ -327,7 +302,6 @@ def test_lora_files_are_pefts(tmp_path):
         assert relative(ours(ids), theirs(ids).logits) < 1e-5 < 1e-2 < relative(base(ids).logits, ours(ids))
         lora.save_adapter(ours, tmp_path / "ours", base_model="base")
         assert relative(pf.PeftModel.from_pretrained(peer_qwen(), tmp_path / "ours").eval()(ids).logits, ours(ids)) < 1e-5
-
 
 def test_lora_trains_the_policy_alone():
     """At first nothing changes; training moves only the policy, in fp32 over a bf16 base, and leaves every base weight bit for bit, and the reference until it is copied."""
@@ -348,7 +322,6 @@ def test_lora_trains_the_policy_alone():
         assert same(model(ids), expected)
         adapter == "policy" and lora.copy_adapter(model)
 
-
 def test_lora_merges_once_in_fp32():
     """Merged logits equal the adapter's; a bf16 weight is the exact sum rounded once; the names are those of the plain model; a second merge is refused."""
     for dtype, precision in ((torch.float32, 1e-6), (torch.bfloat16, 2.0 ** -8)):
@@ -360,7 +333,6 @@ def test_lora_merges_once_in_fp32():
         assert ((merged - exact).abs() <= precision * exact.abs() + 1e-7).all() and relative(model(ids), logits) < 20 * precision
         assert set(model.state_dict()) == set(tiny_qwen().state_dict())
         raises(ValueError, "no adapters", lora.merge, model)
-
 
 def test_lora_refuses_what_it_cannot_honour(tmp_path):
     """Settings not written here, tensors that do not fit, another scale, unknown targets and a second injection are each named."""
@@ -377,27 +349,22 @@ def test_lora_refuses_what_it_cannot_honour(tmp_path):
     message = raises(ValueError, "use_dora = True", lora.load_adapter, tiny_qwen(), tmp_path)
     assert "rank_pattern" in message and "bias = 'all'" in message and "loftq" not in message
 
-
 def flux_config(heads=3, head_dim=16, axes=(4, 6, 6), guided=True, doubles=2, singles=3, txt=12, pooled=8):
     return dict(num_attention_heads=heads, attention_head_dim=head_dim, axes_dims_rope=list(axes), guidance_embeds=guided, num_layers=doubles, num_single_layers=singles,
                 joint_attention_dim=txt, pooled_projection_dim=pooled, in_channels=64)
 
-
 def control_config(modes=10, doubles=2, singles=3, **more):
     return flux_config(doubles=doubles, singles=singles, **more) | {"num_mode": modes}
-
 
 def vae_config(widths=(8, 8, 8), groups=4, depth=1, **more):
     return dict(block_out_channels=list(widths), layers_per_block=depth, norm_num_groups=groups, latent_channels=16, in_channels=3, out_channels=3, use_quant_conv=False,
                 use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159, down_block_types=["DownEncoderBlock2D"] * len(widths),
                 up_block_types=["UpDecoderBlock2D"] * len(widths), **more)
 
-
 def flux_inputs(c, B=2, h=4, w=8, T=5, seed=0):
     torch.manual_seed(seed)
     return dict(img=torch.randn(B, h * w // 4, 64), txt=torch.randn(B, T, c["joint_attention_dim"]), pooled=torch.randn(B, c["pooled_projection_dim"]),
                 timestep=torch.rand(B), guidance=torch.rand(B) * 35 if c["guidance_embeds"] else None, img_ids=9 * image_ids(h, w), txt_ids=torch.zeros(T, 3))
-
 
 def test_flux_velocity_equals_diffusers():
     """Velocities agree to 1e-4 for odd head counts, guidance on and off, batches, residuals; bf16 is at most 1.1 times as far from fp32 at times it holds, a tenth at others."""
@@ -416,7 +383,6 @@ def test_flux_velocity_equals_diffusers():
         exact, mine = peer_velocity(theirs, x), reload(theirs, Flux).bfloat16()(**rough)
         assert relative(mine, exact) <= bound * relative(peer_velocity(theirs.bfloat16(), rough), exact)
 
-
 def test_flux_autoencoder_equals_diffusers():
     """Latents (mean and sample) and pictures equal AutoencoderKL's to 1e-4: 1 to 3 levels, with and without attention, sides that differ."""
     for widths, depth, attention in (((16, 24, 40), 1, False), ((8, 16), 2, True), ((8,), 1, True)):
@@ -426,7 +392,6 @@ def test_flux_autoencoder_equals_diffusers():
         assert relative(ours.encode(image), (posterior.mode() - 0.1159) * 0.3611) < 1e-4 and ours.factor == 2 ** (len(widths) - 1)
         assert relative(ours.encode(image, seeded(1)), (posterior.sample(seeded(1)) - 0.1159) * 0.3611) < 1e-4
         assert relative(ours.decode(latent), theirs.decode(latent / 0.3611 + 0.1159).sample) < 1e-4
-
 
 def test_flux_text_encoders_equal_transformers(tmp_path):
     """CLIP's pooled vector (both eos conventions, names with and without text_model.) and T5's states (far buckets, the embedding stored twice) equal transformers' to 1e-4."""
@@ -444,7 +409,6 @@ def test_flux_text_encoders_equal_transformers(tmp_path):
         save_file(twice | {("text_model." if kind is CLIPText else "") + name.removeprefix("text_model."): tensor for name, tensor in stored.items()}, file)
         assert same(kind.load(tmp_path)(ids), ours(ids))
 
-
 def test_flux_prompts_become_the_ids_of_transformers_and_the_same_vectors_alone():
     """Prompts are padded, cut with the end token kept, and encoded alone as in a batch; ids are transformers': case, accents, special tokens, empty and long prompts."""
     prompts = ["A red mug, 12!", "", "  a\tB  <|endoftext|> c", "banana " * 40, "Caf\u00e9 na\u00efve", "mug"]
@@ -457,7 +421,6 @@ def test_flux_prompts_become_the_ids_of_transformers_and_the_same_vectors_alone(
         theirs = getattr(peer("transformers"), kind).from_pretrained(MINI / "flux" / part, pad_token=pad)
         assert same(ours, theirs(prompts, padding="max_length", max_length=ours.shape[1], truncation=True, return_tensors="pt").input_ids), part
 
-
 def test_flux_sigmas_equal_the_golden_values_and_diffusers():
     """Noise levels equal the published schedule to 2e-6 for dev and schnell at several lengths, start at 1 and end at 0."""
     for tokens, want in ((4096, [1, .904531, .759511, .512844, 0]), (1024, [1, .849235, .652489, .384945, 0]), (256, [1, .831824, .622459, .354661, 0])):
@@ -468,7 +431,6 @@ def test_flux_sigmas_equal_the_golden_values_and_diffusers():
             theirs = d.FlowMatchEulerDiscreteScheduler(**config)
             theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift(tokens))
             assert (sigmas(steps, tokens, config) - theirs.sigmas).abs().max() < 2e-6, (config, tokens, steps)
-
 
 def test_flux_sampler_equals_the_diffusers_pipelines():
     """Latents equal those of FluxPipeline (guidance; true CFG; schnell), of image-to-image at strength 0.55 and of ControlNet at scale 0.7 in part of 5 steps, to 1e-4."""
@@ -494,7 +456,6 @@ def test_flux_sampler_equals_the_diffusers_pipelines():
             got = denoise(reload(theirs, Flux), x["img"], x["txt"], x["pooled"], ids, levels, guidance=5.0, **flags)
             assert relative(got, pipe(**common | given).images) < 1e-4, (guided, kind, list(flags))
 
-
 def exact(x0):
     """A stand-in for Flux whose velocity is exact: x = (1-t) x0 + t eps, so eps - x0 = (x - x0) / t. It keeps what it was called with."""
     def velocity(x, txt, t, rope, double=(), single=()):
@@ -502,7 +463,6 @@ def exact(x0):
         return (x - x0 + txt.mean()) / t[:, None, None]
     calls, modulations = [], lambda levels, guidance, pooled: [t.expand(len(pooled)) for t in levels]
     return SimpleNamespace(velocity=velocity, calls=calls, modulations=modulations, rope=lambda *ids: None)
-
 
 def test_flux_euler_with_the_exact_velocity_recovers_the_picture():
     """Any number of steps ends at x_0, from a noised source in the last strength * steps, rounded up; cfg extrapolates; control comes where it chose; overflow is an error."""
@@ -518,7 +478,6 @@ def test_flux_euler_with_the_exact_velocity_recovers_the_picture():
     for part, x0, how in (("strength is 1.5", x0, dict(source=source, strength=1.5)), ("source", x0, dict(strength=0.5)), ("cfg is 3.0", x0, dict(cfg=3.0)), ("not finite", x0 / 0, {})):
         raises(ValueError, part, sample, exact(x0), 2, **how)
 
-
 def test_flux_row_alone_equals_the_row_in_a_batch():
     """Whatever the other rows' times; offload leaves modulation layers alone behind; unpack inverts pack, whose token 1 is the patch right of token 0, in order (channel, dy, dx)."""
     model, x, z = loud(Flux(flux_config())), flux_inputs(flux_config(), B=3), torch.randn(2, 16, 4, 6)
@@ -526,7 +485,6 @@ def test_flux_row_alone_equals_the_row_in_a_batch():
     assert all(p.is_meta != (".norm1" in k or ".norm.linear" in k or "norm_out" in k) for k, p in flux.offload_modulation(model, "meta").named_parameters())
     assert same(flux.unpack(pack(z), 4, 6), z) and same(pack(z)[:, 1], z[:, :, :2, 2:4].flatten(1)) and image_ids(4, 6)[[1, -1]].tolist() == [[0, 0, 1], [0, 1, 2]]
     raises(ValueError, "5 x 6", pack, torch.randn(1, 16, 5, 6))
-
 
 def test_canny_is_bit_for_bit_opencvs():
     """A weak square has edges exactly when a strong one touches it; on photographs, noise and slivers, gray and colour, no pixel differs from OpenCV's at any threshold."""
@@ -543,7 +501,6 @@ def test_canny_is_bit_for_bit_opencvs():
         for low, high in ((100, 200), (50, 200), (0, 0), (10, 30), (200, 100), (33.7, 99.9), (-5, 20), (300, 900)):
             assert (canny(image, low, high) == cv2.Canny(image, low, high)).all(), (image.shape, low, high)
 
-
 def test_controlnet_residuals_equal_diffusers_in_every_mode():
     """Union nets in each of their modes, and nets without modes, give diffusers' residuals to 1e-4."""
     for c in (control_config(), control_config(None, 6, 0), control_config(7, 0, 2), control_config(guided=False, doubles=1)):
@@ -554,7 +511,6 @@ def test_controlnet_residuals_equal_diffusers_in_every_mode():
             expected = theirs(x["img"], control, modes, 0.7, x["txt"], x["pooled"], x["timestep"], x["img_ids"], x["txt_ids"], x["guidance"], return_dict=False)
             got = ours(control=control, mode=mode, scale=0.7, **x)
             assert all(relative(a, b or []) < 1e-4 for a, b in zip(got, expected)), (c, mode)
-
 
 def test_controlnet_row_alone_equals_row_in_a_batch_with_other_modes():
     """Modes may differ in a batch; scale 2 doubles residuals; a new net adds nothing; streamed block by block not a bit changes and all weights come home; modes are checked."""
@@ -570,7 +526,6 @@ def test_controlnet_row_alone_equals_row_in_a_batch_with_other_modes():
     raises(ValueError, "mode is 4", net, control=control, mode=4, **x)
     assert same(sum(controlnet.stream(net, "cpu")(control=control, mode=torch.tensor([0, 3, 1]), **x), []), expected) and homes == [p.data_ptr() for p in net.parameters()]
 
-
 def test_render_frees_each_part_before_the_next():
     """When a part of the picture stack is loaded, no module of an earlier part is alive but the autoencoder; a batch of 2 gives what each gives alone, to one level."""
     alive, parts = [], lambda: {type(o).__name__ for o in gc.get_objects() if issubclass(type(o), flux.Pretrained)}
@@ -582,12 +537,10 @@ def test_render_frees_each_part_before_the_next():
     alone = [controlnet.render(MINI / "flux", MINI / "controlnet", [prompt], [i], controls=black, **jobs)[0] for i, prompt in enumerate(prompts)]
     assert np.abs(np.stack(alone).astype(int) - both).max() <= 1
 
-
 def toy_graph(users=40, attributes=12, width=8):
     names = [f"t{i}" for i in range(attributes)]
     people = [User(f"u{i}", names[i % 2::2][:4 + i % 3], names[1 - i % 2::2][:3 + i % 2]) for i in range(users)]
     return PreferenceGraph.build(people, names, torch.randn(attributes, width, generator=seeded()))
-
 
 def test_graph_reader_names_file_and_line(tmp_path):
     """A bad line of users.jsonl is an error that names the file, the line and what was wanted."""
@@ -601,7 +554,6 @@ def test_graph_reader_names_file_and_line(tmp_path):
     assert graph.read_users(file) == []
     raises(ValueError, "no such file", graph.read_users, tmp_path / "none.jsonl")
     raises(ValueError, "unknown attribute 'blue'", graph.edges_of, [User("x", ["blue"], [])], ["gold", "red"])
-
 
 def test_graph_similar_users_follow_equation_6():
     """Scores are counts over the largest count of any two, best first, a tie to the next user around, by products or by meetings; without anything in common it is u with 0."""
@@ -617,7 +569,6 @@ def test_graph_similar_users_follow_equation_6():
     assert index.shape == (70, 100) and (index[:, 70:] == torch.arange(70)[:, None]).all() and not score[:, 69:].any()
     assert [t.shape for t in graph.similar_users(torch.zeros(0, 3, dtype=torch.int8), 2)] == [(0, 2), (0, 2)]
 
-
 def test_graph_sage_equals_pyg():
     """SAGEConv takes PyG's weights and gives PyG's numbers and gradients; a node without neighbours gets a zero mean."""
     src, dst = torch.randn(9, 6, generator=seeded()), torch.randn(5, 6, generator=seeded(1))
@@ -630,7 +581,6 @@ def test_graph_sage_equals_pyg():
     want = theirs((src, dst), edges)
     assert relative(out, want) < 1e-6 and relative(*(torch.autograd.grad(y.square().sum(), [*m.parameters()]) for m, y in ((ours, out), (theirs, want)))) < 1e-6
 
-
 def test_graph_pretraining_learns_from_training_edges_alone():
     """60/20/20 is a partition, held-out edges carry no message, a graph of two tastes is learned (AUC > 0.95), alike for one seed; AUC counts ties as one half."""
     built = toy_graph(80)
@@ -641,7 +591,6 @@ def test_graph_pretraining_learns_from_training_edges_alone():
     built.edges = model.split["train"]
     assert model.evaluate("test") == found
     assert graph.auc(torch.tensor([3.0, 2, 1, 1]), torch.tensor([True, False, True, False])) == (1 + 1 + 0 + 0.5) / 4
-
 
 def test_graph_training_does_not_depend_on_the_number_of_threads():
     """Three epochs on 9,000 edges end with the same bits on one thread and, twice, on two."""
@@ -654,7 +603,6 @@ def test_graph_training_does_not_depend_on_the_number_of_threads():
     torch.set_num_threads(1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
-
 def test_graph_new_user_is_inductive():
     """A new user's embedding depends on nobody else, sees the sign where the graph does, and is defined without likes."""
     built, new = toy_graph(), [User("x", ["t0"], ["t1"]), User("y", ["t1"], ["t0"]), User("z", [], [])]
@@ -664,7 +612,6 @@ def test_graph_new_user_is_inductive():
         h = graph.embed_new_user(model.sage, states, new, built.attributes)
         alone = torch.cat([graph.embed_new_user(model.sage, states, [u], built.attributes) for u in new])
         assert relative(h, alone) < 1e-6 and (relative(h[0], h[1]) > 1e-3) == signed and h.isfinite().all()
-
 
 def test_cdpo_logprobs_equal_the_full_softmax_for_any_chunk():
     """Answer log-probabilities and the hidden states' gradients equal those of log_softmax over the whole (B,T,V) table; a row without answer gives 0; the head is frozen."""
@@ -677,7 +624,6 @@ def test_cdpo_logprobs_equal_the_full_softmax_for_any_chunk():
         assert logp[1] == 0 and relative(logp, full) < 1e-6 and relative(torch.autograd.grad((logp * weight).sum(), hidden), want) < 1e-5
     raises(ValueError, "frozen", cdpo.token_logprobs, hidden, head.clone().requires_grad_(True), labels)
 
-
 def test_cdpo_losses_follow_equations_1_and_7():
     """ln 2 where policy = reference; a dislike of the chosen answer costs; Eq. 7 averages neighbours by similarity, and none leave the own term."""
     zero, one = torch.zeros(2), torch.ones(2)
@@ -686,7 +632,6 @@ def test_cdpo_losses_follow_equations_1_and_7():
     assert torch.allclose(losses, torch.log1p(torch.exp(torch.tensor(-2.0)))) and chosen.tolist() == [1, 1] and rejected.tolist() == [-1, -1]
     got = cdpo.cdpo_loss(one, torch.tensor([[4.0, 1.0], [7.0, 7.0]]), torch.tensor([[0.5, 1.0], [0.0, 0.0]]), lam=0.3)
     assert torch.allclose(got, torch.tensor([1 + 0.3 * 2.0, 1.0]))
-
 
 def test_cdpo_collaborative_file_returns_the_same_tokens(tmp_path):
     """collaborative.safetensors alone gives stored and new users the same soft tokens as the model that wrote it; a cut file is refused by name."""
@@ -698,7 +643,6 @@ def test_cdpo_collaborative_file_returns_the_same_tokens(tmp_path):
     assert read.graph.users == model.graph.users
     file.write_bytes(file.read_bytes()[:-9])
     raises(ValueError, "collaborative.safetensors is truncated", cdpo.UserTokens.load, file)
-
 
 def test_cdpo_packed_answers_equal_separate_ones():
     """Chosen and rejected in one sequence behind one prompt give the log-probabilities and gradients of each alone, whatever else is in the batch."""
@@ -714,11 +658,9 @@ def test_cdpo_packed_answers_equal_separate_ones():
         alone[i, j] = logp.gather(-1, torch.tensor(answer)[:, None]).sum()
     assert relative(packed, alone) < 1e-6 and relative(*(torch.autograd.grad((x * weight).sum(), soft) for x in (packed, alone))) < 1e-5
 
-
 def named(text):
     """The attributes that an instruction names."""
     return [a for a in concepts.TYPE_OF if a in text]
-
 
 def test_world_same_seed_gives_same_bytes_and_more_users_change_no_earlier_one(tmp_path):
     """Every file is a function of the seed, a larger world begins with a smaller one, and mini/sample is what --sample writes: readable users and all pictures that it names."""
@@ -732,7 +674,6 @@ def test_world_same_seed_gives_same_bytes_and_more_users_change_no_earlier_one(t
     assert all(f.read_bytes() == (sample / f.name).read_bytes() for f in (tmp_path / "sample").iterdir())
     assert "imaginative-child" in [u.name for u in graph.read_users(sample / "users_test.jsonl")] and [len(s.get("edits", [])) for s in scenes] == [45, 0, 0, 0, 0, 0]
     assert all(Image.open(sample / picture["image"]).size == (64, 64) for picture in [scenes[0]["edits"][0], *scenes])
-
 
 def test_world_pairs_ask_for_stated_likes_and_never_mention_a_hidden_one():
     """48 pairs a user; chosen names one stated like or what the words ask for, rejected one attribute that is not liked or not asked for; the lists of a taste are disjoint."""
@@ -752,7 +693,6 @@ def test_world_pairs_ask_for_stated_likes_and_never_mention_a_hidden_one():
                 assert rejected not in u["likes"] or words and concepts.TYPE_OF[rejected] != p["edit_type"]
     assert .15 < sum("guidance" in p for p in pairs) / len(pairs) < .22
 
-
 def test_world_themes_cover_all_attributes_and_every_edit_type():
     """Nine themes share the 45 attributes, each with all six edit types; instructions name one, fit Flux's tokenizers with no unknown word; untrained, the model obeys 8 of 10."""
     kinds = concepts.TYPE_OF
@@ -766,7 +706,6 @@ def test_world_themes_cover_all_attributes_and_every_edit_type():
     guided = [cdpo.prompt("A blue mug in front of a mint wall", f"with {a}") for a in kinds]
     answers = cdpo.suggest(model, Tokenizer.load(MINI / "qwen"), guided, temperature=1.0, generator=seeded())
     assert sum(a in text for a, (text, _) in zip(kinds, answers)) >= 0.8 * len(kinds)
-
 
 def test_mini_renders_every_attribute_apart_and_a_color_edit_leaves_the_room():
     """A picture is a function of its scene; 45 edits and the plain picture differ pairwise on every object; Canny finds every object before every wall; a room stays as it was."""
@@ -788,7 +727,6 @@ def test_mini_renders_every_attribute_apart_and_a_color_edit_leaves_the_room():
             for wall in concepts.WALLS:
                 assert (canny(g.shade(color, wall))[inside] > 0).sum() >= 40, (name, color, wall)
 
-
 def test_mini_checkpoints_are_small_and_public_in_layout():
     """What git tracks in mini/ weighs under 25 MB; a held-out render survives the autoencoder with 26 dB; peers read all picture checkpoints, no weight missing or unexpected."""
     tracked = subprocess.run(["git", "ls-files", "mini"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -801,7 +739,6 @@ def test_mini_checkpoints_are_small_and_public_in_layout():
         found = getattr(peer(library), kind).from_pretrained(ROOT / "mini" / part, output_loading_info=True)[1]
         assert set(found["missing_keys"]) <= {"embeddings.mask_token", "encoder.embed_tokens.weight"} and not found["unexpected_keys"], (kind, found)
 
-
 def train_here(*flags):
     """train.main in this process, quietly -> the words it ended with, if it was stopped."""
     with quiet():
@@ -809,7 +746,6 @@ def train_here(*flags):
             train.main([str(flag) for flag in flags])
         except SystemExit as end:
             return str(end)
-
 
 @functools.cache
 def prepared():
@@ -820,13 +756,11 @@ def prepared():
     train_here("sft", "--steps", 2, "--batch", 4, "--edits", SAMPLE["edits"], "--out", d / "sft")
     return ["cdpo", "--users", SAMPLE["users"], "--pairs", SAMPLE["pairs"], "--sft", d / "sft", "--graph", d / "graph", "--batch", 8, "--micro", 4, "--save-every", 1], d
 
-
 def stage(*flags):
     """(CDPO stage, its flags) of the prepared runs."""
     with quiet():
         args = train.parse([str(f) for f in [*prepared()[0], "--out", prepared()[1] / "run", *flags]])
         return train.CDPO(args), args
-
 
 def test_train_resume_is_bit_exact():
     """A run killed by SIGKILL, continued, ended by SIGTERM and continued again has the bytes of an uninterrupted one, metrics included."""
@@ -845,7 +779,6 @@ def test_train_resume_is_bit_exact():
     for name in ("adapter_model.safetensors", "collaborative.safetensors", "metrics.jsonl"):
         assert (d / "whole" / name).read_bytes() == (d / "torn" / name).read_bytes(), name
 
-
 def test_train_one_two_and_four_processes_take_the_same_step():
     """torchrun with two gloo processes (cdpo) and with four (sft with dropout) takes the gradient of one process to 1e-6, and its step to 1e-5."""
     flags, d = prepared()
@@ -856,7 +789,6 @@ def test_train_one_two_and_four_processes_take_the_same_step():
         one, more = (load_file(d / name / "step_1/state.safetensors") for name in (f"one{n}", f"{n}"))
         for part, bound in (("exp_avg:", 1e-6), ("", 1e-5)):
             assert relative(*(torch.cat([s[name].flatten() for name in sorted(one) if name.startswith(part)]) for s in (more, one))) < bound, (n, part)
-
 
 def test_train_lambda_zero_is_user_dpo():
     """With lambda 0 the loss is DPO's of the batch's own pairs under their own users, written out here; DPO-Vanilla starts at ln 2; micro-batches do not change a gradient."""
@@ -876,7 +808,6 @@ def test_train_lambda_zero_is_user_dpo():
         grads.append(torch.cat([p.grad.flatten() for p in s.trained.values()]))
     assert relative(grads[1:], grads[:1] * 2) < 1e-6
 
-
 def test_train_moves_only_lora_gnn_and_soft_tokens():
     """After training, base weights and reference adapter are bit-identical, and every LoRA, GNN, soft-prompt tensor and user vector has moved."""
     s, args = stage("--out", prepared()[1] / "moved", "--drop", 0, "--steps", 6)
@@ -887,7 +818,6 @@ def test_train_moves_only_lora_gnn_and_soft_tokens():
     still = set(before) - moved
     assert moved <= {name.removeprefix("collaborative.") for name in s.trained} and any("reference" in n for n in still) and not any("policy" in n for n in still)
     assert all(n.startswith("sage.to_attribute.1") for n in still & dict(s.tokens.named_parameters()).keys())      # h_u never reads these
-
 
 def test_train_neighbours_terms_are_defined_at_the_edges(tmp_path):
     """k beyond the number of users, users without likes or pairs, one sampled neighbour, the other reading: finite, nobody without pairs is read; empty files are refused."""
@@ -904,7 +834,6 @@ def test_train_neighbours_terms_are_defined_at_the_edges(tmp_path):
     file.write_text("")
     for part, *flags in (("holds no pair", *prepared()[0], "--pairs", file), ("holds no edit", "sft", "--edits", file), ("holds no user", "graph", "--users", file)):
         raises(ValueError, part, train_here, *flags, "--out", tmp_path / "x")
-
 
 def test_train_refuses_two_runs_other_flags_and_lost_numbers():
     """A second run on one folder, a continuation with other flags, a NaN loss and a full disk each end in one sentence; the checkpoint before stays whole."""
@@ -924,7 +853,6 @@ def test_train_refuses_two_runs_other_flags_and_lost_numbers():
         assert "pairs.jsonl, lines" in raises(ValueError, "the step was not taken", train.fit, s, args)
     assert not list((d / "nan").glob("step_*"))
 
-
 def test_train_presets_and_order_are_as_promised():
     """--preset paper is Table 12, and nothing of ours that would change its loss; an epoch holds every item once, by seed and epoch alone; warm-up, then half a cosine."""
     for name, want in {"cdpo": dict(steps=3000, batch=12, lr=2e-7, gnn_lr=2e-8, k=3, lam=0.15, tokens=8, nll=0, similarity="shared", drop=0),
@@ -935,7 +863,6 @@ def test_train_presets_and_order_are_as_promised():
     assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10)) and epoch[:10] != epoch[10:]
     assert train.order(10, 4, 0, 3) == epoch[12:16] and train.order(10, 10, 1, 0) != epoch[:10]
     assert [round(train.schedule(s, 10, 2), 3) for s in (0, 1, 2, 6, 10)] == [0.333, 0.667, 1.0, 0.5, 0.0]
-
 
 def test_train_judge_tells_well_formed_from_malformed():
     """An instruction counts when it ended, names one known attribute (the longest name), and is put together as the training instructions are."""
@@ -949,12 +876,10 @@ def test_train_judge_tells_well_formed_from_malformed():
         assert judge(user, caption, text, ended)["malformed"], text
     assert all(not judge(user, c, t, True)["malformed"] for c, t in texts if len(judge.names.findall(t)) == 1)
 
-
 def ramp(height=30, width=40):
     """A picture in which no two corners are alike: red grows to the right, green downwards."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), 0 * x], -1).astype(np.uint8)
-
 
 def test_edit_reads_any_photograph(tmp_path):
     """Sixteen-bit, float, palette, CMYK, transparent, rotated, animated, one-bit and one-pixel pictures come out upright, 8-bit RGB, as bright; any size fits into multiples of 16."""
@@ -982,7 +907,6 @@ def test_edit_reads_any_photograph(tmp_path):
     exact = ramp(64, 64)
     assert (edit.fit(Image.fromarray(exact), 64, 16) == exact).all(), "a picture that fits already is left alone"
 
-
 def test_edit_says_in_one_sentence_what_is_wrong(tmp_path):
     """No picture, half a picture, wrong flags, an unknown person, an unwritable place: one sentence that names it, before any model is loaded, and exit code 2."""
     Image.fromarray(ramp(200, 200)).save(tmp_path / "whole.png")
@@ -998,7 +922,6 @@ def test_edit_says_in_one_sentence_what_is_wrong(tmp_path):
     done = shell("edit.py", "--user", "glamor-stylist")
     assert done.returncode == 2 and "nearest: glamour-stylist" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
-
 def edited(at, name, *flags):
     """One run of edit.main at few steps -> (picture, record)."""
     with quiet():
@@ -1007,7 +930,6 @@ def edited(at, name, *flags):
         record = json.loads((at / f"{name}.json").read_text())
         assert json.loads(image.text["edit"]) == record, "the PNG's text is not the JSON beside it"
         return np.array(image), record
-
 
 def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
     """The same seed gives the same bits twice, alone, in company or with --offload; another seed another picture; the grid shows the source and everybody."""
@@ -1019,7 +941,6 @@ def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
     assert (edited(tmp_path, "offloaded", "--user", name, "--offload")[0] == picture).all()
     assert (edited(tmp_path, "other", "--user", name, "--seed", "1")[0] != picture).any()
 
-
 def test_edit_leaves_the_controlnet_alone_where_its_scale_is_0(tmp_path):
     """At scale 0, outside its fractions, or without a picture the net is not even looked for; at strength 0 the source comes back, up to the autoencoder."""
     nowhere = ["--controlnet", str(tmp_path), "--user", edit.PERSONAS[0]]        # an empty folder: reading it would fail
@@ -1030,7 +951,6 @@ def test_edit_leaves_the_controlnet_alone_where_its_scale_is_0(tmp_path):
     assert (plain == never).all() and drawn.shape == plain.shape and (drawn != plain).any() and (held != plain).any()
     assert np.abs(source - np.array(edit.read_image(ROOT / found["source"][1]["settings"]["image"])).astype(float)).mean() < 12
 
-
 def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     """Likes alone make a user; likes nobody shares are named; a user without any gets the generic edit, the same whatever the name, and a note that says so."""
     _, mine = edited(tmp_path, "mine", "--likes", "gold, crown, marble", "--dislikes", "moonlight")
@@ -1038,7 +958,6 @@ def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     assert odd["instruction"] == mine["instruction"] and "quux" in odd["note"] and not mine["note"]
     (none, empty), (alike, quux) = edited(tmp_path, "empty", "--likes", ""), edited(tmp_path, "quux", "--dislikes", "quux")
     assert "generic" in empty["note"] and "generic" in quux["note"] and (none == alike).all()
-
 
 def test_edit_paints_what_reference_pictures_show(tmp_path):
     """A reference changes the picture, a second one again, scale 0 takes both away; nobody asked: the caption is the prompt; it works for a user beside the ControlNet, too."""
@@ -1050,7 +969,6 @@ def test_edit_paints_what_reference_pictures_show(tmp_path):
     assert (one != two).any() and (none != one).any() and (none == nothing).all() and (seen != bare).any()
     assert found["one"][1]["prompt"] == ask[1] and found["one"][1]["user"] == "nobody" and found["seen"][1]["instruction"]
     raises(ValueError, "--caption", edit.main, ["--reference", mug])
-
 
 def test_patch_quality_is_the_best_cosine_and_a_spoiled_patch_weighs_nothing():
     """Eq. 3 equals loops over maps of different sizes; min-max gives the only foreign patch 0 and the best 1, "clip" keeps the level, as do patches that are all alike."""
@@ -1067,7 +985,6 @@ def test_patch_quality_is_the_best_cosine_and_a_spoiled_patch_weighs_nothing():
     assert same(patch_dpo.patch_weights(torch.full((1, 4, 4), 0.7), (8, 8)), torch.full((1, 8, 8), 0.7))
     assert all(w.shape == (1, *s) and 0 <= w.min() and w.max() <= 1 for s in ((2, 2), (8, 12)) for w in [patch_dpo.patch_weights(quality, s)])
     raises(ValueError, "minmax", patch_dpo.patch_weights, quality, (4, 4), "softmax")
-
 
 def test_patch_losses_are_the_papers_and_the_authors_numbers():
     """PatchDPO: supplement (power 2), twice the authors' mean (power 1), flow matching for equal weights; Diffusion-DPO: published, ln 2 at the start; DRO: max(m, ...) - m."""
@@ -1092,7 +1009,6 @@ def test_patch_losses_are_the_papers_and_the_authors_numbers():
     assert relative(delta, (1 - 2 * eta / 8 * p ** 2 * x.square().sum()) ** 2 - 1) < 1e-5      # / 8: our norm is a mean
     assert (delta.abs().diff() > 0).all() and delta[0].abs() < 1e-6, "a larger p_i moves its error more, p_i = 0 not at all"
 
-
 def test_patch_features_equal_the_peers(tmp_path):
     """DINOv2 and both ViT layouts: the last feature map of random checkpoints with public preprocessing, at the trained size and another."""
     tf, (mean, std) = peer("transformers"), ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -1108,7 +1024,6 @@ def test_patch_features_equal_the_peers(tmp_path):
             pixels = (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
             theirs = getattr(model, "vit", model)(pixels, **extra).last_hidden_state
             assert relative([ours.tokens(2 * image - 1), ours(2 * image - 1)], [theirs, theirs[:, 1:].view(2, h // 8, w // 8, 32)]) < 1e-4
-
 
 def test_patch_correspondence_follows_the_picture(tmp_path):
     """In a picture of its own coordinates the patch found in the other view shows the same place; a HPatches homography is read in pixels; an empty folder is named."""
@@ -1128,7 +1043,6 @@ def test_patch_correspondence_follows_the_picture(tmp_path):
     assert name == "v_shift" and same(first[:, :, 8:], second[:, :, :24]) and patch_dpo.correspondence(transform[None], 4, 4)[0, 4:8].tolist() == [-1, 4, 5, 6]
     raises(ValueError, "1.ppm", lambda: next(patch_dpo.hpatches(shift, 32)))
 
-
 def test_patch_training_of_f_raises_s_patch():
     """A few steps of the self-supervised loss on fixed pictures raise the patch matching score on unseen views of them."""
     torch.manual_seed(0)
@@ -1141,7 +1055,6 @@ def test_patch_training_of_f_raises_s_patch():
         loss = patch_dpo.self_supervised_loss(f, image, g)
         adam.zero_grad(), loss.backward(), adam.step()
     assert score()[0] > before[0] + 0.1 and score()[1] >= score()[0], (before, score())
-
 
 def test_patch_image_prompt_adds_one_attention_for_each_reference(tmp_path):
     """Untrained it changes nothing; one reference is Eq. S6 and two add up (S7); saved and loaded it is the same, for other features it is refused; None takes it away."""
@@ -1169,14 +1082,12 @@ def test_patch_image_prompt_adds_one_attention_for_each_reference(tmp_path):
     prompt.look(model, None)
     assert same(model(**x), plain) and not any("ip" in name for name, _ in model.named_parameters())
 
-
 def picture_flags(root):
     """Writes three scenes with three edits each, of the shipped pictures -> flags for train.py on the shipped models at 16 pixels."""
     edits = [{**e, "image": str(MINI / "sample" / e["image"])} for e in lines(MINI / "sample/scenes.jsonl")[0]["edits"]]
     scenes = [[next(e for e in edits[i:] if e["edit_type"] == kind) for kind in ("background", "lighting", "color")] for i in range(3)]
     (root / "scenes.jsonl").write_text("".join(json.dumps({"image": three[0]["image"], "caption": "a mug", "edits": three}) + "\n" for three in scenes))
     return ["--scenes", root / "scenes.jsonl", "--size", 16, "--held-out", 1, "--steps", 4, "--batch", 4, "--micro", 2, "--paint-steps", 3, "--warmup", 0, "--lr", 1e-2, "--device", "cpu"]
-
 
 def test_patch_every_loss_trains_on_the_pictures_that_were_generated_once(tmp_path):
     """PatchDPO paints, judges and keeps; the other losses use the same pictures and start alike; checkpointing changes no gradient (it must recompute with the policy's prompt)."""
@@ -1196,7 +1107,6 @@ def test_patch_every_loss_trains_on_the_pictures_that_were_generated_once(tmp_pa
     assert made == times() and max(relative(a[k], b[k]) for k in a) < 1e-5
     for part, held in (("other prompts", 2), ("leaves none", 3)):
         raises(ValueError, part, train_here, "patch", "--out", tmp_path / "x", *flags, "--held-out", held)
-
 
 def test_patch_dro_resumed_inside_a_refresh_period_is_bit_equal(tmp_path):
     """Stopped by a signal after step 3 of 4 (M = 2) and continued, the LoRA is the whole run's bit for bit; the sampler is the base, then the policy; its points are Euler's."""
@@ -1220,13 +1130,11 @@ def test_patch_dro_resumed_inside_a_refresh_period_is_bit_equal(tmp_path):
     assert 0 <= path.t.min() and path.t.max() <= 1 and relative(path.t.diff(dim=1), torch.full((3, 4), -0.2)) < 1e-5
     assert relative(path.x[:, 4], noise - 0.8 * speed[:, None, None]) < 1e-5
 
-
 def readme_table(text, header):
     """The rows of the README's Markdown table with this header, each a list of cells."""
     assert f"| {header} |" in text, f"README.md has no table | {header} |"
     rows = text.split(f"| {header} |")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip().strip("`").replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
-
 
 def test_readme_is_true():
     """Code quoted in the equation map stands in the function it names; commands name files and flags that exist; the file table counts lines; there are at most 250."""
@@ -1245,7 +1153,6 @@ def test_readme_is_true():
     counts = {row[0]: row[-1] for row in readme_table(text, "file | what it is | equations | lines") if row[0].endswith(".py")}
     assert counts == {f.name: str(len(f.read_text().splitlines())) for f in ROOT.glob("*.py")} and len(text.splitlines()) <= 250
 
-
 def test_house_is_the_designs():
     """The top level holds DESIGN.md's files and no other; its files and mini/ import the standard library, the six pinned packages and one another, but never train or edit."""
     names = {"graph", "lora", "qwen", "cdpo", "flux", "controlnet", "patch_dpo", "train", "edit", "test_all"}
@@ -1258,7 +1165,6 @@ def test_house_is_the_designs():
         imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
         beside = {f.stem for f in file.parent.glob("*.py")} | names
         assert not {name.partition(".")[0] for name in imported} - pinned - sys.stdlib_module_names - (beside - {"train", "edit", "test_all"}), file
-
 
 def main(pattern=""):
     count = dict(passed=0, failed=0, skipped=0)
@@ -1275,7 +1181,6 @@ def main(pattern=""):
         print(f"{outcome:8s}{time.time() - start:6.1f} s  {name}{why}", flush=True)
     print(f"{count['passed']} passed, {count['failed']} failed" + (f", {count['skipped']} skipped" if count["skipped"] else ""))
     return int(count["failed"] > 0 or count["passed"] == 0)
-
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:2]))

@@ -154,7 +154,6 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
 ]}
 FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
-
 def parse(argv=None):
     """Flags of one stage, as a namespace; the preset's values are the defaults. ValueError for a number that makes no sense."""
     early = argparse.ArgumentParser(add_help=False)
@@ -186,10 +185,8 @@ def parse(argv=None):
         raise ValueError(f"--device is {args.device}; allowed are cpu, mps, cuda, cuda:0 and so on")
     return args
 
-
 # ------------------------------------------------------------------------------------------------ processes and random draws
 RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))         # torchrun sets them
-
 
 def join(args):
     """Join torchrun's group when there is one: nccl on CUDA (a GPU for each process), gloo on CPU."""
@@ -200,7 +197,6 @@ def join(args):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
 
-
 def together(operation, *tensors):
     """A collective operation, where there are several processes. ValueError when one of them is gone."""
     if WORLD > 1:
@@ -209,25 +205,20 @@ def together(operation, *tensors):
         except RuntimeError as e:
             raise ValueError(f"another process of this run is gone ({str(e).splitlines()[0][:80]}); the same command continues from the last checkpoint") from None
 
-
 def number(*what):
     """An integer that depends on `what` (seed, step, ...) alone."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:7])
 
-
 def generator(*what):
     return torch.Generator().manual_seed(number(*what))
-
 
 @functools.lru_cache(4)
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
 
-
 def order(n, batch, seed, step):
     """Which of n items make up the batch of `step`: epoch after epoch, each shuffled by (seed, epoch)."""
     return [shuffled(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
-
 
 # ------------------------------------------------------------------------------------------------ files
 def publish(folder, write, why):
@@ -249,10 +240,8 @@ def publish(folder, write, why):
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"could not write {why} to {folder}: {e}; what was saved before is intact") from None
 
-
 def publish_text(folder, name, text):
     publish(folder, lambda temporary: (temporary / name).write_text(text), name)
-
 
 def lock(out):
     """Keep `out` to this run; the lock goes when the process does, however it ends."""
@@ -270,7 +259,6 @@ def lock(out):
         raise ValueError(f"cannot write to {out}: {e}") from None
     return file
 
-
 def digest(*paths):
     """One hash of files and folders: names, sizes and contents (of a file over 64 MB its first MB); of a hub repository its name."""
     h = hashlib.sha256()
@@ -282,14 +270,12 @@ def digest(*paths):
                     h.update(f"{file.name} {file.stat().st_size}".encode() + f.read(-1 if file.stat().st_size < 2 ** 26 else 2 ** 20))
     return h.hexdigest()[:16]
 
-
 def read_asked(path, what, **fields):
     """Rows of a JSON-lines file in which every row has `fields` and may have "guidance", what the user adds in words (ours); "" where it has none."""
     rows = graph.read_jsonl(path, {"guidance": ""}, **fields)
     if not rows:
         raise ValueError(f"{path} holds no {what}")
     return rows
-
 
 def read_scenes(path, *needed):
     """Rows of scenes.jsonl whose edits have the fields `needed`; pictures as paths. An edit without a picture of its own has the scene's."""
@@ -304,12 +290,10 @@ def read_scenes(path, *needed):
             edit["image"] = folder / edit["image"] if "image" in edit else row["image"]
     return rows
 
-
 def read_picture(file, size=None):
     """A picture file -> uint8 (H, W, 3), cut to a square of `size` where it is given."""
     image = read_image(file)
     return np.array(ImageOps.fit(image, (size, size)) if size else image)
-
 
 # ------------------------------------------------------------------------------------------------ the loop
 class Stage:
@@ -321,13 +305,11 @@ class Stage:
     def export(self, folder):
         lora.save_adapter(self.model, folder, base_model=self.args.qwen)
 
-
 def schedule(step, steps, warmup):
     """Factor on the learning rate. 1) linear warm-up, 2) half a cosine down to zero."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
 
 def gradients(stage, args, step, stop):
     """Backward over this process's share of the batch, then sum over processes -> (rows, {metric: mean}, whether somebody wants to stop)."""
@@ -352,12 +334,10 @@ def gradients(stage, args, step, stop):
     *means, stopping = values.tolist()
     return rows, {name: value / len(rows) for name, value in zip(totals, means)}, stopping > 0
 
-
 def tensors_of(stage, optimizer):
     """What a checkpoint holds: the trained parameters, and AdamW's two moments of each that it moves."""
     moments = {f"{key}:{name}": optimizer.state[p][key] for name, p in stage.trained.items() for key in ("exp_avg", "exp_avg_sq") if p in optimizer.state}
     return {**{name: p.detach() for name, p in stage.trained.items()}, **moments}
-
 
 def save_state(stage, optimizer, out, step):
     """OUT/step_N/state.safetensors; older points go once it stands."""
@@ -368,7 +348,6 @@ def save_state(stage, optimizer, out, step):
     for old in out.glob("step_*"):
         if old.name != f"step_{step}":
             shutil.rmtree(old, ignore_errors=True)
-
 
 def load_state(stage, optimizer, out):
     """Continue from the newest OUT/step_N -> N; 0 when there is none. ValueError when it is torn, or another run's."""
@@ -382,7 +361,6 @@ def load_state(stage, optimizer, out):
         for name, tensor in own.items():
             tensor.copy_(stored[name])
     return newest
-
 
 def open_run(stage, args, out):
     """Process 0's part before the first step -> the held lock. What a run that was killed while saving left behind goes; a run that was started with other
@@ -398,7 +376,6 @@ def open_run(stage, args, out):
     else:
         publish_text(out, file.name, json.dumps(config, indent=1) + "\n")
     return held
-
 
 def fit(stage, args):
     """Train `stage` to the end, or to a signal; every file of args.out is written here, by process 0."""
@@ -440,7 +417,6 @@ def fit(stage, args):
         print(f"{args.stage}: {out} " + " ".join(f"{k} {v:.4f}" for k, v in stage.report.items()))
         held.close()
 
-
 # ------------------------------------------------------------------------------------------------ stages
 def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
@@ -456,10 +432,8 @@ def load_policy(args, adapter=None):
     model.model.checkpointing = getattr(args, "checkpointing", False)
     return model, tokenizer
 
-
 def trainable(prefix, module):
     return {prefix + name: p for name, p in module.named_parameters() if p.requires_grad} if module else {}
-
 
 class SFT(Stage):
     """Next-token loss on the instruction alone; each example counts the same, however long (ours)."""
@@ -481,7 +455,6 @@ class SFT(Stage):
 
     def describe(self, rows):
         return f"{self.args.edits}, lines {', '.join(str(self.edits[i]['line']) for i in rows)}"
-
 
 class Graph(Stage):
     """Pretraining of the graph encoder; a step is an epoch over the whole graph."""
@@ -517,7 +490,6 @@ class Graph(Stage):
     @property
     def report(self):
         return {f"{part} {name}": value for part in ("val", "test") for name, value in self.model.evaluate(part).items()}
-
 
 class CDPO(Stage):
     """Eq. 7 and its baselines. A row is (the user's pair, [(neighbour, its pair, similarity), ...])."""
@@ -626,7 +598,6 @@ class CDPO(Stage):
         super().export(folder)
         if self.tokens:
             self.tokens.save(folder / "collaborative.safetensors")
-
 
 # ------------------------------------------------------------------------------------------------ pictures: patch and dro
 class Pictures(Stage):
@@ -763,10 +734,8 @@ class Pictures(Stage):
         self.report                                                                  # paints the sheet
         Image.fromarray(self.sheet).save(folder / "pictures.png")
 
-
 def mix(x_0, noise, t):
     return (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise                   # x_t (B, L, 64)
-
 
 class Patch(Pictures):
     """PatchDPO's three stages for an image prompt on a frozen Flux: generate, judge every patch, optimise. --loss names what it is compared with.
@@ -891,7 +860,6 @@ class Patch(Pictures):
         super().export(folder)
         self.prompts["policy"].save(folder / "image_prompt.safetensors")
 
-
 class DRO(Pictures):
     """Diffusion-DRO for a LoRA on Flux: the experts are true pictures of edits, the negatives the model's own. The second adapter's place holds the sampler."""
 
@@ -914,7 +882,6 @@ class DRO(Pictures):
         super().export(folder)
         lora.save_adapter(self.flux, folder, base_model=self.args.flux)
 
-
 # ------------------------------------------------------------------------------------------------ evaluation: what do held-out users get?
 METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it stands
     "SFT": None,
@@ -928,7 +895,6 @@ METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it s
 SWEEPS = {"lam": "0 0.15 0.5 1", "k": "1 2 3 5 12", "similarity": "shared signed likes", "neighbour-user": "target neighbour", "neighbours": "exact sampled"}
 CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
 RATES = ("likes", "would like", "hit", "dislikes", "malformed")
-
 
 class Judge:
     """Reads sampled instructions with what the files say and nothing else. `train` are instructions with their captions.
@@ -956,17 +922,14 @@ class Judge:
         return {"likes": whole and found <= set(user.likes), "would like": whole and found <= set(user.hidden),
                 "hit": whole and found <= {*user.likes, *user.hidden}, "dislikes": bool(found & set(user.dislikes)), "malformed": not whole}
 
-
 def mean(values, deviation=False):
     """As a Markdown cell, without the nans (nothing of the picture was to be kept)."""
     values = [v for v in values if not math.isnan(v)]
     spread = f" +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}" if deviation else ""
     return f"{statistics.fmean(values):.3f}{spread}" if values else "-"
 
-
 def table(title, columns, rows):
     return "\n".join(["", "", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
-
 
 class Evaluation:
     """Every method's instructions for held-out users, judged by their words and, painted, by the pictures."""
@@ -1075,7 +1038,6 @@ class Evaluation:
                                   guidance=args.guidance, strength=strength, device=args.device, dtype=DTYPES[args.dtype], batch=32) if jobs else []
         return [measures(picture, scene, name, user) for picture, (scene, name, _, user) in zip(drawn, jobs)]
 
-
 def read_truth(path):
     """scenes.jsonl -> [(caption, source, {attribute: (edit type, instruction, true picture)})] of the scenes that come with true pictures; uint8 (H,W,3)."""
     rows = [row for row in read_scenes(path, "edit_type", "attribute", "instruction", "image") if row["edits"]]
@@ -1083,21 +1045,17 @@ def read_truth(path):
         raise ValueError(f"{path} holds no scene with true pictures of its edits")
     return [(r["caption"], read_picture(r["image"]), {e["attribute"]: (e["edit_type"], e["instruction"], read_picture(e["image"])) for e in r["edits"]}) for r in rows]
 
-
 def edge_overlap(a, b):
     """Intersection over union of two pictures' Canny edges, where an edge within one pixel counts as met."""
     a, b = (torch.from_numpy(controlnet.canny(x) > 0)[None] for x in (a, b))
     met = sum((x & (F.max_pool2d(y.float(), 3, 1, 1) > 0)).sum().item() for x, y in ((a, b), (b, a))) / 2
     return met / max(a.sum().item() + b.sum().item() - met, 1)
 
-
 def psnr(a, b, where=...):
     error = (a[where].astype(np.float64) - b[where]) ** 2
     return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9)) if error.size else math.nan
 
-
 MEASURES = ("asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike")
-
 
 def measures(picture, scene, asked, user=None):
     """What a picture of `asked` is worth. `asked visible`: its own true picture is the nearest (in squared error) of all attributes of that edit type; overlap of
@@ -1110,13 +1068,10 @@ def measures(picture, scene, asked, user=None):
     taste = (shown in {*user.likes, *user.hidden}, shown in user.dislikes) if user else (math.nan, math.nan)
     return {"kind": kind, **dict(zip(MEASURES, (visible, edge_overlap(picture, source), psnr(picture, true), psnr(picture, true, kept), *taste)))}
 
-
 def picture_table(title, rows, names):
     return table(title, ["", "pictures", *names], [[name, str(len(found)), *(mean(r[n] for r in found) for n in names)] for name, found in rows.items()])
 
-
 STAGES = {"graph": Graph, "sft": SFT, "cdpo": CDPO, "patch": Patch, "dro": DRO, "eval": Evaluation}
-
 
 def main(argv=None):
     args = parse(argv)
@@ -1126,7 +1081,6 @@ def main(argv=None):
         return stage.write()
     fit(stage, args)
     together(dist.barrier)                                                           # leave together: gloo aborts where one process is gone while another still closes
-
 
 if __name__ == "__main__":
     try:

@@ -18,7 +18,6 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-
 def seconds(f, device):
     """How long f() takes, by CUDA's events where the device is one."""
     if not device.startswith("cuda"):
@@ -33,7 +32,6 @@ def seconds(f, device):
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000
 
-
 def in_turn(sides, args, warm=1):
     """{name: function} -> {name: median seconds} of args.rounds calls each, one side after the other, after `warm` calls that do not count."""
     times = {name: [] for name in sides}
@@ -42,11 +40,9 @@ def in_turn(sides, args, warm=1):
             times[name].append(seconds(f, args.device))
     return {name: statistics.median(t[warm:]) for name, t in times.items()}
 
-
 def resident(key="VmRSS"):
     """Bytes of main memory this process holds now (VmRSS) or has held at most (VmHWM)."""
     return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
 
 def peak(f, device):
     """(bytes before, most bytes during f()): CUDA's allocator, or resident memory on the CPU (Linux)."""
@@ -61,7 +57,6 @@ def peak(f, device):
     f()
     return before, resident("VmHWM")
 
-
 def alone(args, side, **changes):
     """What run.py's `side` function of this row finds in a process of its own -> dict."""
     flags = json.dumps({**vars(args), **changes, "side": side})
@@ -70,10 +65,8 @@ def alone(args, side, **changes):
         raise RuntimeError(f"{args.row}, {side}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-
 def vary(args, **changes):
     return Namespace(**{**vars(args), **changes})
-
 
 @torch.no_grad()
 def draw(module, args, seed=0):
@@ -87,7 +80,6 @@ def draw(module, args, seed=0):
         setattr(module.get_submodule(owner), leaf, new[id(p)][1])
     return module.eval()
 
-
 def twin(build, ours):
     """The peer's module that `build()` makes, with the very tensors of ours (but for its adapters)."""
     with torch.device("meta"):
@@ -95,10 +87,8 @@ def twin(build, ours):
     module.load_state_dict({name: t for name, t in ours.state_dict().items() if ".lora_" not in name}, assign=True)
     return module.eval().requires_grad_(False)
 
-
 def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
 
 def rates(args):
     """(matrix products in FLOP/s of args.dtype, bytes/s read and written by copies) of the device, each the best of five."""
@@ -107,18 +97,14 @@ def rates(args):
     x, y = (torch.ones(big // 4, device=args.device) for _ in range(2))
     return 2 * n ** 3 / min(seconds(lambda: a @ b, args.device) for _ in range(5)), 2 * big / min(seconds(lambda: x.copy_(y), args.device) for _ in range(5))
 
-
 def table(columns, rows):
     return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]) + "\n"
-
 
 def ms(s):
     return f"{s * 1e3:,.3g} ms" if s < 1 else f"{s:,.3g} s"
 
-
 def gb(n):
     return f"{n / 1e9:.2f} GB"
-
 
 def where(args):
     """Machine, commit and versions, in one line."""

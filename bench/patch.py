@@ -25,7 +25,6 @@ MEASURES = ["identity", "truth", "psnr", "asked"]
 CASES = [("01_mug", "A mug in front of forest"), ("01_mug", "Place the mug in front of snow"), ("05_vase", "A vase on a beach"), ("03_teddy_bear", "Use candlelight for the scene"),
          ("05_vase 00_apple_balloon", "Add a balloon next to the vase"), ("01_mug 00_apple_sunset", "A mug in front of sunset")]
 
-
 def train(args, more, flags, lr, seed):
     """The report of a run, trained now unless it stands already."""
     out = ROOT / args.out / "-".join([flags.removeprefix("--").replace(" ", "-"), lr, f"seed{seed}"])
@@ -33,7 +32,6 @@ def train(args, more, flags, lr, seed):
         same = ["--steps", str(args.steps), "--batch", "8", "--paint-steps", "10", "--lr", lr, "--seed", str(seed), "--generated", str(args.out / "generated"), "--out", str(out)]
         subprocess.run([sys.executable, "train.py", "patch", *flags.split(), *same, *more], cwd=ROOT, check=True)
     return json.loads((out / "report.json").read_text())
-
 
 def show(file):
     """One picture of all CASES: one or two references, and the new picture."""
@@ -48,7 +46,6 @@ def show(file):
         cells += [(shown[0], "reference", "", ""), (shown[1], "and", "", "") if shown[1:] else (Image.new("RGB", shown[0].size, "white"), "", "", "")]
         cells.append((Image.open(file).convert("RGB"), words, "", ""))
     edit.grid(cells, 6).save(file)
-
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,7 +66,6 @@ def main():
     for name, runs in rows.items():
         cells = [[run[f"after {m}"] for run in runs] for m in MEASURES]
         print(f"| {name} (`{LOSSES[name]}`) | {best[name]} | " + " | ".join(f"{statistics.mean(c):.3f} ± {statistics.pstdev(c):.3f}" for c in cells) + " |")
-
 
 if __name__ == "__main__":
     main()

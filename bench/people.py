@@ -12,7 +12,6 @@ from clock import gb, in_turn, ms, peak, relative, seconds, table
 
 import graph
 
-
 def pyg_twin(ours, args):
     """The same model with PyG's encoder: a HeteroConv of SAGEConvs for each layer."""
     from torch_geometric.nn import HeteroConv, SAGEConv
@@ -40,7 +39,6 @@ def pyg_twin(ours, args):
     theirs.sage = Encoder(ours.sage)
     return theirs
 
-
 def epoch(args):
     """GraphSAGE: one epoch of pretraining (forward, backward, Adam), against the same model of PyG's layers."""
     g, A, width = torch.Generator().manual_seed(0), 1000, 64
@@ -65,7 +63,6 @@ def epoch(args):
     return (f"{args.users:,} users, {A:,} attributes, {args.edges:,} edges of two signs, width {width}; the gradients of the user vectors differ by {grads:.0e}\n\n"
             + table(["", "an epoch", "ours is faster by", "memory on top", "loss"], rows))
 
-
 # ---- similar users -----------------------------------------------------------------------------------------------------------
 def scipy_similar(x, k, meetings):
     """The k most similar others of each row of a sparse matrix, by scipy's product, some 20 million `meetings` at a time -> (index, common), each (U, k)."""
@@ -79,7 +76,6 @@ def scipy_similar(x, k, meetings):
             index[u, :len(best)], common[u, :len(best)] = product.indices[a:b][best], counts[best]
     return index, common
 
-
 def draw_likes(U, A):
     """Every user names about 15 of A attributes -> (U,A) sparse int8, the same for scipy, and how many meetings (u, attribute, v) there are."""
     from scipy.sparse import csr_array
@@ -89,7 +85,6 @@ def draw_likes(U, A):
     ours = torch.sparse_coo_tensor(torch.from_numpy(np.stack([cells // A, cells % A])), sign, (U, A), is_coalesced=True, check_invariants=False)
     theirs = csr_array((np.ones(len(cells), np.float32), (cells // A, cells % A)), shape=(U, A))
     return ours, theirs, float((np.bincount(cells % A).astype(float) ** 2).sum())
-
 
 def one_size(U, A, last, args):
     """{side: (users, meetings, seconds, bytes on top)} of the sides that are expected to take at most --limit seconds, and whether their scores are the same."""
@@ -106,7 +101,6 @@ def one_size(U, A, last, args):
     if U <= 10_000:                                                                            # short enough to take turns
         found = {name: (*found[name][:2], t, found[name][3]) for name, t in in_turn({name: sides[name] for name in found}, args, warm=0).items()}
     return found, np.allclose(got["ours"], got["scipy"] / max(1, got["scipy"].max())) if len(got) == 2 else None
-
 
 def similar(args):
     """Similar users (Eq. 6, k = 3) against their number, by scipy's sparse product on the other side; a side stops at --limit seconds."""
@@ -130,7 +124,6 @@ def similar(args):
         curves.update({f"{name}, {label}": [p[1:3] for p in ps] for name, ps in points.items() if ps})
     plot(curves, args.plot)
     return f"k = 3; plot: {args.plot}" + text
-
 
 def plot(points, file, W=720, H=440, edge=70):
     """Time against shared likes, both axes logarithmic, as a PNG."""

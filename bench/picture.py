@@ -35,11 +35,9 @@ T5 = dict(model_type="t5", d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_
 CLIP = dict(model_type="clip_text_model", hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, max_position_embeddings=77, hidden_act="quick_gelu",
             eos_token_id=2, vocab_size=49408)
 
-
 def build(module, config, args):
     with torch.device("meta"):
         return draw(module(config), args)
-
 
 class Scene:
     """Both sides' Flux and ControlNet over the same drawn weights, and inputs for one picture."""
@@ -91,7 +89,6 @@ class Scene:
         return self.pipeline(prompt_embeds=self.txt, pooled_prompt_embeds=self.pooled, control_image=self.edges, control_mode=0, controlnet_conditioning_scale=0.4, guidance_scale=35.0,
                              control_guidance_end=end, num_inference_steps=self.args.steps, latents=self.img, height=side, width=side, output_type="latent").images
 
-
 @torch.no_grad()
 def correct(args):
     """How far the sides are from fp32 and from each other on two double and two single blocks of the same width: a line of text."""
@@ -101,10 +98,8 @@ def correct(args):
     theirs = s.their_step()
     return f"from fp32, two blocks of each kind differ by {relative(ours, exact):.0e} (ours), {relative(theirs, exact):.0e} (diffusers), from each other by {relative(ours, theirs):.0e}"
 
-
 def sizes(args):
     return f"{'FLUX.1-dev' if args.random else 'FLUX.1 at 384 channels, 4 + 8 blocks'}, {args.size} x {args.size} pixels"
-
 
 @torch.no_grad()
 def step(args):
@@ -123,7 +118,6 @@ def step(args):
     rows = [[n, ms(x), f"**{times['diffusers'] / x:.2f}**", f"{flops / x / 1e12:.3g}", f"{flops / x / rate:.0%}"] for n, x in times.items()]
     return f"{sizes(args)}; {agree}\n\n" + table(["", "a forward", "times the peer's speed", "TFLOP/s", "of the chip's own matrix products"], rows)
 
-
 def loop(args):
     """The paper's edit, from noise and the edges' latents to a latent, ControlNet in every step or in the first 60 %."""
     agree, s, rows = correct(args), Scene(args), []
@@ -138,10 +132,8 @@ def loop(args):
     return f"{sizes(args)}, {args.steps} steps; {agree}\n\n" + table(["ControlNet works in", "ours", "FluxControlNetPipeline", "ratio", "latents differ by"]
                                                                       + ["memory with both sides' weights, ours", "theirs"] * args.random, rows)
 
-
 # ---- reading weights ---------------------------------------------------------------------------------------------------------
 WIDE = {**SMALL, "num_attention_heads": 16}
-
 
 def reading(args):
     """Reading weights: a Flux transformer."""
@@ -152,7 +144,6 @@ def reading(args):
         return module
     return text.reading(args, write, "diffusers")
 
-
 def read_side(args, which):
     normal = lambda *shape: torch.randn(*shape).to(args.device, getattr(torch, args.dtype))
     img, txt, pooled, t, ids = normal(1, 64, 64), normal(1, 16, WIDE["joint_attention_dim"]), normal(1, 768), torch.ones(1, device=args.device), torch.zeros(64, 3, device=args.device)
@@ -161,7 +152,6 @@ def read_side(args, which):
     from diffusers import FluxTransformer2DModel
     return text.first_forward(lambda: FluxTransformer2DModel.from_pretrained(args.folder, torch_dtype=getattr(torch, args.dtype)).to(args.device),
                               lambda m: m(img, txt, pooled, t.to(img), ids, ids[:16], t), args)
-
 
 # ---- edit.py itself ----------------------------------------------------------------------------------------------------------
 def pretend(args, at):
@@ -186,7 +176,6 @@ def pretend(args, at):
     tokens.save(at / "policy" / "collaborative.safetensors")
     return ["--preset", "paper", "--user", people[0].name, *(f"--{part}={at / part}" for part in ("qwen", "flux", "controlnet", "policy")), f"--size={args.size}"]
 
-
 def run_edit(args, *flags):
     """edit.py for one person -> {stage: (seconds, peak bytes)}."""
     spent = {}
@@ -208,7 +197,6 @@ def run_edit(args, *flags):
         edit.main([*given, "--device", args.device, "--out", f"{at}/edit.png", *flags])
     return spent
 
-
 def stages(args):
     """Where edit.py's time goes, for one person, reading the weights included."""
     run_edit(args)
@@ -216,7 +204,6 @@ def stages(args):
     whole = sum(s for s, _ in spent.values())
     return f"{ms(whole)}, {'FLUX.1-dev and Qwen2.5-7B, weights drawn' if args.random else 'the miniature'}\n\n" + table(
         ["stage", "time", "share", "peak memory"], [[n, ms(s), f"{s / whole:.1%}", gb(most)] for n, (s, most) in spent.items()])
-
 
 def growth(args):
     """The stage that draws, against resolution and steps, all else as edit.py has it."""

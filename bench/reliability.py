@@ -30,7 +30,6 @@ import train
 torch.set_num_threads(1)
 SAMPLE, MINI, STAGES = ROOT / "mini/sample", ROOT / "mini", ("graph", "sft", "cdpo", "patch", "dro")
 
-
 # ------------------------------------------------------------------------------------------------ runs as forked children
 def fork(job):
     """job() in a child -> (its process id, the file with what it prints). It ends as the interpreter would: exit codes, messages, tracebacks."""
@@ -50,7 +49,6 @@ def fork(job):
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
-
 def result(pid, log, seconds=600):
     """Wait for a child -> (exit code, or minus the signal that ended it, or "hang"; what it printed)."""
     end, done = time.monotonic() + seconds, (0, 0)
@@ -63,7 +61,6 @@ def result(pid, log, seconds=600):
     log.seek(0)
     return "hang" if code == -signal.SIGXCPU else code, log.read().decode(errors="replace")
 
-
 def command(script, *argv, before=lambda: None):
     """A job: the script as the command line runs it, `before` first."""
     def job():
@@ -72,18 +69,15 @@ def command(script, *argv, before=lambda: None):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return job
 
-
 def sentence(text):
     """The line that says why a run ended: the script's message, else the last line."""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip() and "WITNESS" not in line] or [""]
     return ([found[0] for line in lines if (found := re.search(r"((train|edit)\.py( \w+)?|ValueError): .*", line))] or lines)[-1]
 
-
 def must(job, code=0):
     found, text = result(*fork(job))
     if found != code:
         raise SystemExit(f"exit {found}, not {code}:\n{text[-2000:]}")
-
 
 class Sample:
     """Tiny inputs and finished stages in `folder`, and the flags of every stage on them."""
@@ -119,16 +113,13 @@ class Sample:
             train.main(self.argv(name, out))
         must(job, 9)
 
-
 def contents(folder):
     """{name: bytes} of all that a run leaves, but for its flags and its lock."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in ("config.json", ".lock")}
 
-
 def differences(folder, whole):
     found = contents(folder)
     return [f"{name} differs" for name in sorted({*found, *whole}) if found.get(name) != whole.get(name)]
-
 
 def newest(folder):
     """The newest checkpoint's tensors, {} when there is none; an error when they are not all there and finite."""
@@ -137,14 +128,11 @@ def newest(folder):
         raise ValueError(f"{folder}: its newest checkpoint is not finite")
     return tensors
 
-
 def finite(tensors):
     return all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
 
-
 def table(title, columns, rows):
     print("\n".join([f"\n**{title}**\n", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(map(str, row)) + " |" for row in rows)]), flush=True)
-
 
 # ------------------------------------------------------------------------------------------------ kill
 def watched(argv, seen):
@@ -163,7 +151,6 @@ def watched(argv, seen):
         train.main(argv)
     seen[0] = seen[1] = 0
     return job
-
 
 def strike(stage, sample, out, rng, seen, seconds, own):
     """Start the stage (own: as a process of its own, imports and all), kill it at a random moment -> the phase it died in; None when it had ended."""
@@ -186,7 +173,6 @@ def strike(stage, sample, out, rng, seen, seconds, own):
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"{stage} ended by itself, exit {code}:\n{text[-2000:]}")
     return ("start", "training", "a save")[seen[0]] if code else None
-
 
 def kill(args, sample):
     seen = mmap.mmap(-1, 2)
@@ -213,7 +199,6 @@ def kill(args, sample):
         row = [stage, landed.total(), *(landed[p] for p in ("imports", "start", "training", "a save")), runs, len(faults), "yes" if same else "NO", two_runs(stage, sample, seen)]
         print("| " + " | ".join(map(str, row)) + " |", *(f"fault: {fault}" for fault in faults[:10]), sep="\n", flush=True)
 
-
 def two_runs(stage, sample, seen):
     """What becomes of a second run on the folder of one that works."""
     out = sample.folder / "twice" / stage
@@ -224,7 +209,6 @@ def two_runs(stage, sample, seen):
     os.kill(pid, signal.SIGTERM)
     first = result(pid, log)[0]
     return "refused" if code == 1 and "another run" in text and first == 1 and newest(out) else f"NOT REFUSED: {code} {first} {text[-300:]}"
-
 
 # ------------------------------------------------------------------------------------------------ disk
 def full_after(n):
@@ -239,7 +223,6 @@ def full_after(n):
         return wrapped
     os.replace, os.mkdir = guard(os.replace), guard(os.mkdir)
     builtins.open = io.open = guard(io.open, lambda file, mode="r", *rest, **named: set(mode) & set("wax+"))
-
 
 def disk(args, sample):
     """A run that was lost after step 2 goes on while its disk fails: one sentence that names the folder, the checkpoint intact; then it goes on to the end."""
@@ -281,11 +264,9 @@ def disk(args, sample):
     subprocess.run(["umount", small], capture_output=True)
     table("A disk that fails while a run goes on", ["stage", "how", "runs that ended, checkpoint intact, then continued to the same bytes", "that it did not disturb", "faults"], rows)
 
-
 # ------------------------------------------------------------------------------------------------ workers
 def torchrun(n, argv):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
 
 def workers(args, sample):
     rows, flags = [], ["--steps", 12, "--batch", 4]
@@ -308,7 +289,6 @@ def workers(args, sample):
                      "; ".join(differences(out, contents(out.with_name(f"{stage}2")))) or "yes"])
     table("torchrun on gloo, the same global batch", ["stage", "weights of 2 processes against 1 (largest difference over largest weight)", "4 against 1", "one of 2 killed", "exit of the restart",
                                                      "then the bytes of an unbroken run"], rows)
-
 
 # ------------------------------------------------------------------------------------------------ numbers
 def numbers(args, sample):
@@ -351,11 +331,9 @@ def numbers(args, sample):
     table("What a user brings", ["", ""], [["files that unpickle, or run code from a file or repository", ", ".join(unsafe) or "none of the ten"]])
     table("The same seed twice", ["", "same"], [["edit.py: every picture and sampled instruction", "yes" if made[0] == made[1] else "NO"], ["every training stage", "see kill"]])
 
-
 # ------------------------------------------------------------------------------------------------ fuzz: how a file is spoiled
 # Each takes (rng, bytes) -> (what was done, the new bytes or None for a folder in its place or "" for nothing, must it be refused: True, False, or None where that depends)
 VALUES = [None, True, False, 0, 1, -1, 2 ** 31, 10 ** 9, 10 ** 30, 0.5, -0.5, 1e308, math.nan, math.inf, "", "x", "\ud800", "nan", [], [0], {}, {"a": 1}, [[]], ["x"], "a b" * 400]
-
 
 def spoil_bytes(rng, data):
     at, span, flipped = rng.randrange(max(1, len(data))), rng.randrange(1, 60), bytearray(data)
@@ -365,7 +343,6 @@ def spoil_bytes(rng, data):
     return rng.choice([("empty", b"", True), ("cut off", data[:at], None), ("bits flipped", bytes(flipped), None), ("noise put in", data[:at] + noise + data[at:], None),
                        ("a part gone", data[:at] + data[at + span:], None), ("noise alone", noise, True), ("zeros", bytes(len(data)), True), ("a folder in its place", None, True),
                        ("missing", "", True), ("nested", b"[" * 100_000, True)])
-
 
 def spoil_json(rng, data):
     if rng.random() < 0.25:
@@ -380,7 +357,6 @@ def spoil_json(rng, data):
         what = f"without {key!r}"
         del owner[key]
     return f"{what}: {str(owner.get(key) if isinstance(owner, dict) else owner)[:30]}", json.dumps(root[""]).encode(), None
-
 
 def spoil_lines(rng, data):
     """A table of JSON lines."""
@@ -404,7 +380,6 @@ def spoil_lines(rng, data):
     elif kind == "fine":
         what, new, wrong = "other line ends, blank lines, a field more", [b"\r", json.dumps({**row, "more": [1]}).encode() + b"\r", b" "], False
     return f"line {n + 1}: {what}", b"\n".join([*lines[:n], *new, *lines[n + 1:]]), wrong
-
 
 def spoil_tensors(rng, data):
     """A safetensors file: 8 bytes of length, a JSON header, a body."""
@@ -449,7 +424,6 @@ def spoil_tensors(rng, data):
     text = json.dumps(header).encode()
     return f"{one}: {what}", struct.pack("<Q", len(text)) + text + bytes(body), wrong
 
-
 def spoil_picture(rng, data):
     if rng.random() < 0.5:
         return spoil_bytes(rng, data)
@@ -460,13 +434,11 @@ def spoil_picture(rng, data):
     more, data, wrong = spoil_bytes(rng, file.getvalue()) if rng.random() < 0.4 else ("", file.getvalue(), False)
     return f"{kind} {mode} {image.size} {more}", data, wrong
 
-
 def spoil_flags(rng, stage):
     """One or two flags with values that make no sense, none of which only asks for a very long run."""
     flags = [f for group in train.FLAGS.values() for f, where, kind, *_ in group if stage in where.split() and kind is not bool] if stage else [f for g in edit.FLAGS.values() for f, kind, *_ in g if kind is not bool]
     values = ["", "nan", "inf", "-inf", "-1", "0", "-0.5", "1e400", "abc", "1.5", "1e-300", "\u0663", "/dev/null", "/", "a,b,,", "../..", "\udcff", "x" * 300, "2", "7", "1e30"]
     return [f"--{flag}={rng.choice(values)}" for flag in rng.sample([f for f in flags if f not in ("out", "device", "preset")], rng.randint(1, 2))]
-
 
 # ------------------------------------------------------------------------------------------------ fuzz: what is spoiled, and what becomes of it
 def links(source, target):
@@ -475,7 +447,6 @@ def links(source, target):
         (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
         (target / file.relative_to(source)).symlink_to(file)
     return target
-
 
 def inputs(sample):
     """[(class, how, flags of train.py or edit.py, the flag that names the input or "--out" for a run to continue, its source, the file inside or "")], as often as it is to be tried."""
@@ -506,7 +477,6 @@ def inputs(sample):
                  [(spoil_tensors, "step_2/state.safetensors")] * 4 + [(spoil_json, "config.json"), (lambda rng, data: (*spoil_bytes(rng, data)[:2], None), "metrics.jsonl")]]
     return rows + [("flags", None, base, None, None, None) for base in [draw, draw, draw, *one.values(), test]] * 4
 
-
 def guarded():
     """In the child: limits on time and memory, and a witness of numbers that are not finite where pictures and words are made of them."""
     resource.setrlimit(resource.RLIMIT_CPU, (40, 41)), resource.setrlimit(resource.RLIMIT_AS, (2 ** 34, 2 ** 34))
@@ -516,7 +486,6 @@ def guarded():
                 print("WITNESS: words or pictures of numbers that are not finite", file=sys.stderr)
             return plain(self, *given, **named)
         setattr(torch.Tensor, name, method)
-
 
 def case(n, seed, rows, place):
     """-> (class, what was done, verdict, what was said)."""
@@ -555,7 +524,6 @@ def case(n, seed, rows, place):
         verdict = "refused though fine" if wrong is False and kind != "pictures" else verdict
     return kind, what, verdict, said, text
 
-
 def fuzz(args, sample):
     for name in ("graph", "sft", "cdpo", "dro"):
         sample.half(name, sample.folder / "half" / name)
@@ -581,9 +549,7 @@ def fuzz(args, sample):
     for (verdict, _), same in sorted(faults.items(), key=lambda item: -len(item[1])):
         print(f"{verdict}, {len(same)} of this kind, e.g. {same[0]}")
 
-
 PARTS = {"kill": kill, "disk": disk, "workers": workers, "numbers": numbers, "fuzz": fuzz}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -600,7 +566,6 @@ def main():
         for name in args.part or PARTS:
             args.count = given or {"kill": 50, "fuzz": 2000}.get(name)
             PARTS[name](args, sample)
-
 
 if __name__ == "__main__":
     main()

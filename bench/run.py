@@ -25,7 +25,6 @@ ROWS = {"decode": text.decode, "cdpo": text.cdpo_step, "trl": text.trl_step, "re
 ROUNDS = {"cdpo": 1, "edit": 1}         # where a call takes minutes; else 3
 SIDES = {"cdpo": text.side, "trl": text.side, "read": text.read_side, "read-flux": picture.read_side}
 
-
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("rows", nargs="*", metavar="ROW", help=f"all, or some of: {', '.join(ROWS)}")
@@ -60,7 +59,6 @@ def parse(argv=None):
     args.rows = list(ROWS) if "all" in args.rows else args.rows
     return args
 
-
 def main():
     args = parse()
     if args.child:
@@ -77,7 +75,6 @@ def main():
         except ModuleNotFoundError as e:
             raise SystemExit(f"{args.row} compares with {e.name}, which is not installed: pip install -r bench/requirements.txt") from None
         print(f"\n**{args.row}**: {found}\n`python bench/run.py {' '.join([args.row, *flags])}` on {where(args)}", flush=True)
-
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,6 @@ SHAPES = {False: dict(hidden_size=896, intermediate_size=4864, num_hidden_layers
           True: dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)}
 COMMON = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], rms_norm_eps=1e-6, rope_theta=1e6, max_position_embeddings=32768, hidden_act="silu")
 
-
 def qwen(args, **changes):
     """(config.json as a dict, our model with drawn weights): Qwen2.5-0.5B, with --random 7B."""
     config = {**COMMON, **SHAPES[args.random], **changes}
@@ -27,14 +26,12 @@ def qwen(args, **changes):
         model = Qwen(Config.read(at))
     return config, draw(model, args)
 
-
 def transformers_twin(config, ours, args):
     from transformers import Qwen2Config, Qwen2ForCausalLM
     config = Qwen2Config(**config)
     theirs = twin(lambda: Qwen2ForCausalLM(config), ours)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(args.device)      # made on the meta device, it holds no numbers
     return theirs
-
 
 # ---- decoding ----------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
@@ -63,7 +60,6 @@ def decode(args):
     return f"Qwen2.5-{'7B' if args.random else '0.5B'}, new tokens a second\n\n" + table(
         ["batch", "ours", "transformers", "ratio", "our linear layers alone, of our step", "theirs of theirs", "logits differ by"] + ["of the bandwidth ceiling"] * bool(bandwidth), rows)
 
-
 # ---- a C-DPO step ------------------------------------------------------------------------------------------------------------
 def community(args):
     """UserTokens over a random graph: each user names a third of the attributes."""
@@ -73,7 +69,6 @@ def community(args):
     graph = PreferenceGraph([str(i) for i in range(args.users)], [str(i) for i in range(args.attributes)], edges, torch.randn(args.attributes, 64, generator=g))
     torch.manual_seed(0)
     return cdpo.UserTokens(graph, soft=dict(hidden_dim=128, out_dim=SHAPES[args.random]["hidden_size"])).to(args.device)
-
 
 class Step:
     """One optimiser step on a batch of random pairs, each owner's own and k neighbours', done our way or the peers'. k = 0 stands for DPO without users."""
@@ -194,13 +189,11 @@ class Step:
             return total, norm
         return step
 
-
 def side(args, which):
     """One side in a process of its own: its largest memory during a step."""
     step = Step(args).make(which)
     before, most = peak(step, args.device)
     return {"before": before, "peak": most}
-
 
 def compare(args, peer):
     most = {name: alone(args, name)["peak"] for name in ("ours", peer)}
@@ -212,16 +205,13 @@ def compare(args, peer):
     return (f"Qwen2.5-{'7B' if args.random else '0.5B'} with {args.layers} layers, {args.batch} users, k {args.k}, prompt {args.prompt}, answer {args.answer}, both sides with gradient checkpointing; "
             f"our reference pass, once for each pair in a run: {ms(once)}\n\n" + table(["", "a step", "pairs/s", "times the peer's speed", "peak memory", "of the peer's", "loss, gradient norm"], rows))
 
-
 def cdpo_step(args):
     """A step of collaborative DPO."""
     return compare(args, "theirs")
 
-
 def trl_step(args):
     """A step of plain DPO."""
     return compare(vary(args, k=0), "trl")
-
 
 def stages(args):
     """Where a C-DPO step's time goes."""
@@ -242,7 +232,6 @@ def stages(args):
     spent["rest"] = whole - sum(spent.values())
     return f"{args.layers} layers, {args.batch} users, k {args.k}: a step takes {ms(whole)}\n\n" + table(["stage", "time", "share"], [[n, ms(s), f"{s / whole:.1%}"] for n, s in spent.items()])
 
-
 def growth(args):
     """A C-DPO step against what may grow, all else as in the first row of each."""
     base = vary(args, layers=args.layers if args.random else 2, batch=args.batch if args.random else 2, rounds=max(1, args.rounds - 1))
@@ -255,7 +244,6 @@ def growth(args):
             rows.append([name, f"{value:,}", ms(t)])
     return f"{base.layers} layers, {base.batch} users a step; of {args.users:,} users, {args.attributes} attributes, k {args.k}, prompt {args.prompt}\n\n" + table(["grows", "to", "a step"], rows)
 
-
 # ---- reading weights ---------------------------------------------------------------------------------------------------------
 def read_side(args, which):
     """From the folder to the first logits, in a process of its own; libraries are imported before the clock starts."""
@@ -267,14 +255,12 @@ def read_side(args, which):
         read = lambda: Qwen2ForCausalLM.from_pretrained(args.folder, dtype=getattr(torch, args.dtype)).to(args.device)
     return first_forward(read, lambda model: model(ids), args)
 
-
 def first_forward(read, forward, args):
     with torch.no_grad():
         start, (before, most) = time.perf_counter(), peak(lambda: forward(read()), "cpu")
         if args.device.startswith("cuda"):
             torch.cuda.synchronize()
     return {"time": time.perf_counter() - start, "host": most - before}
-
 
 def reading(args, write=None, peer="transformers"):
     """Reading weights: time to the first forward, and main memory on top of the process, of fresh processes in turn; the file is in the page cache."""

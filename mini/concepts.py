@@ -29,11 +29,9 @@ TEMPLATES = {    # edit type -> ways to ask; the first halves are shared between
 
 GUIDANCE = ["with {a}", "{a}", "something with {a}", "use {a}", "I want {a}", "please try {a}"]       # what a user may add in words; also "change the" edit type
 
-
 def caption(color, obj, wall):
     """"A white bowl in front of a grey wall": what a person would write under the unedited picture."""
     return f"A {color} {obj} in front of a {wall} wall"
-
 
 def instruction(obj, attribute, which):
     """The `which`-th way to ask for `attribute` on `obj`."""

@@ -56,7 +56,6 @@ SIZE, EDITS, WORDS = 64, 13, 32                                                 
 PARTS = {"transformer": ("flux/transformer", Flux), "controlnet": ("controlnet", ControlNet),
          "text_encoder": ("flux/text_encoder", CLIPText), "text_encoder_2": ("flux/text_encoder_2", T5)}
 
-
 # ---- files -------------------------------------------------------------------------------------------------------------------
 def shipped(a, name, **changes):
     """A shipped json file goes to --out, with changes in what a training decides -> its content."""
@@ -65,11 +64,9 @@ def shipped(a, name, **changes):
     file.write_text(json.dumps(content, indent=2) + "\n")
     return content
 
-
 def publish(a, part, model, name="diffusion_pytorch_model"):
     """The weights of one part of a checkpoint, in bf16."""
     save_file({k: v.detach().to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, a.out / part / f"{name}.safetensors", {"format": "pt"})
-
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------------
 def draw_scene(rng, seed):
@@ -81,7 +78,6 @@ def draw_scene(rng, seed):
         both = tuple(rng.choice(ATTRIBUTES[kind]) for kind in rng.sample(list(ATTRIBUTES), 2))
         asked.append((f"{text}. " + " and ".join(instruction(scene["object"], a, rng.randrange(2)) for a in both), both))
     return scene, asked
-
 
 def pictures(a):
     """Training pictures (S, 14, 3, 64, 64) uint8 and their prompts [S][14], which stand in the file's metadata; rendered once."""
@@ -96,15 +92,12 @@ def pictures(a):
     with safe_open(file, "pt") as f:
         return f.get_tensor("pictures").permute(0, 1, 4, 2, 3), json.loads(f.metadata()["prompts"])
 
-
 def to_unit(images):
     return images.float() / 127.5 - 1                                                  # uint8 -> [-1, 1]
-
 
 def control(image, mode):
     """uint8 (3, H, W) -> what a ControlNet looks at, uint8 (3, H, W)."""
     return torch.from_numpy(control_picture(image.permute(1, 2, 0).numpy(), mode)).permute(2, 0, 1)
-
 
 # ---- one loop for all stages of pictures -------------------------------------------------------------------------------------
 def fit(a, modules, loss_of, lr, batch, save):
@@ -145,7 +138,6 @@ def fit(a, modules, loss_of, lr, batch, save):
             exchange()
             stored = time.time()
 
-
 # ---- the autoencoder ---------------------------------------------------------------------------------------------------------
 def vae(a, found=None, noise=.1, sharp=.1, lr=3e-3):
     """Squared error, again for the colour differences, and a little absolute error; some noise on the latent instead of a KL term: hues survive, latents stay smooth."""
@@ -176,25 +168,21 @@ def vae(a, found=None, noise=.1, sharp=.1, lr=3e-3):
         print(f"vae: {-10 * math.log10((model.decode(model.encode(x)).clamp(-1, 1) - x).square().mean().item() / 4):.1f} dB", flush=True)
     fit(a, [model], loss, lr, batch=16, save=save)
 
-
 def decoder(a):
     """Goes on with the decoder alone: the latents, and a Flux trained on them, stay valid."""
     found = VAE.load(a.out / "flux/vae")
     found.encoder.requires_grad_(False)
     vae(a, found, noise=.05, sharp=.3, lr=1.5e-3)
 
-
 # ---- the text encoders' tokenizers -------------------------------------------------------------------------------------------
 def train(bpe, texts, size, alphabet, **kind):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False, **kind))
-
 
 def corpus():
     """Every sentence of the miniature world: after training on them, each of its words is one token, any other word is spelled."""
     for o in OBJECTS:
         yield from (caption(c, o, w) for c in COLORS for w in WALLS)
         yield from (instruction(o, a, i) + " and" for a in TYPE_OF for i in range(4))
-
 
 def train_tokenizers(a):
     """tokenizer/ like CLIP's (vocab.json, merges.txt; the end token has the highest id) and tokenizer_2/ like T5's (tokenizer.json)."""
@@ -221,7 +209,6 @@ def train_tokenizers(a):
     t5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     t5.save(str(a.out / "flux/tokenizer_2/tokenizer.json"))
 
-
 # ---- Flux, its text encoders and its ControlNet ------------------------------------------------------------------------------
 @torch.no_grad()
 def latents(a):
@@ -234,7 +221,6 @@ def latents(a):
         save_file({"pictures": encode(images), "controls": encode(seen)}, file, made_by)
     with safe_open(file, "pt") as f:
         return f.get_tensor("pictures"), f.get_tensor("controls"), prompts
-
 
 def new_models(a):
     """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and the ControlNet adds nothing at first."""
@@ -251,14 +237,12 @@ def new_models(a):
     nn.init.normal_(found["controlnet"].controlnet_x_embedder.weight, std=.1)
     return found
 
-
 def velocity(found, x, t, guidance, ids, seen, mode, keep):
     """The controlled velocity (B, 64, 64); `keep` (B, 1, 1) is 0 where a sample has no control picture."""
     txt, pooled = found["text_encoder_2"](ids[1]), found["text_encoder"](ids[0])
     places = image_ids(SIZE // 4, SIZE // 4), torch.zeros(WORDS, 3)
     double, single = found["controlnet"](x, seen, txt, pooled, t, guidance, *places, mode=mode)
     return found["transformer"](x, txt, pooled, t, guidance, *places, [r * keep for r in double], [r * keep for r in single]).float()
-
 
 def flux(a, found=None, teacher=None, lr=1.5e-3):
     """Text-to-image and edits together: the prompt asks, the control picture is mostly the source's, so the net learns to follow edges while the words say otherwise.
@@ -292,10 +276,8 @@ def flux(a, found=None, teacher=None, lr=1.5e-3):
             publish(a, part, found[name], "model" if "text" in name else "diffusion_pytorch_model")
     fit(a, found.values(), loss, lr, batch=32, save=save)
 
-
 def load_models(folder):
     return {name: kind.load(folder / part) for name, (part, kind) in PARTS.items()}
-
 
 def distil(a):
     """The student sees the guidance g ~ U(1, 6) and learns the teacher's v_plain + g (v_asked - v_plain): one pass instead of two."""
@@ -304,11 +286,9 @@ def distil(a):
             shutil.copytree(a.out / part, a.work / "teacher" / part, dirs_exist_ok=True)
     flux(a, load_models(a.work / "teacher"), load_models(a.work / "teacher"), lr=4e-4)
 
-
 def controlnet(a):
     """A new ControlNet for the trained Flux, which stays as it is."""
     flux(a, {name: module.requires_grad_(False) for name, module in load_models(a.out).items()} | {"controlnet": new_models(a)["controlnet"]})
-
 
 # ---- a small ViT -------------------------------------------------------------------------------------------------------------
 def vit(a):
@@ -333,20 +313,17 @@ def vit(a):
         return F.binary_cross_entropy_with_logits(named, labels[scene, which]) * 10 + (patches - truth).square().mean()
     fit(a, [model, heads], loss, 1.5e-3, batch=32, save=lambda: publish(a, "vit", model, "model"))
 
-
 # ---- the language model ------------------------------------------------------------------------------------------------------
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"      # Qwen2's own
 CHATTY = ["{I}", "{I}.", "Sure! {I}.", "How about this: {i}?", "You could {i}.", "I suggest to {i}. It would look great!",
           "Here is an idea: {I}. Let me know if you want another one."]
 
-
 def make_profile(rng):
     """(likes, dislikes, profile text): random attributes, so that nothing of the themes is in it; a profile may name both, or one of them."""
     names, part = rng.sample(list(TYPE_OF), rng.randint(4, 20)), rng.choice(["both", "both", "likes", "dislikes"])
     likes, dislikes = names[:len(names) // 2] * (part != "dislikes"), names[len(names) // 2:] * (part != "likes")
     return likes, dislikes, "; ".join(f"{word} {', '.join(names)}" for word, names in (("likes", likes), ("dislikes", dislikes)) if names)
-
 
 def question(rng, color, obj, wall):
     """(question, answer): small talk about the picture or about someone's taste; answering means finding words in the prompt."""
@@ -355,7 +332,6 @@ def question(rng, color, obj, wall):
     chats = [("What is in the picture?" + text, f"A {obj}."), (f"What color is the {obj}?" + text, f"It is {color}."), ("What is behind it?" + text, f"A {wall} wall."),
              (f"Repeat: {profile}", profile), (f"What does someone like who {profile}?", ", ".join(likes) or "I cannot tell.")]
     return rng.choices(chats, [1, 1, 1, 4, 4])[0]
-
 
 def conversation(rng):
     """One document: (messages, answer), or (None, text) for plain prose."""
@@ -376,7 +352,6 @@ def conversation(rng):
     ask = instruction(obj, attribute, rng.randrange(4))
     return prompt(text, guidance, profile), rng.choice(CHATTY).format(I=ask, i=ask[0].lower() + ask[1:])
 
-
 def train_qwen_tokenizer(file):
     """The byte-level BPE of 800 tokens, trained on conversations -> the ids of the special tokens, which are the last, as in Qwen's."""
     rng, texts = random.Random(0), []
@@ -391,7 +366,6 @@ def train_qwen_tokenizer(file):
     bpe.add_special_tokens(SPECIAL)
     bpe.save(str(file))
     return [bpe.token_to_id(t) for t in SPECIAL]
-
 
 def qwen(a, batch=48, lr=5e-3):
     """Tokenizer, then the model. The loss is on answers; AdamW, one cycle up to `lr`.
@@ -421,7 +395,6 @@ def qwen(a, batch=48, lr=5e-3):
         bar.set_postfix(loss=f"{loss.item():.3f}")
     save_file({k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, a.out / "qwen/model.safetensors", {"format": "pt"})
 
-
 def main():
     p = argparse.ArgumentParser(description="Pretrain the miniature checkpoints.")
     p.add_argument("stage", choices=list(MINUTES))
@@ -439,7 +412,6 @@ def main():
         torch.set_flush_denormal(True)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     globals()[a.stage](a)
-
 
 if __name__ == "__main__":
     main()

@@ -22,22 +22,17 @@ RGB = {name: torch.tensor([int(code[i:i + 2], 16) / 255 for i in (0, 2, 4)]).vie
     "purple": "7a22b8", "hot pink": "ff3ea0", "black": "1c1c1f", "olive": "737a1e",                                                 # edits
     "stem": "5a3a1c", "green": "3c9a35", "dark": "2a1d18", "pale": "f3e2c4", "brass": "d8ab3e"}.items()}                              # parts
 
-
 def rgb(*values):
     return torch.tensor(values).view(3, 1)
-
 
 def length(*xs):
     return sum(x * x for x in xs).sqrt()
 
-
 def unit(v):
     return v / v.norm(dim=0, keepdim=True)
 
-
 def mix(a, b, w):
     return a + (b - a) * w
-
 
 # ---------------------------------------------------------------------------------------------- shapes: distances (N,)
 def ball(p, centre, radius):
@@ -45,32 +40,26 @@ def ball(p, centre, radius):
     r = radius if isinstance(radius, tuple) else (radius,) * 3
     return (length(*((x - c) / s for x, c, s in zip(p, centre, r))) - 1) * min(r)
 
-
 def box(p, centre, half, rounding=.03):
     q = [(x - c).abs() - h + rounding for x, c, h in zip(p, centre, half)]
     return length(*(x.clamp(min=0) for x in q)) + torch.stack(q).amax(0).clamp(max=0) - rounding
-
 
 def capsule(p, a, b, radius):
     ab = [v - u for u, v in zip(a, b)]
     along = (sum((x - u) * d for x, u, d in zip(p, a, ab)) / sum(d * d for d in ab)).clamp(0, 1)
     return length(*(x - u - along * d for x, u, d in zip(p, a, ab))) - radius
 
-
 def turned(p, radius, low, high, slope=1.):
     """Solid of revolution about y between the heights low and high; a radius that changes with the height needs a slope below 1."""
     return torch.maximum((length(p[0], p[2]) - radius) * slope, (p[1] - (low + high) / 2).abs() - (high - low) / 2)
 
-
 def union(*distances):
     return torch.stack(distances).amin(0)
-
 
 def blend(a, b, k=.06):
     """Smooth union: a fillet of size k where two shapes meet."""
     h = (k - (a - b).abs()).clamp(min=0) / k
     return torch.minimum(a, b) - h * h * k / 4
-
 
 def shape(name, p):
     """Object, points -> {part: distance}. The part "main" takes the edits; the others have the colours that they are named after."""
@@ -110,11 +99,9 @@ def shape(name, p):
     pole = union(capsule(p, (0, .1, 0), (0, .8, 0), .045), turned(p, .27 - y, 0, .09, .7))      # lamp
     return {"main": turned(p, .44 - .42 * (y - .6), .6, 1.15, .7), "brass": union(pole, ball(p, (0, 1.18, 0), .05))}
 
-
 # ---------------------------------------------------------------------------------------------- geometry: one march for many pictures
 TURN = {"mug": 0., "bag": .3, "chair": .55}                                         # the angle an object is usually seen from
 KEY = unit(rgb(-.55, .85, .75))                                                     # where the light comes from unless an edit says so
-
 
 class Geometry:
     """What every picture of one scene shares: which pixel sees what, where, and how it is turned. 2x2 samples a pixel."""
@@ -183,16 +170,13 @@ class Geometry:
         picture = picture.clamp(0, 1).view(3, 1, 2 * self.size, 2 * self.size)
         return (F.avg_pool2d(picture, 2)[:, 0].permute(1, 2, 0) * 255).round().byte().numpy()
 
-
 @lru_cache(maxsize=64)
 def geometry(obj, seed, size):
     return Geometry({"object": obj, "seed": seed}, size)
 
-
 def render(scene, attributes=(), size=64):
     """{"object", "color", "wall", "seed"} with `attributes` applied together -> uint8 (size, size, 3) numpy."""
     return geometry(scene["object"], scene["seed"], size).shade(scene["color"], scene["wall"], attributes)
-
 
 # ---------------------------------------------------------------------------------------------- light
 class Light:
@@ -211,7 +195,6 @@ class Light:
         mirror = g.ray - 2 * (g.normal * g.ray).sum(0) * g.normal
         return sum(c * (mirror * d).sum(0).clamp(min=0).pow(power) for d, c in self.lamps)
 
-
 LEFT, RIGHT, TOP = [-1., .35, .5], [1., .35, .5], [0., 1., .35]
 LIGHTS = {
     None: Light([(KEY.flatten().tolist(), [.72, .71, .68])], [.38, .38, .40]),
@@ -223,25 +206,21 @@ LIGHTS = {
     "studio light": Light([(KEY.flatten().tolist(), [.75, .75, .75]), (RIGHT, [.3, .3, .32])], [.5, .5, .5], .5, gain=1.15),
 }
 
-
 # ---------------------------------------------------------------------------------------------- what the object is made of
 def wave(p, f=1.):
     """Cheap smooth noise about [-1, 1]: sines bent by sines. (3, M) -> (M,)"""
     x, y, z = p * f
     return (torch.sin(x * 2.1 + 1.7 * torch.sin(y * 1.3 + z)) + torch.sin(y * 2.3 + 1.9 * torch.sin(z * 1.7 + x)) + torch.sin(z * 1.9 + 1.5 * torch.sin(x * 1.9 - y))) / 3
 
-
 def cells(p, count):
     """Distances (2, M) to the nearest and second nearest of `count` scattered points: cracks lie where the two are equal."""
     points = torch.rand(count, 3, generator=torch.Generator().manual_seed(5)) * torch.tensor([1.6, 1.6, 1.6]) - torch.tensor([.8, .2, .8])
     return torch.cdist(p.T, points).topk(2, largest=False).values.T
 
-
 def tile(p, width, height):
     """Staggered tiles around the object: position inside a tile, each in [-.5, .5]."""
     u, v = torch.atan2(p[0], p[2] + .25) * .5 / width, p[1] / height
     return (u + .5 * (v.floor() % 2)) % 1 - .5, v % 1 - .5
-
 
 def paint(p, base, pattern):
     """The object's colour under a pattern, a function of the position on the object: (3, M), (3, 1) -> (3, M)."""
@@ -266,7 +245,6 @@ def paint(p, base, pattern):
         near = cells(p, 420)[0]
         return mix(mix(RGB["beige"], RGB["orange"], .35).expand_as(plain), RGB["dark"], ((near > .04) & (near < .085)).float())
     return plain
-
 
 def material(name, g, light, picture):
     """Colour, gloss and glow of the object, each (3, M)."""
@@ -296,14 +274,12 @@ def material(name, g, light, picture):
     body = mix(rgb(.50, .78, .97), rgb(.95, .99, 1.), (crack + .9 * (1 - g.facing) ** 1.5).clamp(0, 1))
     return body * (.9 + .15 * wave(p, 5)), 1.0 * light.gloss(g, 30), .12 * body
 
-
 def surface(g, base, pattern, made_of, light, picture):
     """Colour of every sample that sees the object (3, M): paint or material, then light, gloss and a dark rim for clear edges."""
     usual = torch.cat([RGB.get(k, base) for k in g.parts], 1)[:, g.part], .3 * light.gloss(g, 24), torch.zeros_like(g.local)      # parts keep their own colours
     looks = material(made_of, g, light, picture) if made_of else (paint(g.local, base, pattern), *usual[1:])
     colors, shine, glow = (torch.where(g.part == g.parts.index("main"), new, old) for new, old in zip(looks, usual))
     return (colors * (light.on(g, g.normal, g.pixels) * g.open) + shine + glow) * (.35 + .65 * (g.facing / .45).clamp(0, 1))
-
 
 # ---------------------------------------------------------------------------------------------- what stands behind and beside it
 def backdrop(g, name, wall):
@@ -344,7 +320,6 @@ def backdrop(g, name, wall):
         back = torch.where(y < .62, sea, sky(rgb(.95, .97, 1.), rgb(.55, .80, .97)))
     return torch.where(g.is_floor, floor * (1 + .06 * torch.sin(g.behind[2] * 9 + 2 * torch.sin(g.behind[0] * 4))), back)
 
-
 def sprite(name, x, y):
     """A small thing as layers [(where, colour)], the last on top, in its own coordinates [-1, 1]."""
     oval = lambda x, y, cx, cy, rx, ry: length((x - cx) / rx, (y - cy) / ry)
@@ -372,7 +347,6 @@ def sprite(name, x, y):
     vein = (across < .045) | (((along * 3.2 - across * 3.2) % 1 < .18) & (across < .34))
     return [((across < .06) & (along > -1.25) & (along < 0), rgb(.30, .42, .10)), (blade, rgb(.30, .72, .14)), (blade & vein, rgb(.14, .42, .08))]
 
-
 def add_sprite(g, picture, name, light):
     """Paint a small thing into the free space to the right of the object; what does not fly stands on the floor and has a shadow."""
     r, flies = .27, name in ("butterfly", "balloon")
@@ -385,7 +359,6 @@ def add_sprite(g, picture, name, light):
     for where, paint in sprite(name, x, y):
         color = torch.where(where, paint * lit, color)
     picture[:, near] = color
-
 
 if __name__ == "__main__":
     from PIL import Image

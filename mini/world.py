@@ -42,7 +42,6 @@ FANCY = 0.5                                                          # chance of
 GUIDED = 0.10                                                        # chance of an edit to come with words of the user; of a pair twice: naming a thing, or an edit type
 NAMES = ["ana", "ben", "chen", "dina", "emre", "fay", "goran", "hana", "ivo", "jun", "kemi", "lars", "mina", "noor", "olga", "pavel"]
 
-
 def draw_themes(rng):
     """(liked, disliked) theme names: one or two of each; no attribute is in both."""
     liked = list(dict.fromkeys(rng.choices(list(THEMES), POPULARITY, k=2)))
@@ -51,7 +50,6 @@ def draw_themes(rng):
     if not other:                                           # two broad themes that touch all the others: think of someone else
         return draw_themes(rng)
     return liked, rng.sample(other, min(rng.choice([1, 2, 2]), len(other)))
-
 
 def make_user(name, rng, liked, disliked):
     """One line of users.jsonl for a persona of these themes. The lists are in the order in which the history told them."""
@@ -64,7 +62,6 @@ def make_user(name, rng, liked, disliked):
         if rng.random() < FANCY:
             stated.append(neutral.pop(rng.randrange(len(neutral))))
     return {"user": name, "likes": likes, "dislikes": dislikes, "hidden": hidden}
-
 
 def make_pairs(user, rng):
     """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type; rejected asks, in the first pair, for a stated dislike of it, in the
@@ -90,13 +87,11 @@ def make_pairs(user, rng):
                     pair |= {"guidance": f"change the {edit_type}", "rejected": instruction(obj, rng.choice(other), rng.randrange(4))}
                 yield pair
 
-
 def draw_edit(rng):
     """(colour, object, wall, attribute, which way to ask): every edit type alike, and within a type some attributes up to three times as often as others."""
     color, obj, wall = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS)
     names = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
     return color, obj, wall, rng.choices(names, [(rank + 1) ** -0.5 for rank in range(len(names))])[0], rng.randrange(4)
-
 
 def make_edits(count, rng):
     for _ in range(count):
@@ -105,13 +100,11 @@ def make_edits(count, rng):
         words = rng.choice([rng.choice(GUIDANCE).format(a=attribute), f"change the {TYPE_OF[attribute]}"])
         yield edit | {"guidance": words} if rng.random() < GUIDED else edit
 
-
 def edited_caption(color, obj, wall, attribute):
     """The caption of the picture after the edit."""
     plain = caption(color, obj, wall)
     return {"color": caption(attribute, obj, wall), "pattern": plain.replace(obj, f"{obj} with {attribute}"), "material": plain.replace(obj, f"{obj} made of {attribute}"),
             "background": f"A {color} {obj} in front of {attribute}", "lighting": f"{plain} in {attribute}", "object": f"{plain} and a {attribute}"}[TYPE_OF[attribute]]
-
 
 def make_scenes(folder, count, truths, rng):
     """Writes scenes/*.png and yields lines of scenes.jsonl; the first `truths` scenes come with the true picture of every edit.
@@ -131,12 +124,10 @@ def make_scenes(folder, count, truths, rng):
             line["edits"] = [{"edit_type": kind, "attribute": a, "instruction": instruction(obj, a, rng.randrange(4)), "image": save(a)} for a, kind in TYPE_OF.items()]
         yield line
 
-
 def write(path, lines):
     lines = [json.dumps(line) + "\n" for line in lines]
     path.write_text("".join(lines), encoding="utf-8", newline="\n")
     print(f"{path}: {len(lines):,} lines")
-
 
 def people(split, count, seed):
     """(users, pairs) of one split; user i depends on (seed, split, i) and on nothing else."""
@@ -148,14 +139,12 @@ def people(split, count, seed):
         pairs += make_pairs(users[-1], rng)
     return users, pairs
 
-
 def archetypes(seed):
     """Users who like exactly one theme and bear its name, each disliking one other theme: people one can predict by hand."""
     for theme in THEMES:
         rng = random.Random(f"{seed} {theme}")
         other = rng.choice([t for t in THEMES if not set(THEMES[t]) & set(THEMES[theme])])
         yield make_user(theme.replace(" ", "-"), rng, [theme], [other])
-
 
 def main():
     p = argparse.ArgumentParser(description="Write the miniature world's users, pairs, edits and scenes.")
@@ -181,7 +170,6 @@ def main():
         for _ in range(a.edits):                            # the scenes' draws follow those of the edits without their words: the shipped pictures
             draw_edit(rng)
         write(a.out / "scenes.jsonl", make_scenes(a.out, a.scenes, 1 if a.sample else a.scenes, rng))
-
 
 if __name__ == "__main__":
     main()
