@@ -1,11 +1,11 @@
-"""Every training stage, and the tables that compare them.
+"""Every training stage, and what held-out users get from a trained policy.
 
     python train.py graph                       # preference graph + GraphSAGE -> runs/graph
     python train.py sft                         # supervised fine-tuning on generic edits -> runs/sft
     python train.py cdpo --lam 0.5 --k 3        # collaborative DPO from both -> runs/cdpo
     python train.py patch --loss patch          # PatchDPO on an image prompt for Flux (reference pictures beside the text) -> runs/patch
     python train.py dro --refresh 1             # Diffusion-DRO, a LoRA for Flux -> runs/dro
-    python train.py eval --half text --seeds 3  # trains the baselines too and compares what held-out users get; Markdown tables
+    python train.py eval --policy runs/cdpo     # what held-out users get from a policy, a Markdown table; bench/methods.py compares the methods
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
 
 Baselines are flags: `cdpo --user none` is DPO-Vanilla, `cdpo --user id` DPO-User, `cdpo --lam 0` C-DPO without its neighbours' term.
@@ -67,7 +67,7 @@ PRESETS = {
     },
     "paper": {
         "all": dict(qwen="Qwen/Qwen2.5-7B-Instruct", embedder="Linq-AI-Research/Linq-Embed-Mistral", flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base",
-                    controlnet="InstantX/FLUX.1-dev-Controlnet-Union", dtype="bf16", checkpointing=True, size=512),
+                    dtype="bf16", checkpointing=True, size=512),
         "graph": dict(hidden=1024, out_dim=1024, steps=150, lr=3e-5, feature_norm=0.0),
         "sft": dict(steps=9375, batch=16, micro=4, lr=2e-6),
         "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024,
@@ -75,26 +75,25 @@ PRESETS = {
         # PatchDPO's and Diffusion-DRO's published runs, on Flux where theirs were on Stable Diffusion; ours: the features, dtype, cosine, LoRA, beta (Flow-GRPO's)
         "patch": dict(samples=1, steps=30000, micro=1, lr=3e-5, weight_decay=0.01, clip=0.0, beta=100.0),
         "dro": dict(steps=1600, batch=256, micro=4, buffer=256, lr=1e-4, weight_decay=0.01),
-        "eval": dict(guidance=35.0, control_scale=0.4, picture_steps=60, strength=1.0),
     },
 }
 FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of the miniature, help)
-    ("out", "graph sft cdpo patch dro eval", str, "", "folder to write; runs/STAGE when not given"),
+    ("out", "graph sft cdpo patch dro", str, None, "folder to write"),
     ("users", "graph cdpo eval", str, "mini/data/users.jsonl", "training users"),
     ("pairs", "cdpo eval", str, "mini/data/pairs.jsonl", "preference pairs of the training users"),
     ("edits", "sft eval", str, "mini/data/edits.jsonl", "generic edits in InstructPix2Pix's format"),
     ("users-test", "eval", str, "mini/data/users_test.jsonl", "held-out users"),
     ("pairs-test", "eval", str, "mini/data/pairs_test.jsonl", "their pairs; only the captions are read"),
-    ("scenes", "patch dro eval", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; in training the last --held-out scenes only evaluate"),
-    ("sft", "cdpo eval", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
-    ("graph", "cdpo eval", str, "runs/graph", "folder of the graph stage"),
+    ("scenes", "patch dro", str, "mini/data/scenes.jsonl", "pictures, edits and their true pictures; the last --held-out scenes only evaluate"),
+    ("sft", "cdpo", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
+    ("graph", "cdpo", str, "runs/graph", "folder of the graph stage"),
+    ("policy", "eval", str, "runs/cdpo", "folder that sft or cdpo wrote"),
     ("image-prompt", "patch", str, "", "image prompt to begin with; when not given the miniature's, and none for --loss start"),
     ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
 ], "model": [
     ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
     ("embedder", "graph", str, "mini/qwen", "Qwen or Mistral that embeds the attributes' names"),
-    ("flux", "patch dro eval", str, "mini/flux", "FLUX.1: folder or hub repository"),
-    ("controlnet", "eval", str, "mini/controlnet", "ControlNet-Union of the pictures"),
+    ("flux", "patch dro", str, "mini/flux", "FLUX.1: folder or hub repository"),
     ("features", "patch dro", str, "mini/vit", "image features f: DINOv2 or ViT"),
     ("dtype", "sft cdpo patch dro eval", tuple(DTYPES), "fp32", "of the frozen weights; what is trained is always fp32"),
     ("device", "graph sft cdpo patch dro eval", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
@@ -129,7 +128,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
     ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
     ("size", "patch dro", int, 64, "side of the pictures in pixels"),
-    ("guidance", "patch dro eval", float, 3.5, "guidance of painted pictures; the losses have none"),
+    ("guidance", "patch dro", float, 3.5, "guidance of painted pictures; the losses have none"),
     ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
 ], "optimisation": [
     ("steps", "graph sft cdpo patch dro", int, 150, "optimiser steps (graph: epochs)"),
@@ -140,17 +139,9 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("warmup", "sft cdpo patch dro", int, 0, "steps of linear warm-up before the cosine"),
     ("weight-decay", "graph sft cdpo patch dro", float, 0.0, "AdamW's; in the graph stage of the user vectors only"),
     ("clip", "graph sft cdpo patch dro", float, 1.0, "largest gradient norm; 0 never clips"),
-    ("seed", "graph sft cdpo patch dro", int, 0, "of everything random"),
+    ("seed", "graph sft cdpo patch dro eval", int, 0, "of everything random"),
     ("save-every", "graph sft cdpo patch dro", int, 50, "steps between resume points"),
-], "evaluation": [
-    ("half", "eval", ("both", "text", "pictures"), "both", "which tables: what the instructions ask for, what the pictures show"),
-    ("seeds", "eval", int, 3, "training runs of each method"),
     ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
-    ("sweep", "eval", str, "", "train and print sweeps in place of the methods: some of lam,k,similarity,neighbour-user,neighbours"),
-    ("short", "eval", int, 0, "steps of each training run, where the preset's are too many"),
-    ("control-scale", "eval", float, 1.0, "the ControlNet's weight"),
-    ("picture-steps", "eval", int, 20, "Euler steps of a picture"),
-    ("strength", "eval", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised source"),
 ]}
 FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
@@ -165,7 +156,7 @@ def parse(argv=None):
         example, about = re.search(rf"(python train.py {stage} .*?) +# (.*)", __doc__).groups()
         p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: {example}", formatter_class=style)
         p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12 (%(default)s)")
-        values = {**preset.get("all", {}), **preset.get(stage, {})}
+        values = {"out": f"runs/{stage}", **preset.get("all", {}), **preset.get(stage, {})}
         for title, flags in FLAGS.items():
             group = p.add_argument_group(title)
             for flag, where, kind, default, text in flags:
@@ -179,7 +170,6 @@ def parse(argv=None):
         most = 1 if name in ("drop", "dropout", "strength") else 10 ** 30                 # beyond it AdamW's steps do not fit into fp32
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
-    args.out = args.out or f"runs/{args.stage}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
         raise ValueError(f"--device is {args.device}; allowed are cpu, mps, cuda, cuda:0 and so on")
@@ -191,8 +181,7 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 def join(args):
     """Join torchrun's group when there is one: nccl on CUDA (a GPU for each process), gloo on CPU."""
     if WORLD > 1:
-        cuda = args.device.startswith("cuda")
-        if cuda:
+        if cuda := args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
@@ -245,29 +234,23 @@ def publish_text(folder, name, text):
 
 def lock(out):
     """Keep `out` to this run; the lock goes when the process does, however it ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
     except BlockingIOError:
-        file.seek(0)
-        raise ValueError(f"{out} is being written by another run (process {file.read().strip() or 'unknown'})") from None
-    except OSError as e:
-        raise ValueError(f"cannot write to {out}: {e}") from None
+        raise ValueError(f"{out} is being written by another run") from None
     return file
 
 def digest(*paths):
-    """One hash of files and folders: names, sizes and contents (of a file over 64 MB its first MB); of a hub repository its name."""
+    """One hash of files and folders: names, sizes and the first 64 MB of each; of a hub repository its name."""
     h = hashlib.sha256()
     for path in map(Path, paths):
-        h.update(b"" if path.exists() else str(path).encode())
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors"):
+        for file in sorted(f for f in path.glob("*") if f.suffix in (".json", ".jsonl", ".safetensors")) or [path]:
+            h.update(file.name.encode())
+            if file.is_file():
                 with open(file, "rb") as f:
-                    h.update(f"{file.name} {file.stat().st_size}".encode() + f.read(-1 if file.stat().st_size < 2 ** 26 else 2 ** 20))
+                    h.update(str(file.stat().st_size).encode() + f.read(2 ** 26))
     return h.hexdigest()[:16]
 
 def read_asked(path, what, **fields):
@@ -281,12 +264,11 @@ def read_scenes(path, *needed):
     """Rows of scenes.jsonl whose edits have the fields `needed`; pictures as paths. An edit without a picture of its own has the scene's."""
     rows, folder = graph.read_jsonl(path, image=str, caption=str), Path(path).parent
     for row in rows:
+        edits = row.setdefault("edits", [])
+        if not isinstance(edits, list) or not all(isinstance(e, dict) and all(isinstance({"image": "", **e}.get(name), str) for name in (*needed, "image")) for e in edits):
+            raise ValueError(f'{path}:{row["line"]}: "edits" must be a list of objects with {", ".join(needed)}, all of them strings')
         row["image"] = folder / row["image"]
-        if not isinstance(row.setdefault("edits", []), list):
-            raise ValueError(f"{path}:{row['line']}: \"edits\" must be a list")
-        for edit in row["edits"]:
-            if not isinstance(edit, dict) or not all(isinstance(edit.get(name), str) for name in {*needed, *({"image"} & edit.keys())}):
-                raise ValueError(f"{path}:{row['line']}: an edit must have {', '.join(needed)}, all of them strings; got {json.dumps(edit)[:80]}")
+        for edit in edits:
             edit["image"] = folder / edit["image"] if "image" in edit else row["image"]
     return rows
 
@@ -316,23 +298,20 @@ def gradients(stage, args, step, stop):
     rows = stage.rows(step)
     micro = getattr(args, "micro", len(rows))
     parts = [(i, rows[at:at + micro], 1.0) for i, at in enumerate(range(0, len(rows), micro))]
+    totals = Counter()
     for p in stage.trained.values():
         p.grad = torch.zeros_like(p)
-    totals = Counter()
     for i, part, share in parts[RANK::WORLD] or [(0, parts[0][1], 0.0)]:         # nothing left to do: join with weight zero
         torch.manual_seed(number(args.seed, step, i))                                # dropout
         loss, metrics = stage.loss(part)
         (loss * (share / len(rows))).backward()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] += value.item() * share
-    grads = [p.grad for p in stage.trained.values()]
-    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor([*totals.values(), float(stop)]).to(grads[0])])
-    together(dist.all_reduce, flat)
-    *summed, values = flat.split([g.numel() for g in grads] + [len(totals) + 1])
-    for g, total in zip(grads, summed):
-        g.copy_(total.view_as(g))
-    *means, stopping = values.tolist()
-    return rows, {name: value / len(rows) for name, value in zip(totals, means)}, stopping > 0
+    sums = torch.tensor([*totals.values(), float(stop)], device=args.device)
+    for tensor in [*(p.grad for p in stage.trained.values()), sums]:
+        together(dist.all_reduce, tensor)
+    *sums, stopping = sums.tolist()
+    return rows, {name: value / len(rows) for name, value in zip(totals, sums)}, stopping > 0
 
 def tensors_of(stage, optimizer):
     """What a checkpoint holds: the trained parameters, and AdamW's two moments of each that it moves."""
@@ -883,18 +862,8 @@ class DRO(Pictures):
         lora.save_adapter(self.flux, folder, base_model=self.args.flux)
 
 # ------------------------------------------------------------------------------------------------ evaluation: what do held-out users get?
-METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it stands
-    "SFT": None,
-    "profile in the prompt": None,
-    "DPO-Vanilla": "--user none",
-    "DPO-User, mean user": "--user id",
-    "DPO-User, nearest user": "--user id",
-    "C-DPO, lambda 0": "--lam 0",
-    "C-DPO": "",
-}
-SWEEPS = {"lam": "0 0.15 0.5 1", "k": "1 2 3 5 12", "similarity": "shared signed likes", "neighbour-user": "target neighbour", "neighbours": "exact sampled"}
-CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
 RATES = ("likes", "would like", "hit", "dislikes", "malformed")
+CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
 
 class Judge:
     """Reads sampled instructions with what the files say and nothing else. `train` are instructions with their captions.
@@ -922,23 +891,10 @@ class Judge:
         return {"likes": whole and found <= set(user.likes), "would like": whole and found <= set(user.hidden),
                 "hit": whole and found <= {*user.likes, *user.hidden}, "dislikes": bool(found & set(user.dislikes)), "malformed": not whole}
 
-def mean(values, deviation=False):
-    """As a Markdown cell, without the nans (nothing of the picture was to be kept)."""
-    values = [v for v in values if not math.isnan(v)]
-    spread = f" +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}" if deviation else ""
-    return f"{statistics.fmean(values):.3f}{spread}" if values else "-"
-
-def table(title, columns, rows):
-    return "\n".join(["", "", f"**{title}**", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
-
 class Evaluation:
-    """Every method's instructions for held-out users, judged by their words and, painted, by the pictures."""
+    """A policy's instructions for the captions of held-out users, judged by their words."""
 
     def __init__(self, args):
-        if WORLD > 1:
-            raise ValueError("eval is one process; train the runs it compares under torchrun, then run it alone: it takes those that stand")
-        if unknown := [flag for flag in args.sweep.split(",") if args.sweep and flag not in SWEEPS]:
-            raise ValueError(f"--sweep {unknown[0]}: allowed are {', '.join(SWEEPS)}")
         self.args, self.users, captions = args, graph.read_users(args.users_test), defaultdict(list)
         edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
         train = [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")]
@@ -946,140 +902,48 @@ class Evaluation:
         for p in graph.read_jsonl(args.pairs_test, user=str, caption=str):
             captions[p["user"]].append(p["caption"])
         self.captions = [list(dict.fromkeys(captions[u.name])) for u in self.users]
-        self.model, self.tokenizer = load_policy(args, args.sft)
+        self.model, self.tokenizer = load_policy(args, args.policy)
         self.model.eval()
 
-    def write(self):
-        """The tables, printed and kept in OUT/text.md (of a sweep OUT/lam-k.md) and OUT/pictures.md."""
-        for half, tables in (("text", self.text), ("pictures", self.pictures)):
-            if self.args.half in (half, "both") and (half == "text" or not self.args.sweep):
-                text = tables()
-                publish_text(Path(self.args.out), f"{self.args.sweep.replace(',', '-') or half}.md", text + "\n")
-                print(text)
-
-    def trained(self, flags, seed):
-        """The folder of a cdpo run with these flags and this seed, trained now unless it stands already."""
-        args, short = self.args, ["--steps", str(self.args.short)] if self.args.short else []
-        given = [x for name in ("preset", "users", "pairs", "sft", "graph", "qwen", "dtype", "device") for x in (f"--{name}", str(getattr(args, name)))]
-        name = "-".join([*(f.strip("-") for f in flags.split() or ["default"]), *short[1:], f"seed{seed}"])
-        run = parse(["cdpo", *given, *flags.split(), *short, "--seed", str(seed), "--out", f"{args.out}/{name}"])
-        if not (Path(run.out) / f"step_{run.steps}").exists():
-            fit(CDPO(run), run)
-        return run.out
-
-    def answers(self, method, flags, seed, users, captions):
-        """Sampled instructions for each user's captions -> [(user index, caption, text, ended)]; the users are as much as the method may know."""
-        args, soft, g = self.args, None, torch.Generator(self.args.device).manual_seed(number("answers", seed))
-        folder = args.sft if flags is None else self.trained(flags, seed)
-        lora.load_adapter(self.model, folder)
-        if (file := Path(folder) / "collaborative.safetensors").exists():
-            tokens = cdpo.UserTokens.load(file, args.device)
+    def answers(self, users, captions, policy, seed=0, profile=False, unknown="mean"):
+        """Instructions of the policy in a folder for each user's captions -> [(user index, caption, text, ended)]; the users are as much as it may know.
+        profile: the prompt tells the user in words; unknown: as in cdpo.UserTokens.new."""
+        soft, g = None, torch.Generator(self.args.device).manual_seed(number("answers", seed))
+        lora.load_adapter(self.model, policy)
+        if (file := Path(policy) / "collaborative.safetensors").exists():
+            tokens = cdpo.UserTokens.load(file, self.args.device)
             with torch.no_grad():
-                soft = tokens.soft(tokens.new(users, "nearest" if "nearest" in method else "mean"))                          # (N, S, D)
-        ask, out = [(i, caption) for i, texts in enumerate(captions) for caption in texts], []
-        for part in (ask[at:at + 400] for at in range(0, len(ask), 400)):
-            rows = torch.tensor([i for i, _ in part], device=args.device)
-            prompts = [cdpo.prompt(caption, profile=cdpo.profile(users[i]) if "profile" in method else "") for i, caption in part]
-            texts = cdpo.suggest(self.model, self.tokenizer, prompts, None if soft is None else soft[rows], temperature=1.0, generator=g)
-            out += [(*asked, *answer) for asked, answer in zip(part, texts)]
-        return out
+                soft = tokens.soft(tokens.new(users, unknown))                       # (N, S, D)
+        asked, said = [(i, caption) for i, texts in enumerate(captions) for caption in texts], []
+        prompts = [cdpo.prompt(caption, profile=cdpo.profile(users[i]) if profile else "") for i, caption in asked]
+        for at in range(0, len(asked), 400):
+            rows = torch.tensor([i for i, _ in asked[at:at + 400]], device=self.args.device)
+            said += cdpo.suggest(self.model, self.tokenizer, prompts[at:at + 400], None if soft is None else soft[rows], temperature=1.0, generator=g)
+        return [(*question, *answer) for question, answer in zip(asked, said)]
 
-    # ---- what the instructions ask for
-    @functools.cache
-    def rates(self, method, flags, condition="likes + dislikes"):
-        """[{"likes": rate, ...}], one for each seed."""
-        shown, found = [replace(u, **CONDITIONS[condition]) for u in self.users], []
+    def rates(self, shown, policy, **how):
+        """{"likes": rate, ...} where of each user's history only what `shown`, a value of CONDITIONS, leaves is known."""
         captions = [[c for c in texts for _ in range(self.args.answers)] for texts in self.captions]
-        for seed in range(self.args.seeds):
-            verdicts = [self.judge(self.users[i], *rest) for i, *rest in self.answers(method, flags, seed, shown, captions)]
-            found.append({name: statistics.fmean(v[name] for v in verdicts) for name in RATES})
-        return found
+        answers = self.answers([replace(u, **shown) for u in self.users], captions, policy, **how)
+        verdicts = [self.judge(self.users[i], *rest) for i, *rest in answers]
+        return {name: statistics.fmean(v[name] for v in verdicts) for name in RATES}
 
-    def rates_table(self, title, methods):
-        """Markdown; the last column is the gain over C-DPO without its neighbours' term, of the same seed."""
-        base, rows = self.rates("C-DPO, lambda 0", METHODS["C-DPO, lambda 0"]), []
-        for method, flags in methods.items():
-            runs = self.rates(method, flags)
-            rows.append([method, *(mean((r[name] for r in runs), True) for name in RATES), mean((r["hit"] - b["hit"] for r, b in zip(runs, base)), True)])
-        count = f"{len(self.users)} held-out users, {sum(map(len, self.captions)) * self.args.answers} answers a seed at temperature 1, {self.args.seeds} seeds"
-        return table(f"{title} ({count})", ["method", *RATES, "hit less lambda 0's"], rows)
+    def table(self):
+        found = {name: self.rates(shown, self.args.policy, seed=self.args.seed) for name, shown in CONDITIONS.items()}
+        return table(["what the history shows", *RATES], [[name, *(f"{rate:.3f}" for rate in rates.values())] for name, rates in found.items()])
 
-    def text(self):
-        """Markdown: every method, `--seeds` runs of each, sampled instructions for the captions of the users' pairs; or C-DPO with each value of a flag."""
-        if self.args.sweep:
-            usual = vars(parse(["cdpo", "--preset", self.args.preset]))
-            rows = {flag: {f"{flag} {v}": "" if v == str(usual[flag.replace("-", "_")]) else f"--{flag} {v}" for v in SWEEPS[flag].split()} for flag in self.args.sweep.split(",")}
-            return "".join(self.rates_table(f"C-DPO, --{flag}", methods) for flag, methods in rows.items())
-        rows = [[method, *(mean((r["hit"] for r in self.rates(method, flags, shown)), True) for shown in CONDITIONS)] for method, flags in METHODS.items()]
-        return self.rates_table("What the instruction asks for", METHODS) + table("Liked or would-be-liked, by what the history shows", ["method", *CONDITIONS], rows)
-
-    # ---- do the pictures show it, and keep the rest?
-    def pictures(self):
-        """Markdown: every edit of every scene at strength 1 and at the default, beside the untouched source and the truth; then the methods' own instructions,
-        one picture a held-out user (the first seed's), left out where they name no attribute, several or an unknown one."""
-        args, scenes = self.args, read_truth(self.args.scenes)
-        jobs = [(scene, name, text, None) for scene in scenes for name, (_, text, _) in scene[2].items()]
-        rows = {"the source, untouched": [measures(scene[1], scene, name) for scene, name, *_ in jobs], "the true picture": [measures(s[2][name][2], s, name) for s, name, *_ in jobs]}
-        rows |= {f"strength {strength:g}": self.paint(jobs, strength) for strength in sorted({1.0, args.strength}, reverse=True)}
-        kinds, own = sorted({r["kind"] for r in rows["the true picture"]}), {}
-        for method, flags in METHODS.items():
-            mine = [scenes[i % len(scenes)] for i in range(len(self.users))]
-            said = [(mine[i], self.judge.names.findall(text), text, self.users[i]) for i, _, text, _ in self.answers(method, flags, 0, self.users, [[scene[0]] for scene in mine])]
-            own[method] = self.paint([(scene, names[0], text, user) for scene, names, text, user in said if len(names) == 1 and names[0] in scene[2]], args.strength)
-        by_kind = [[name, *(mean(r["asked visible"] for r in found if r["kind"] == kind) for kind in kinds)] for name, found in rows.items()]
-        return (picture_table("Every edit of every held-out scene", rows, MEASURES[:4]) + table("Asked visible, by edit type", ["", *kinds], by_kind)
-                + picture_table(f"The methods' own instructions, strength {args.strength:g}; the picture shows the attribute whose true picture is nearest of all", own, MEASURES))
-
-    def paint(self, jobs, strength):
-        """The measures of pictures of (scene, attribute, instruction, user), each with the seed of its place in the list."""
-        args, sources = self.args, [scene[1] for scene, *_ in jobs]
-        drawn = controlnet.render(resolve(args.flux, controlnet.FLUX_PARTS), resolve(args.controlnet), [f"{scene[0]}. {text}" for scene, _, text, _ in jobs], range(len(jobs)),
-                                  sources[0].shape[:2], sources, [controlnet.control_picture(s) for s in sources], scale=args.control_scale, steps=args.picture_steps,
-                                  guidance=args.guidance, strength=strength, device=args.device, dtype=DTYPES[args.dtype], batch=32) if jobs else []
-        return [measures(picture, scene, name, user) for picture, (scene, name, _, user) in zip(drawn, jobs)]
-
-def read_truth(path):
-    """scenes.jsonl -> [(caption, source, {attribute: (edit type, instruction, true picture)})] of the scenes that come with true pictures; uint8 (H,W,3)."""
-    rows = [row for row in read_scenes(path, "edit_type", "attribute", "instruction", "image") if row["edits"]]
-    if not rows:
-        raise ValueError(f"{path} holds no scene with true pictures of its edits")
-    return [(r["caption"], read_picture(r["image"]), {e["attribute"]: (e["edit_type"], e["instruction"], read_picture(e["image"])) for e in r["edits"]}) for r in rows]
-
-def edge_overlap(a, b):
-    """Intersection over union of two pictures' Canny edges, where an edge within one pixel counts as met."""
-    a, b = (torch.from_numpy(controlnet.canny(x) > 0)[None] for x in (a, b))
-    met = sum((x & (F.max_pool2d(y.float(), 3, 1, 1) > 0)).sum().item() for x, y in ((a, b), (b, a))) / 2
-    return met / max(a.sum().item() + b.sum().item() - met, 1)
-
-def psnr(a, b, where=...):
-    error = (a[where].astype(np.float64) - b[where]) ** 2
-    return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9)) if error.size else math.nan
-
-MEASURES = ("asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike")
-
-def measures(picture, scene, asked, user=None):
-    """What a picture of `asked` is worth. `asked visible`: its own true picture is the nearest (in squared error) of all attributes of that edit type; overlap of
-    its edges with the source's; PSNR against the true picture, everywhere and where that is the source (8 of 255 apart at most); what it shows is the nearest of all."""
-    _, source, truth = scene
-    kind, _, true = truth[asked]
-    far = {name: np.square(picture.astype(np.float64) - other).mean() for name, (*_, other) in truth.items()}
-    shown, kept = min(far, key=far.get), np.abs(true.astype(int) - source).max(-1) <= 8
-    visible = min((name for name in far if truth[name][0] == kind), key=far.get) == asked
-    taste = (shown in {*user.likes, *user.hidden}, shown in user.dislikes) if user else (math.nan, math.nan)
-    return {"kind": kind, **dict(zip(MEASURES, (visible, edge_overlap(picture, source), psnr(picture, true), psnr(picture, true, kept), *taste)))}
-
-def picture_table(title, rows, names):
-    return table(title, ["", "pictures", *names], [[name, str(len(found)), *(mean(r[n] for r in found) for n in names)] for name, found in rows.items()])
+def table(columns, rows):
+    """A Markdown table."""
+    return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 STAGES = {"graph": Graph, "sft": SFT, "cdpo": CDPO, "patch": Patch, "dro": DRO, "eval": Evaluation}
 
 def main(argv=None):
     args = parse(argv)
-    join(args)
-    stage = STAGES[args.stage](args)
     if args.stage == "eval":
-        return stage.write()
-    fit(stage, args)
+        return print(Evaluation(args).table())
+    join(args)
+    fit(STAGES[args.stage](args), args)
     together(dist.barrier)                                                           # leave together: gloo aborts where one process is gone while another still closes
 
 if __name__ == "__main__":
