@@ -229,7 +229,7 @@ def disk(args, sample):
     rows, small, rng, here = [], sample.folder / "small", random.Random(args.seed), lambda *how: subprocess.run(["mount", *how], capture_output=True).returncode == 0
     small.mkdir()
     mounted = here("-t", "tmpfs", "-o", "size=64m", "tmpfs", small)
-    for stage in ("sft", "cdpo"):
+    for stage in args.stages:
         must(sample.run(stage, sample.folder / "disk" / stage))
         whole, found, out = contents(sample.folder / "disk" / stage), defaultdict(list), (small if mounted else sample.folder / "disk") / "run"
         size = max(map(len, whole.values()))
@@ -269,9 +269,9 @@ def torchrun(n, argv):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def workers(args, sample):
-    rows, flags = [], ["--steps", 12, "--batch", 4]
-    for stage in ("sft", "cdpo"):
-        states, out = {}, sample.folder / "workers" / f"{stage}torn"
+    rows = []
+    for stage in args.stages:
+        states, out, flags = {}, sample.folder / "workers" / f"{stage}torn", ["--steps", 12, *(["--batch", 4] if stage != "graph" else [])]
         for n in (1, 2, 4):
             job = torchrun(n, sample.argv(stage, out.with_name(f"{stage}{n}"), *flags))
             text = job.communicate()[0]
@@ -452,8 +452,8 @@ def inputs(sample):
     """[(class, how, flags of train.py or edit.py, the flag that names the input or "--out" for a run to continue, its source, the file inside or "")], as often as it is to be tried."""
     S, F, draw = SAMPLE, sample.folder, ["--steps", "1", "--size", "32", "--user", "glamour-stylist"]
     one = {name: ["patch" if name == "start" else name, *flags, "--steps", "1", *(["--batch", "1"] if name != "graph" else [])] for name, flags in sample.flags.items()}
-    look, test = [*draw, "--caption", "A red apple"], ["eval", "--half", "text", "--seeds", "1", "--answers", "1", "--short", "1", "--edits", S / "edits.jsonl", "--users", S / "users.jsonl",
-                                                       "--pairs", F / "pairs.jsonl", "--users-test", S / "users_test.jsonl", "--pairs-test", S / "pairs_test.jsonl", "--sft", F / "sft", "--graph", F / "graph"]
+    look, test = [*draw, "--caption", "A red apple"], ["eval", "--answers", "1", "--edits", S / "edits.jsonl", "--users", S / "users.jsonl", "--pairs", F / "pairs.jsonl",
+                                                       "--users-test", S / "users_test.jsonl", "--pairs-test", S / "pairs_test.jsonl", "--policy", F / "sft"]
     rows, models = [], [("qwen", "--qwen", "", one["sft"]), ("qwen", "--qwen", "", draw), ("controlnet", "--controlnet", "", draw), ("vit", "--features", "", one["start"]),
                         *(("flux", "--flux", f"{part}/", draw) for part in ("transformer", "vae", "text_encoder", "text_encoder_2"))]
     for model, flag, part, base in models:
@@ -510,7 +510,7 @@ def case(n, seed, rows, place):
             target.write_bytes(data)
         what, names = f"{source.name}/{inner} {what}", [target.name, str(target.parent)]
         more = [flag, {"--image-prompt": folder / inner, "--scenes": folder / "scenes.jsonl" if inner else folder}.get(flag, folder)]
-    code, text = result(*fork(command(script, *argv, "--out", place / "out.png" if script == "edit.py" else out, *more, before=guarded)), 300)
+    code, text = result(*fork(command(script, *argv, *([] if argv[0] == "eval" else ["--out", place / "out.png" if script == "edit.py" else out]), *more, before=guarded)), 300)
     said = sentence(text)
     if code == "hang" or code < 0:
         verdict = "hang" if code == "hang" else "crash"
@@ -555,7 +555,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="*", help=f"some of {', '.join(PARTS)}; all when not given")
     parser.add_argument("--count", type=int, help="kills a stage (50), or spoiled inputs (2000)")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="of kill")
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES, help="of kill, disk and workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes of fuzz (2)")
     parser.add_argument("--only", type=int, help="one case of fuzz, with all it prints")
