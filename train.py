@@ -49,8 +49,7 @@ import controlnet
 import graph
 import lora
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
-from patch_dpo import (ImageFeatures, ImagePrompt, correspondence, diffusion_dpo_loss, dro_loss, hpatches, patch_dpo_loss, patch_quality, patch_weights, random_views, read_image, record,
-                       s_patch, self_supervised_loss, warp)
+from patch_dpo import ImageFeatures, ImagePrompt, diffusion_dpo_loss, dro_loss, patch_dpo_loss, patch_quality, patch_weights, read_image, record, self_supervised_loss
 from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, reading, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -88,7 +87,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("sft", "cdpo", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
     ("graph", "cdpo", str, "runs/graph", "folder of the graph stage"),
     ("policy", "eval", str, "runs/cdpo", "folder that sft or cdpo wrote"),
-    ("image-prompt", "patch", str, "", "image prompt to begin with; when not given the miniature's, and none for --loss start"),
+    ("image-prompt", "patch", str, "mini/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start begins without"),
     ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
 ], "model": [
     ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
@@ -121,8 +120,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
 ], "pictures": [
     ("loss", "patch", ("patch", "reconstruction", "dpo", "dro", "start"), "patch", "PatchDPO; or equal weights, Diffusion-DPO, Diffusion-DRO; or pretraining of an image prompt"),
     ("power", "patch", int, 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
-    ("feature-steps", "patch", int, 0, "self-supervised patch training of f before it judges (ours)"),
-    ("hpatches", "patch", str, "", "folder of HPatches sequences on which S_patch is measured; held-out scenes and warped edits when not given"),
+    ("feature-steps", "patch", int, 0, "self-supervised patch training of f before it judges (ours; bench/features.py measures what it brings)"),
     ("samples", "patch", int, 2, "generated pictures for each prompt and reference"),
     ("refresh", "patch dro", int, 1, "Diffusion-DRO's M: steps between copies of the policy into the sampler, each with a new buffer"),
     ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
@@ -585,15 +583,13 @@ class Pictures(Stage):
 
     def __init__(self, args, types=(), asked=("{caption}. {instruction}",)):
         self.args, scenes = args, read_scenes(args.scenes, "edit_type", "instruction")
-        if len(scenes) <= args.held_out:
-            raise ValueError(f"{args.scenes} holds {len(scenes)} scenes: --held-out {args.held_out} leaves none to train on")
 
         def items(scenes, asked):
             edits = [(s, e) for s in scenes for e in s["edits"] if not types or e["edit_type"] in types]
             return [{**e, "scene": s["image"], "truth": e["image"], "prompt": words.format(**{**s, **e})} for s, e in edits for words in asked]
         train, held = items(scenes[:-args.held_out], asked), items(scenes[-args.held_out:], asked[-1:])
         if not train or not held:
-            raise ValueError(f"{args.scenes}: no edit{' of the types ' * bool(types)}{', '.join(types)} among the scenes to {'evaluate' if train else 'train'} on")
+            raise ValueError(f"{args.scenes}: --held-out {args.held_out} leaves none of the edits (types: {', '.join(types) or 'all'}) to {'evaluate' if train else 'train'} on")
         self.items, self.count = train + held, len(train)                            # the first `count` are trained on
 
         def distinct(*keys):                                                         # what stands under `keys`, once each, and of each key where it stands, (N,)
@@ -724,19 +720,16 @@ class Patch(Pictures):
 
     def __init__(self, args):
         start = args.loss == "start"
-        file = args.image_prompt or ("" if start else "mini/image_prompt/image_prompt.safetensors")
-        if file and not Path(file).is_file():
-            raise ValueError(f"{file}: no such file; `python train.py patch --loss start --out {Path(file).parent}` trains one")
         super().__init__(args, self.keep + self.change * start, ("{caption}. {instruction}",) * start + ("{instruction}",) * (1 + start))
         maps = self.look(self.features, self.pictures)[1].flatten(1, 2)
         self.maps = torch.cat([maps, torch.zeros_like(maps[:1])])                    # (P+1, S, D); the last is no reference: no features, no values
         self.references = self.beginnings() if start else self.scene[:, None]        # (N, M) into maps
         torch.manual_seed(args.seed)
-        prompt = ImagePrompt.load(file, self.flux, self.maps.shape[-1]) if file else ImagePrompt(self.flux, self.maps.shape[-1])
+        prompt = ImagePrompt(self.flux, self.maps.shape[-1]) if start else ImagePrompt.load(args.image_prompt, self.flux, self.maps.shape[-1])
         self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
         self.policy, self.sampler = (list(self.prompts[who].parameters()) for who in ("policy", "sampler"))
         self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
-        self.groups, self.inputs = [{"params": self.policy}], (*self.inputs, file) if file else self.inputs
+        self.groups, self.inputs = [{"params": self.policy}], self.inputs if start else (*self.inputs, args.image_prompt)
         if args.loss in ("patch", "reconstruction", "dpo"):
             self.read_generated(Path(args.generated or f"{args.out}/generated"))
 
@@ -793,7 +786,7 @@ class Patch(Pictures):
     def train_features(self, folder):
         """The f that judges patches: --features, after --feature-steps of self-supervised patch training (ours), which is kept in `folder`."""
         args, f, g = self.args, copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
-        before, optimizer = self.s_patch(f), torch.optim.AdamW(f.parameters(), 1e-3)
+        optimizer = torch.optim.AdamW(f.parameters(), 1e-3)
         for _ in tqdm(range(args.feature_steps), desc="features"):
             optimizer.zero_grad()
             self_supervised_loss(f, self.pictures[self.truth[torch.randint(self.count, (16,), generator=g)]].to(args.device), g).backward()
@@ -801,19 +794,7 @@ class Patch(Pictures):
         save_file(f.state_dict(), folder / "model.safetensors")
         for name in ("config.json", "preprocessor_config.json"):
             shutil.copy(resolve(args.features) / name, folder)
-        print("S_patch, exact and within one patch: {:.3f} {:.3f} before, {:.3f} {:.3f} after {} steps of patch training".format(*before, *self.s_patch(f), args.feature_steps))
         return f
-
-    def s_patch(self, f):
-        """On pairs with known geometry: HPatches' where --hpatches is given, else held-out scenes and their edits seen from elsewhere."""
-        if self.args.hpatches:
-            a, b, transform = map(torch.stack, list(zip(*hpatches(self.args.hpatches, self.args.size)))[1:])
-        else:
-            a, b = (self.pictures[where[self.count:]] for where in (self.scene, self.truth))
-            view = random_views(len(a), generator("views"))
-            b, transform = warp(b, view), torch.linalg.inv(view)
-        maps = [self.look(f, images)[1] for images in (a, b)]
-        return s_patch(*maps, correspondence(transform, *maps[0].shape[1:3]).to(self.args.device))
 
     def loss(self, rows):
         args, item = self.args, torch.tensor([item for item, *_ in rows])
