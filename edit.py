@@ -8,8 +8,8 @@
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg --caption "A sofa by a window" --users users.jsonl --user ana
 
 The C-DPO policy reads the caption and the person's soft tokens and writes an instruction; FLUX.1 draws "caption. instruction", held in place by
-ControlNet on the picture's edges; with --reference an image prompt (PatchDPO) shows it what things look like. Models are loaded one after the other, each freed before the next. Each person's edit depends on nobody
-else in the list: same seed, same picture. Beside every picture stands a JSON file with all that made it, which the PNG carries too.
+ControlNet on the picture's edges; with --reference an image prompt (PatchDPO) shows it what things look like. Models are loaded in turn, each
+freed before the next. Each person's edit depends on nobody else in the list: same seed, same picture. All that made it stands beside it as JSON, and in the PNG.
 """
 import argparse
 import contextlib
@@ -20,7 +20,7 @@ import re
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # read when torch is loaded; threads that spin while they wait make a busy laptop 50 times slower
@@ -40,10 +40,10 @@ from qwen import Qwen, Tokenizer, read_json, reading, resolve
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which says nothing of strength (1: edges alone hold the picture), thresholds and seed
-    "mini": dict(qwen="mini/qwen", policy="mini/policy", flux="mini/flux", controlnet="mini/controlnet",
-                 image_prompt="mini/image_prompt/image_prompt.safetensors", features="mini/vit", reference_scale=1.5, dtype="fp32", steps=20, guidance=3.5, strength=0.8, control_scale=1.0),
-    "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", controlnet="InstantX/FLUX.1-dev-Controlnet-Union",
-                  image_prompt="runs/patch/image_prompt.safetensors", features="facebook/dinov2-base", reference_scale=0.78, dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
+    "mini": {},                                               # the defaults below
+    "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base",
+                  controlnet="InstantX/FLUX.1-dev-Controlnet-Union", image_prompt="runs/patch/image_prompt.safetensors", reference_scale=0.78,
+                  dtype="bf16", steps=60, guidance=35.0, strength=1.0, control_scale=0.4),
 }
 SAMPLE, SCENE, PERSONAS = "mini/sample", 4, ["imaginative-child", "glamour-stylist", "futuristic-techie"]         # the paper's three named profiles
 FLAGS = {       # group -> (flag, type or choices, default, help)
@@ -61,30 +61,28 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("dislikes", "list", None, "and disliked ones"),
     ],
     "models": [
-        ("preset", tuple(PRESETS), "mini", "values of the flags that are not given: the miniature's, or the paper's real models"),
-        ("qwen", str, None, "language model: folder or hub repository"),
-        ("policy", str, None, "folder that `train.py cdpo` wrote"),
-        ("flux", str, None, "FLUX.1: folder or hub repository"),
-        ("controlnet", str, None, "ControlNet-Union: folder or hub repository"),
-        ("image-prompt", str, None, "for --reference: file that `train.py patch` wrote"),
-        ("features", str, None, "and the DINOv2 or ViT that it was trained with: folder or hub repository"),
+        ("preset", tuple(PRESETS), "mini", "values of the flags that are not given: the miniature's (shown here), or the paper's real models"),
+        ("qwen", str, "mini/qwen", "language model: folder or hub repository"),
+        ("policy", str, "mini/policy", "folder that `train.py cdpo` wrote"),
+        ("flux", str, "mini/flux", "FLUX.1: folder or hub repository"),
+        ("controlnet", str, "mini/controlnet", "ControlNet-Union: folder or hub repository"),
+        ("image-prompt", str, "mini/image_prompt/image_prompt.safetensors", "for --reference: file that `train.py patch` wrote"),
+        ("features", str, "mini/vit", "and the DINOv2 or ViT that it was trained with: folder or hub repository"),
         ("device", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
-        ("dtype", ("fp32", "bf16"), None, "of the models' weights; the autoencoder is always fp32"),
+        ("dtype", ("fp32", "bf16"), "fp32", "of the models' weights; the autoencoder is always fp32"),
         ("offload", bool, False, "for cards of 24 GB: modulation layers and the ControlNet's blocks stay in main memory"),
     ],
-    "words": [
+    "words and picture": [
         ("temperature", float, 0.0, "of sampling the instruction; 0 takes the likeliest words"),
         ("prompt", str, "{caption}. {instruction}", "what FLUX.1 reads (ours: the paper does not say)"),
-    ],
-    "picture": [
         ("size", int, None, "the picture is brought to about size x size pixels, its shape kept (sides: multiples of 16); the autoencoder's own when not given"),
-        ("steps", int, None, "Euler steps"),
-        ("guidance", float, None, "FLUX.1's guidance embedding"),
-        ("strength", float, None, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
-        ("reference-scale", float, None, "weight of each reference beside the text; several add up: give less"),
+        ("steps", int, 20, "Euler steps"),
+        ("guidance", float, 3.5, "FLUX.1's guidance embedding"),
+        ("strength", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
+        ("reference-scale", float, 1.5, "weight of each reference beside the text; several add up: give less"),
         ("control-mode", tuple(MODES), "canny", "what the ControlNet looks at"),
         ("control-image", str, None, "a control picture that is ready, say a depth map"),
-        ("control-scale", float, None, "the ControlNet's weight; at 0 it is not even loaded"),
+        ("control-scale", float, 1.0, "the ControlNet's weight; at 0 it is not even loaded"),
         ("control-start", float, 0.0, "fraction of the steps before which it rests"),
         ("control-end", float, 1.0, "fraction of the steps after which it rests"),
         ("low", float, 100, "Canny's lower threshold"),
@@ -94,27 +92,21 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("seed", int, 0, "of the noise, and of the words if they are sampled"),
     ],
 }
+KINDS = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "files": dict(nargs="+", metavar="FILE"),
+         "list": dict(type=lambda text: [word.strip() for word in text.split(",") if word.strip()], metavar="A,B")}
 
 def parse(argv=None):
-    """The flags as a namespace; ValueError for values that make no sense together."""
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", default="mini")
-    preset = PRESETS.get(early.parse_known_args(argv)[0].preset, {})
-    p = argparse.ArgumentParser(prog="edit.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "files": dict(nargs="+", metavar="FILE"),
-             "list": dict(type=lambda text: [word.strip() for word in text.split(",") if word.strip()], metavar="A,B")}
+    """The flags as a namespace; ValueError for values that make no sense, or none together."""
+    p = argparse.ArgumentParser(prog="edit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for flag, kind, default, text in flags:
-            default = preset.get(flag.replace("-", "_"), default)
+            how = dict(choices=kind) if isinstance(kind, tuple) else KINDS.get(kind, dict(type=kind))
             shown = "" if default in (None, "") or default is False else " (default: %(default)s)"
-            group.add_argument(f"--{flag}", default=default, help=text + shown, **(dict(choices=kind) if isinstance(kind, tuple) else kinds.get(kind, dict(type=kind))))
+            group.add_argument(f"--{flag}", default=default, help=text + shown, **how)
+    p.set_defaults(**PRESETS[p.parse_args(argv).preset])
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check(args)
-    return args
-
-def check(args):
     for flag in ("image", "reference"):
         if getattr(args, flag) and not args.caption:
             raise ValueError(f'--{flag} needs --caption: say in a few words what the picture shows, e.g. --caption "A red mug on a table"')
@@ -122,7 +114,8 @@ def check(args):
         raise ValueError("--user names people, --likes and --dislikes describe a new one: give one or the other")
     if both := set(args.likes or []) & set(args.dislikes or []):
         raise ValueError(f"{sorted(both)[0]!r} is both liked and disliked")
-    bounds = {"strength": (0, 1), "reference_scale": (0, 10), "control_start": (0, 1), "control_end": (args.control_start, 1), "steps": (1, 10_000), "size": (16, 8192), "temperature": (0, 100)}
+    bounds = {"strength": (0, 1), "reference_scale": (0, 10), "control_start": (0, 1), "control_end": (args.control_start, 1), "steps": (1, 10_000),
+              "size": (16, 8192), "temperature": (0, 100)}
     for name, (low, high) in bounds.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
@@ -130,24 +123,9 @@ def check(args):
         raise ValueError(f"--prompt is {args.prompt!r}; it must hold {{instruction}}, and may hold {{caption}}")
     if not args.out.endswith(".png"):
         raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
-
-# ---- pictures in -------------------------------------------------------------------------------------------------------------
-def fit(image, size, multiple):
-    """PIL -> uint8 (H,W,3) of about size x size pixels in area: resized, then cut centrally to sides that are multiples of `multiple`.
-    The shape is kept, up to 4 : 1; of what is longer the middle is taken."""
-    ratio = min(4, max(1 / 4, image.width / image.height)) ** 0.5
-    width, height = (max(1, round(side / multiple)) * multiple for side in (size * ratio, size / ratio))
-    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+    return args
 
 # ---- who asks, and for what --------------------------------------------------------------------------------------------------
-@dataclass
-class Wish:
-    """What one person asks for: soft tokens (1, S, D), or none and in `note` why; then the instruction."""
-    user: User
-    soft: torch.Tensor = None
-    note: str = ""
-    instruction: str = ""
-
 def trained_user(graph, name):
     edges = graph.edges[1:, graph.edges[0] == graph.users.index(name)].T.tolist()
     return User(name, *([graph.attributes[a] for a, sign in edges if sign == wanted] for wanted in (1, -1)))
@@ -162,41 +140,72 @@ def find_users(args, graph):
         raise ValueError(f"nobody is called {unknown[0]!r}, neither in {args.users} nor among those the policy was trained with; nearest: {', '.join(near)}")
     return [people[name] if name in people else trained_user(graph, name) for name in names]
 
-def get_to_know(user, tokens):
-    """The Wish of a user, without instruction: soft tokens as trained, or, of somebody new, from likes and dislikes alone."""
-    graph, words = tokens.graph, [*user.likes, *user.dislikes]
-    unknown = [a for a in words if a not in graph.attributes]
+def soft_tokens(user, tokens):
+    """(soft tokens (1, S, D), note): as trained or, of somebody new, from likes and dislikes alone; None where nobody shares any. The note says what is left out."""
+    graph = tokens.graph
+    likes, dislikes = ([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes))
+    unknown = [a for a in [*user.likes, *user.dislikes] if a not in graph.attributes]
     note = f"nobody else has a word on {', '.join(unknown)}; left out" if unknown else ""
-    if len(unknown) == len(words):
-        return Wish(user, None, f"{note + '; ' if note else ''}no likes or dislikes that anybody shares, so no similar users: this is the generic edit")
-    told = User(user.name, *([a for a in names if a in graph.attributes] for names in (user.likes, user.dislikes)))
+    if not likes and not dislikes:
+        return None, f"{note + '; ' if note else ''}no likes or dislikes that anybody shares, so no similar users: this is the generic edit"
     known = trained_user(graph, user.name) if user.name in graph.users else None
-    if known and {*known.likes} == {*told.likes} and {*known.dislikes} == {*told.dislikes}:
-        return Wish(user, tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note)
-    return Wish(user, tokens.soft(tokens.new([told])), note)
+    if known and {*known.likes} == {*likes} and {*known.dislikes} == {*dislikes}:
+        return tokens.soft(tokens.embeddings()[graph.users.index(user.name)][None]), note
+    return tokens.soft(tokens.new([User(user.name, likes, dislikes)])), note
 
-@torch.no_grad()
 def write_instructions(args, dtype, stage):
-    """The people asked for, each with an instruction of the policy -> list[Wish]. One person at a time, so that no answer depends on who else asks."""
+    """[(user, note, the policy's instruction)] for the people asked for. One person at a time, so that no answer depends on who else asks."""
     if args.reference and args.user is None and args.likes is None and args.dislikes is None:
-        return [Wish(User("nobody", [], []), note="no policy is asked", instruction=args.instruction)]
+        return [(User("nobody", [], []), "no policy is asked", args.instruction)]
     with stage("policy"):
-        folder = resolve(args.policy, ["*.json", "*.safetensors"])
+        folder, wishes = resolve(args.policy, ["*.json", "*.safetensors"]), []
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
-        wishes = [get_to_know(user, tokens) for user in find_users(args, tokens.graph)]
+        people = find_users(args, tokens.graph)
         model, tokenizer = Qwen.load(args.qwen, args.device, dtype), Tokenizer.load(args.qwen)
         lora.load_adapter(model, folder)
-        for wish in wishes:
-            generator = torch.Generator(args.device).manual_seed(args.seed)
-            message = cdpo.prompt(args.caption, args.instruction)
-            (wish.instruction, _), = cdpo.suggest(model, tokenizer, [message], wish.soft, temperature=args.temperature, generator=generator)
+        for user in people:
+            soft, note = soft_tokens(user, tokens)
+            generator, message = torch.Generator(args.device).manual_seed(args.seed), cdpo.prompt(args.caption, args.instruction)
+            (instruction, _), = cdpo.suggest(model, tokenizer, [message], soft, temperature=args.temperature, generator=generator)
+            wishes.append((user, note, instruction))
     return wishes
 
-# ---- pictures out ------------------------------------------------------------------------------------------------------------
+# ---- pictures in and out -----------------------------------------------------------------------------------------------------
+def fit(image, size, multiple):
+    """PIL -> uint8 (H,W,3), about size x size pixels in area, sides multiples of `multiple`: resized, its shape kept up to 4 : 1, and cut to the middle."""
+    ratio = min(4, max(1 / 4, image.width / image.height)) ** 0.5
+    width, height = (max(1, round(side / multiple)) * multiple for side in (size * ratio, size / ratio))
+    return np.array(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
+
+def source_pictures(args, flux):
+    """(source, control, (H, W)): uint8 (H,W,3) each, or None where there is none; fills in the sample's image and caption, and the size."""
+    if not args.image and not args.caption:
+        scene = read_jsonl(f"{SAMPLE}/scenes.jsonl", image=str, caption=str)[SCENE]
+        args.image, args.caption = f"{SAMPLE}/{scene['image']}", scene["caption"]
+    with reading(file := flux / "vae" / "config.json"):
+        vae = read_json(file)
+        args.size, multiple = args.size or int(vae["sample_size"]), 2 ** len(vae["block_out_channels"])     # FLUX.1: 16
+    if not args.image:                                    # a new picture, from noise alone
+        args.strength = 1.0
+        return None, None, (max(multiple, args.size // multiple * multiple),) * 2
+    source = fit(read_image(args.image), args.size, multiple)
+    if args.control_image:
+        return source, np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1])), source.shape[:2]
+    return source, control_picture(source, args.control_mode, args.low, args.high), source.shape[:2]
+
+def image_prompt(args, stage):
+    """What `render` calls with its Flux and the pixels' positions, so that Flux attends to the --reference pictures; None without any."""
+    if not args.reference:
+        return None
+    with stage("references"):
+        features = ImageFeatures.load(args.features, args.device)
+        pictures = [to_tensor(ImageOps.fit(read_image(file), (features.side,) * 2)) for file in args.reference]
+        maps = features.tokens(torch.stack(pictures).to(args.device))[None, :, 1:]      # (1, M, S, D)
+    return lambda flux, ids: ImagePrompt.load(args.image_prompt, flux, maps.shape[-1], args.reference_scale).to(args.device).look(flux, maps, ids)
+
 def save(file, picture, record):
     """The PIL picture as PNG, and `record` twice: in the PNG's text and in a JSON file beside it."""
-    text = json.dumps(record, indent=1)
-    info = PngInfo()
+    text, info = json.dumps(record, indent=1), PngInfo()
     info.add_text("edit", text)
     picture.save(file, pnginfo=info)
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
@@ -225,77 +234,45 @@ def grid(cells, columns=4):
             pen.text((x, y + height + 8 + 20 * n), line, color, font)
     return sheet
 
-def meter(device):
-    """stage(name): a context that prints how long a part took and the most memory it held (on the CPU: the process, so far), and frees what it left."""
-    @contextlib.contextmanager
-    def stage(name):
-        start, cuda = time.perf_counter(), device.startswith("cuda")
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        yield
-        if cuda:
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()
-        peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        print(f"  {name:<20}{time.perf_counter() - start:7.1f} s   peak {peak / 1e9:6.2f} GB")
-    return stage
-
 # ---- all of it ---------------------------------------------------------------------------------------------------------------
-def source_pictures(args, flux):
-    """(source, control, (H, W)): uint8 (H,W,3) each, or None where there is none; fills in the sample's image and caption, and the size."""
-    if not args.image and not args.caption:
-        scene = read_jsonl(f"{SAMPLE}/scenes.jsonl", image=str, caption=str)[SCENE]
-        args.image, args.caption = f"{SAMPLE}/{scene['image']}", scene["caption"]
-    vae = read_json(file := flux / "vae" / "config.json")
-    with reading(file):
-        args.size, multiple = args.size or int(vae["sample_size"]), 2 ** len(vae["block_out_channels"])     # FLUX.1: 16
-    if not args.image:                                    # a new picture, from noise alone
-        args.strength = 1.0
-        return None, None, (max(multiple, args.size // multiple * multiple),) * 2
-    source = fit(read_image(args.image), args.size, multiple)
-    ready = args.control_image and np.array(ImageOps.fit(read_image(args.control_image), source.shape[1::-1]))
-    return source, control_picture(source, args.control_mode, args.low, args.high) if ready is None else ready, source.shape[:2]
+@contextlib.contextmanager
+def meter(device, name):
+    """Prints how long a part took and the most memory it held (on the CPU: the process, so far), and frees what it left."""
+    start, cuda = time.perf_counter(), device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    peak = torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"  {name:<20}{time.perf_counter() - start:7.1f} s   peak {peak / 1e9:6.2f} GB")
 
 @torch.no_grad()
-def image_prompt(args, stage):
-    """What `render` calls with its Flux and the pixels' positions, so that Flux attends to the --reference pictures; None without any."""
-    if not args.reference:
-        return None
-    with stage("references"):
-        features = ImageFeatures.load(args.features, args.device)
-        pictures = [to_tensor(ImageOps.fit(read_image(file), (features.side,) * 2)) for file in args.reference]
-        maps = features.tokens(torch.stack(pictures).to(args.device))[None, :, 1:]      # (1, M, S, D)
-
-    def look(flux, ids):
-        ImagePrompt.load(args.image_prompt, flux, maps.shape[-1], args.reference_scale).to(args.device).look(flux, maps, ids)
-    return look
-
 def main(argv=None):
     args = parse(argv)
-    out, dtype, stage = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], meter(args.device)
+    out, dtype, stage, edits = Path(args.out), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], partial(meter, args.device), []
     out.parent.mkdir(parents=True, exist_ok=True)
     flux = resolve(args.flux, FLUX_PARTS)
     source, control, shape = source_pictures(args, flux)
     print(f"{args.image or 'a new picture'}: {args.caption}")
-    wishes = write_instructions(args, dtype, stage)
-    prompts = [args.prompt.replace("{caption}", args.caption).replace("{instruction}", wish.instruction) if wish.instruction else args.caption for wish in wishes]
-    for wish in wishes:
-        print(f"{wish.user.name}: {wish.instruction}" + (f"   ({wish.note})" if wish.note else ""))
+    for user, note, instruction in write_instructions(args, dtype, stage):
+        prompt = args.prompt.replace("{caption}", args.caption).replace("{instruction}", instruction) if instruction else args.caption
+        edits.append({"user": user.name, "likes": user.likes, "dislikes": user.dislikes, "note": note, "instruction": instruction, "prompt": prompt,
+                      "settings": vars(args)})
+        print(f"{user.name}: {instruction}" + (f"   ({note})" if note else ""))
     net = resolve(args.controlnet, ["config.json", "*.safetensors"]) if control is not None and args.control_scale else None
-    sources, controls = ([picture] * len(prompts) if picture is not None else None for picture in (source, control))
-    pictures = render(flux, net, prompts, [args.seed] * len(prompts), shape, sources, controls, args.control_mode, args.control_scale, args.control_start, args.control_end,
-                      args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype, args.offload, look=image_prompt(args, stage), stage=stage,
-                      progress=lambda steps: tqdm(steps, disable=None, leave=False))
-    pictures = [Image.fromarray(picture) for picture in pictures]
-    records = [{"user": w.user.name, "likes": w.user.likes, "dislikes": w.user.dislikes, "note": w.note, "instruction": w.instruction, "prompt": prompt, "settings": vars(args)}
-               for w, prompt in zip(wishes, prompts)]
-    files = [out.with_stem(f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", w.user.name)) for w in wishes] if len(wishes) > 1 else [out]
-    for file, picture, record in zip(files, pictures, records):
-        save(file, picture, record)
-    if len(wishes) > 1:
-        cells = [(Image.fromarray(source), "source", args.caption, "")] if source is not None else []
-        cells += [(picture, w.user.name, w.instruction, f"likes {', '.join(w.user.likes) or 'nothing in particular'}") for w, picture in zip(wishes, pictures)]
-        save(out, grid(cells), {"edits": records})
+    sources, controls = ([picture] * len(edits) if picture is not None else None for picture in (source, control))
+    pictures = render(flux, net, [edit["prompt"] for edit in edits], [args.seed] * len(edits), shape, sources, controls, args.control_mode, args.control_scale,
+                      args.control_start, args.control_end, args.steps, args.guidance, args.strength, args.true_cfg, args.negative, args.device, dtype,
+                      args.offload, look=image_prompt(args, stage), stage=stage, progress=partial(tqdm, disable=None, leave=False))
+    files = [out.with_stem(f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", edit["user"])) for edit in edits] if len(edits) > 1 else [out]
+    cells = [] if source is None else [(Image.fromarray(source), "source", args.caption, "")]
+    for file, picture, edit in zip(files, map(Image.fromarray, pictures), edits):
+        save(file, picture, edit)
+        cells.append((picture, edit["user"], edit["instruction"], f"likes {', '.join(edit['likes']) or 'nothing in particular'}"))
+    if len(edits) > 1:
+        save(out, grid(cells), {"edits": edits})
     print("wrote", ", ".join(map(str, dict.fromkeys([out, *files]))))
 
 if __name__ == "__main__":

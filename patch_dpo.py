@@ -15,7 +15,7 @@ Losses are pure functions, one number a sample. H, W count patches, h, w latent 
 """
 import argparse
 import math
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from qwen import Unfilled, load_checkpoint, read_json, reading, resolve
 # ---- patch quality and the losses --------------------------------------------------------------------------------------------
 def patch_quality(f_x, f_ref):
     """Cosine of every patch of x to the reference patch most like it: (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1].  Eq. 3.
-
     Several references: stack their maps along H'. The quality of the reference, p(x_ref), is the same with the arguments exchanged."""
     x, ref = units(f_x, f_ref)
     return (x @ ref.mT).amax(2).view(f_x.shape[:3])                                     # (3)
@@ -43,7 +42,6 @@ def units(*maps):
 
 def patch_weights(quality, size, how="minmax"):
     """p~ of the loss: quality (B, H, W) brought into [0, 1], then to the latent grid `size` = (h, w) -> (B, h, w).
-
     The paper does not define p~. "minmax" (ours): the worst patch of a picture gets 0 and the best 1; "clip" (ours): keeps the absolute level.
     A picture whose patches are all alike has no best and is clipped."""
     stretch = choose("how", how, {"minmax": True, "clip": False})
@@ -54,44 +52,36 @@ def patch_weights(quality, size, how="minmax"):
 
 def patch_dpo_loss(error_gen, error_ref, weight_gen, weight_ref, power=2):
     """Errors (prediction - target) of the generated and the reference picture (B, C, h, w), weights p~ (B, h, w) -> (B,).
-
     power 2 is the paper's formula (the weight is inside the square), 1 the authors' code, whose batch mean is half of this sum."""
     gen = (weight_gen[:, None] ** power * error_gen ** 2).mean((1, 2, 3))               # good patches: learn what was generated
     ref = ((1 - weight_ref[:, None]) ** power * error_ref ** 2).mean((1, 2, 3))         # what went missing: learn the reference
     return gen + ref                                                                    # (S1)
 
 def diffusion_dpo_loss(win, lose, ref_win, ref_lose, beta):
-    """Mean squared errors (B,) of the trained and of the frozen model, same noise and t within a pair -> (B,).  Diffusion-DPO, authors' code; Flow-GRPO's beta is 100."""
+    """Mean squared errors (B,) of the trained and of the frozen model, same noise and t within a pair -> (B,).  Authors' code; Flow-GRPO's beta is 100."""
     return -F.logsigmoid(-0.5 * beta * ((win - ref_win) - (lose - ref_lose)))
 
 def dro_loss(expert, ref_expert, policy, ref_policy, margin=1e-3):
-    """Mean squared errors (B,): on an expert's picture against its velocity, on the policy's own trajectory against the policy's own velocity -> (B,).  Diffusion-DRO, authors' code."""
+    """Mean squared errors (B,), on an expert's picture against its velocity, and on the policy's trajectory against the policy's -> (B,).  Authors' code."""
     return ((expert - ref_expert) - (policy - ref_policy) + margin).clamp_min(0)
 
 # ---- f: features of patches --------------------------------------------------------------------------------------------------
-class LayerScale(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.lambda1 = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return self.lambda1 * x
-
 class ViTLayer(nn.Module):
     """One pre-norm transformer layer, with DINOv2's names; a ViT has no layer scale."""
-    def __init__(self, width, heads, hidden, eps, bias, scaled):
+    def __init__(self, config, scaled):
         super().__init__()
-        self.heads = heads
+        width, eps, self.heads = config["hidden_size"], config["layer_norm_eps"], config["num_attention_heads"]
+        hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.attention = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(width, width, bias=bias) for name in ("query", "key", "value")}),
+        self.attention = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(width, width, config["qkv_bias"]) for name in ("query", "key", "value")}),
                                         "output": nn.ModuleDict({"dense": nn.Linear(width, width)})})
         self.mlp = chain(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
-        self.layer_scale1, self.layer_scale2 = (LayerScale(width) if scaled else nn.Identity() for _ in range(2))
+        self.layer_scale1, self.layer_scale2 = (nn.ParameterDict({"lambda1": torch.ones(width)} if scaled else {}) for _ in range(2))
 
     def forward(self, x):                                                               # (B, 1+S, D)
-        attn = self.attention.attention
-        x = x + self.layer_scale1(self_attention(self.norm1(x), self.heads, attn.query, attn.key, attn.value, self.attention.output.dense))
-        return x + self.layer_scale2(self.mlp(self.norm2(x)))
+        scale1, scale2 = (layer.get("lambda1", 1) for layer in (self.layer_scale1, self.layer_scale2))
+        x = x + scale1 * self_attention(self.norm1(x), self.heads, *self.attention.attention.values(), self.attention.output.dense)
+        return x + scale2 * self.mlp(self.norm2(x))
 
 class ImageFeatures(nn.Module):
     """DINOv2 or ViT; features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map. Built from config.json's values
@@ -102,25 +92,20 @@ class ImageFeatures(nn.Module):
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
         choose("use_swiglu_ffn", config.get("use_swiglu_ffn", False), {False: "MLP"})
         width, self.patch, self.side = config["hidden_size"], config["patch_size"], config["image_size"]
-        hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
-        layer = width, config["num_attention_heads"], hidden, config["layer_norm_eps"], config["qkv_bias"], scaled
-        self.mean, self.std = image_mean, image_std
-        self.embeddings = nn.Module()
-        self.embeddings.cls_token, self.embeddings.position_embeddings = (nn.Parameter(nn.init.normal_(torch.empty(1, n, width), std=0.02))
-                                                                          for n in (1, 1 + (self.side // self.patch) ** 2))
+        self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device="cpu").view(3, 1, 1) for value in (image_mean, image_std))
+        sizes = {"cls_token": 1, "position_embeddings": 1 + (self.side // self.patch) ** 2}
+        self.embeddings = nn.ParameterDict({name: nn.init.normal_(torch.empty(1, n, width), std=0.02) for name, n in sizes.items()})
         self.embeddings.patch_embeddings = chain(projection=nn.Conv2d(3, width, self.patch, self.patch))
-        self.encoder = chain(layer=nn.Sequential(*(ViTLayer(*layer) for _ in range(config["num_hidden_layers"]))))
+        self.encoder = chain(layer=nn.Sequential(*(ViTLayer(config, scaled) for _ in range(config["num_hidden_layers"]))))
         self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224, mini/vit). ValueError for other model types (dinov2_with_registers), or when a tensor does not fit."""
+        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224). ValueError for other model types, or when a tensor does not fit."""
         path = resolve(path, ["*.json", "model.safetensors"])
         config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
         with reading(path), torch.device("meta"), Unfilled():
-            model = cls(config, *([float(x) for x in pixels[name]] for name in ("image_mean", "image_std")))
-            if not len(model.mean) == len(model.std) == 3:
-                raise ValueError(f"preprocessor_config.json has the means {model.mean} and deviations {model.std}, three of each were expected")
+            model = cls(config, pixels["image_mean"], pixels["image_std"])
         load_checkpoint(model, path / "model.safetensors", cls.rename)
         return model.to(device, torch.float32).eval()
 
@@ -134,53 +119,42 @@ class ImageFeatures(nn.Module):
             name = name.replace(".intermediate.dense", ".mlp.fc1").replace(".output.dense", ".mlp.fc2")
         return name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
 
-    def positions(self, rows, columns):
-        """Position embeddings of a rows x columns grid -> (1, 1+S, D): bicubic from the trained grid, which is returned as it is when the sizes agree."""
-        trained, side = self.embeddings.position_embeddings, self.side // self.patch
-        if (rows, columns) == (side, side):
-            return trained
-        grid = trained[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)    # (1, D, side, side)
-        grid = F.interpolate(grid, (rows, columns), mode="bicubic").to(trained.dtype)
-        return torch.cat([trained[:, :1], grid.flatten(2).mT], dim=1)
-
     def tokens(self, image):
-        """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by row. Sizes that the patch does not divide are resized to the nearest that it does."""
-        fitted = [max(1, round(n / self.patch)) * self.patch for n in image.shape[2:]]
-        image = image if fitted == list(image.shape[2:]) else F.interpolate(image, fitted, mode="bicubic", antialias=True)
-        mean, std = (image.new_tensor(value)[:, None, None] for value in (self.mean, self.std))
-        x = self.embeddings.patch_embeddings(((image + 1) / 2 - mean) / std)  # (B, D, H, W)
-        tokens = torch.cat([self.embeddings.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], dim=1)
-        return self.layernorm(self.encoder(tokens + self.positions(*x.shape[2:])))
+        """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by row. Sizes that the patch does not divide are resized
+        to the nearest that it does; positions are interpolated from the trained grid. Where nothing is to be resized, interpolation changes no bit."""
+        size, side = [max(1, round(n / self.patch)) for n in image.shape[2:]], self.side // self.patch
+        image = F.interpolate(image, [n * self.patch for n in size], mode="bicubic", antialias=True)
+        x = self.embeddings.patch_embeddings(((image + 1) / 2 - self.mean.to(image)) / self.std.to(image))   # (B, D, H, W)
+        first, places = self.embeddings.position_embeddings.split([1, side * side], dim=1)
+        places = F.interpolate(places.mT.unflatten(2, (side, side)), size, mode="bicubic")                   # (1, D, H, W)
+        first = (self.embeddings.cls_token + first).expand(len(x), -1, -1)
+        return self.layernorm(self.encoder(torch.cat([first, (x + places).flatten(2).mT], dim=1)))
 
     def forward(self, image):
         return self.tokens(image)[:, 1:].unflatten(1, (max(1, round(image.shape[2] / self.patch)), -1))      # (B, H, W, D)
 
 # ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
 def random_views(B, generator=None):
-    """Rotated by up to 20 degrees, scaled 0.6 to 1, shifted, mirrored half the time: maps (B, 3, 3) from a view's coordinates ([-1, 1], x then y) to the picture's."""
+    """Rotated by up to 20 degrees, scaled 0.6 to 1, shifted, half of them mirrored: maps (B, 3, 3) from a view's coordinates, x, y in [-1, 1], to the picture's."""
     angle, scale, flip, *shift = torch.rand(5, B, generator=generator)
     angle, scale = (2 * angle - 1) * math.radians(20), 0.6 + 0.4 * scale
     x, y = ((2 * s - 1) * (1 - scale) for s in shift)
     mirror, zero, cos, sin = torch.where(flip < 0.5, -1.0, 1.0), torch.zeros(B), scale * angle.cos(), scale * angle.sin()
     return torch.stack([mirror * cos, -sin, x, mirror * sin, cos, y, zero, zero, zero + 1], dim=1).view(B, 3, 3)
 
-def warp(image, view):
-    """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
-    return F.grid_sample(image, project(centres(*image.shape[2:], image.device), view), padding_mode="reflection", align_corners=False)
-
-def centres(H, W, device=None):
-    """Centres of H x W cells in [-1, 1]: (H, W, 2), x then y."""
-    y, x = ((2 * torch.arange(n, device=device) + 1) / n - 1 for n in (H, W))
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-
-def project(points, transform):
-    """Points (H, W, 2) under homographies (B, 3, 3) -> (B, H, W, 2)."""
-    points = F.pad(points, (0, 1), value=1.0) @ transform[:, None].mT                   # (B, H, W, 3)
+def centres(H, W, transform=torch.eye(3)):
+    """Centres of H x W cells in [-1, 1], x then y -> (H, W, 2); where homographies (B, 3, 3) take them -> (B, H, W, 2)."""
+    y, x = ((2 * torch.arange(n, device=transform.device) + 1) / n - 1 for n in (H, W))
+    points = F.pad(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1), (0, 1), value=1.0) @ transform[..., None, :, :].mT      # (B, H, W, 3)
     return points[..., :2] / points[..., 2:].clamp_min(1e-6)
 
+def warp(image, view):
+    """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
+    return F.grid_sample(image, centres(*image.shape[2:], view), padding_mode="reflection", align_corners=False)
+
 def correspondence(transform, H, W):
-    """For each of picture a's H x W patches, which patch of picture b shows the same place: `transform` (B, 3, 3) maps a's coordinates to b's -> (B, H*W), -1 outside b."""
-    x, y = project(centres(H, W, transform.device), transform).unbind(-1)               # (B, H, W)
+    """For each of a's H x W patches, which patch of picture b shows the same place: `transform` (B, 3, 3) maps a's coordinates to b's -> (B, H*W), -1 outside b."""
+    x, y = centres(H, W, transform).unbind(-1)                                          # (B, H, W)
     column, row = ((x + 1) / 2 * W).floor().long(), ((y + 1) / 2 * H).floor().long()
     inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
     return torch.where(inside, row * W + column, -1).flatten(1)
@@ -190,17 +164,15 @@ def jitter(image, generator=None):
     gain, tint, shift = (torch.rand(len(image), n, 1, 1, generator=generator).to(image.device) - 0.5 for n in (1, 3, 1))
     return (image * (1 + 0.6 * gain + 0.2 * tint) + 0.4 * shift).clamp(-1, 1)
 
-def patch_nce(f_a, f_b, target, tau=0.07):
-    """InfoNCE: patch i of a (B, H, W, D) must find patch target[i] (B, H*W; -1: nowhere) of b among all patches of all pictures in the batch -> scalar.  Ours."""
-    a, b = units(f_a, f_b)
-    first = torch.arange(len(b), device=b.device)[:, None] * b.shape[1]                 # each picture's first row in the flat list
-    return F.cross_entropy(a.flatten(0, 1) @ b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
-
-def self_supervised_loss(features, image, generator=None):
-    """Two views of each picture with known geometry and other colours: corresponding patches shall have like features. image (B, 3, H, W) -> scalar.  Ours."""
+def self_supervised_loss(features, image, generator=None, tau=0.07):
+    """Two views of each picture (B, 3, H, W) with known geometry and other colours; InfoNCE: each patch of the first must find the same place in the second
+    among all patches of all pictures' -> scalar.  Ours."""
     a, b = (random_views(len(image), generator).to(image.device) for _ in range(2))
     f_a, f_b = (features(jitter(warp(image, view), generator)) for view in (a, b))
-    return patch_nce(f_a, f_b, correspondence(torch.linalg.inv(b) @ a, *f_a.shape[1:3]))
+    target = correspondence(torch.linalg.inv(b) @ a, *f_a.shape[1:3])                   # (B, S)
+    f_a, f_b = units(f_a, f_b)                                                          # (B, S, D)
+    first = torch.arange(len(f_b), device=f_b.device)[:, None] * f_b.shape[1]           # each picture's first row in the flat list
+    return F.cross_entropy(f_a.flatten(0, 1) @ f_b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
 
 def s_patch(f_a, f_b, target):
     """Of a's patches with a target, the share whose most similar patch in b is it, and is it or next to it -> two floats. f (B, H, W, D), target (B, H*W) from
@@ -211,23 +183,9 @@ def s_patch(f_a, f_b, target):
     near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
     return (found == right).float().mean().item(), near.float().mean().item()
 
-def hpatches(folder, size):
-    """HPatches sequences in `folder` (i_*/ and v_*/ with 1.ppm ... 6.ppm, H_1_2 ... H_1_6) -> yields (group, image a, image b (3, size, size), transform (3, 3) from a to b)."""
-    groups = [g for g in sorted(Path(folder).iterdir()) if (g / "H_1_2").is_file()]
-    if not groups:
-        raise ValueError(f"{folder} holds no HPatches sequence (folders with 1.ppm and H_1_2)")
-    for group in groups:
-        images = [Image.open(group / f"{k}.ppm").convert("RGB") for k in range(1, 7)]
-        pixels = [np.array([[w / 2, 0, w / 2 - 0.5], [0, h / 2, h / 2 - 0.5], [0, 0, 1]]) for w, h in (image.size for image in images)]   # from [-1, 1]
-        small = [to_tensor(image.resize((size, size), Image.BICUBIC)) for image in images]
-        for k in range(1, 6):
-            transform = np.linalg.inv(pixels[k]) @ np.loadtxt(group / f"H_1_{k + 1}") @ pixels[0]
-            yield group.name, small[0], small[k], torch.tensor(transform, dtype=torch.float32)
-
 # ---- the image prompt --------------------------------------------------------------------------------------------------------
 class ImagePrompt(nn.Module):
-    """Decoupled cross-attention of Flux's picture tokens to reference pictures: own keys and values in every block, queries shared with the text's attention.  Eq. S5-S7.
-
+    """Decoupled cross-attention of Flux's picture tokens to reference pictures: own keys and values in every block, the text's queries.  Eq. S5-S7.
     `width`: of the reference features. The values start at zero, so an untrained prompt changes nothing. There is no projection network between features and
     keys: the authors freeze theirs, and from scratch the keys and values are that projection."""
     def __init__(self, flux, width, scale=1.0):
@@ -240,14 +198,13 @@ class ImagePrompt(nn.Module):
 
     def look(self, flux, references, ids=None):
         """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, S, D), square maps of M pictures each; None: to the text alone.
-
-        Ours: queries and keys are rotated as in Flux's own attention, each reference stretched over the picture. Without places the prompt learned a third as fast."""
+        Ours: queries and keys are rotated as in Flux's own attention, each reference stretched over the picture. Without that the prompt learned a third as fast."""
         for block in flux.blocks():
             block.attn.image_prompt = None
         if references is not None:
-            side, (h, w) = math.isqrt(references.shape[2]), (ids[:, 1:].amax(0) + 1).tolist()
-            y, x = ((torch.arange(side, device=ids.device) + 0.5) / side * n - 0.5 for n in (h, w))
-            places = F.pad(torch.cartesian_prod(y, x), (1, 0))                          # (S, 3)
+            side, size = math.isqrt(references.shape[2]), ids[:, 1:].amax(0) + 1
+            middles = (centres(side, side).to(ids).flip(-1).flatten(0, 1) + 1) / 2      # (S, 2), y then x, in [0, 1]
+            places = F.pad(middles * size - 0.5, (1, 0))                                # (S, 3)
             turn, turn_ref = (rope_table(at, flux.axes) for at in (ids, places))
             for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
                 k, v = (proj(references).unflatten(-1, (self.heads, -1)) for proj in (to_k, to_v))   # (B, M, S, H, d)
@@ -271,14 +228,8 @@ class ImagePrompt(nn.Module):
         return prompt
 
 # ---- Diffusion-DRO: the policy's own trajectories ----------------------------------------------------------------------------
-@dataclass
-class Trajectories:
+class Trajectories(namedtuple("Trajectories", "x v t item")):
     """Points that the policy visited: x (N, steps, L, C), its velocity there v (same), t (N, steps), and which sample each row is of, item (N,)."""
-    x: torch.Tensor
-    v: torch.Tensor
-    t: torch.Tensor
-    item: torch.Tensor
-
     def draw(self, n, generator=None):
         """n random trajectories, one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
         row = torch.randperm(len(self.t), generator=generator)[:n]
@@ -287,7 +238,7 @@ class Trajectories:
 
 @torch.no_grad()
 def record(velocity, noise, item, steps=20, generator=None):
-    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in `steps` equal steps from a start that is random for each sample, so that every t is visited (authors' code)."""
+    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in equal steps from a random start: every t is visited (authors' code)."""
     start = torch.rand(len(noise), 1, generator=generator).to(noise.device)
     t, xs, vs = (torch.arange(steps, 0, -1, device=noise.device) - start) / steps, [noise], []      # (N, steps), the last one in (0, 1/steps]
     for now in t.unbind(1):
@@ -324,12 +275,13 @@ def heat_map(features, reference, generated):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Which patches of a generated picture are unlike anything in its reference?")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", default=[f"mini/sample/scenes/00_apple{name}.png" for name in ("", "_stripes")], help="REFERENCE GENERATED")
+    parser.add_argument("reference", nargs="?", default="mini/sample/scenes/00_apple.png", help="picture of what was asked for (default: %(default)s)")
+    parser.add_argument("generated", nargs="?", default="mini/sample/scenes/00_apple_stripes.png", help="picture to judge (default: %(default)s)")
     parser.add_argument("--features", default="mini/vit", help="folder or hub name of a DINOv2 or ViT")
     parser.add_argument("--out", type=Path, default=Path("out/heat.png"), help="picture to write: reference, generated, quality")
     args = parser.parse_args()
     try:
-        picture, quality = heat_map(ImageFeatures.load(args.features), *map(read_image, args.pictures))
+        picture, quality = heat_map(ImageFeatures.load(args.features), read_image(args.reference), read_image(args.generated))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)

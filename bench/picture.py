@@ -191,7 +191,7 @@ def run_edit(args, *flags):
         spent[name] = time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
         if cuda:
             torch.cuda.empty_cache()
-    edit.meter = lambda device: stage
+    edit.meter = lambda device, name: stage(name)
     with tempfile.TemporaryDirectory() as at, contextlib.redirect_stdout(io.StringIO()):
         given = pretend(args, Path(at)) if args.random else ["--user", edit.PERSONAS[0]]
         edit.main([*given, "--device", args.device, "--out", f"{at}/edit.png", *flags])
