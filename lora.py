@@ -19,17 +19,15 @@ ADAPTERS = ("policy", "reference")
 
 class LoRALinear(Linear):
     """The linear layer `base`, its parameters and their names kept, and a pair of low-rank matrices for each adapter."""
-
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
-        self.weight, self.bias, self.training = base.weight, base.bias, base.training           # (out, in), (out,)
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training            # (out, in), (out,)
         self.alpha, self.scale, self.dropout, self.adapter = alpha, alpha / rank, dropout, "policy"
         new = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.ParameterDict({name: torch.empty(rank, base.in_features, **new) for name in ADAPTERS})
+        self.lora_A = nn.ParameterDict({name: nn.init.kaiming_uniform_(torch.empty(rank, base.in_features, **new), a=math.sqrt(5)) for name in ADAPTERS})
         self.lora_B = nn.ParameterDict({name: torch.zeros(base.out_features, rank, **new) for name in ADAPTERS})     # so at first nothing changes
-        for name in ADAPTERS:
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5)).requires_grad_(name == "policy")
-            self.lora_B[name].requires_grad_(name == "policy")
+        self.lora_A["reference"].requires_grad_(False)
+        self.lora_B["reference"].requires_grad_(False)
 
     def forward(self, x):
         y = super().forward(x)                                                                   # (..., out)
@@ -41,26 +39,21 @@ class LoRALinear(Linear):
 
 def layers(model):
     """{name: LoRALinear} of an injected model; ValueError when there are none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    if not found:
+    if not (found := {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}):
         raise ValueError(f"{type(model).__name__} has no adapters: inject or load them first (merge takes them away)")
     return found
 
-def select(model, targets):
-    """Names of the linear layers that `targets` means: "all-linear" (all but the output head) or a list of names or their last parts."""
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if targets == "all-linear":
-        return [name for name in linear if not f".{name}".endswith(".lm_head")]
-    if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in linear)]:
-        raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
-    return [name for name in linear if f".{name}".endswith(tuple(f".{t}" for t in targets))]
-
 def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
-    """Freeze `model`, put both adapters on the layers that `select` takes, use "policy" -> names of the layers. Call it after the model has its device and dtype.
-    Starts from PEFT's initialisation, which leaves the output as it was."""
+    """Freeze `model`, put both adapters on its linear layers, use "policy" -> names of the layers. Call it after the model has its device and dtype.
+    `targets`: layers' names or their last parts, or "all-linear" (all but the output head). PEFT's initialisation: at first the output stays as it was."""
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError(f"{type(model).__name__} has adapters already")
-    names = select(model, targets)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if targets == "all-linear":
+        targets = [name for name in names if not f".{name}".endswith(".lm_head")]
+    if absent := [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in names)]:
+        raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
+    names = [name for name in names if f".{name}".endswith(tuple(f".{t}" for t in targets))]
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
@@ -83,11 +76,10 @@ def copy_adapter(model, source="policy", target="reference"):
 def merge(model, adapter="policy"):
     """Add the adapter to the base weights, in fp32 and then rounded once, and leave plain linear layers: it cannot be undone or repeated."""
     for name, layer in layers(model).items():
-        plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta").train(layer.training)
         delta = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]                      # (out, in)
-        plain.weight = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False)
-        plain.bias = layer.bias
-        model.set_submodule(name, plain.train(layer.training))
+        plain.weight, plain.bias = nn.Parameter((layer.weight.float() + delta).to(layer.weight.dtype), requires_grad=False), layer.bias
+        model.set_submodule(name, plain)
 
 # ---- files in PEFT's format --------------------------------------------------------------------------------------------------
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
@@ -101,14 +93,12 @@ def tensors(model, adapter):
 
 def save_adapter(model, folder, adapter="policy", base_model=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is the path or repository noted there."""
-    folder, names = Path(folder), list(layers(model))
-    layer, short = layers(model)[names[0]], {name.rpartition(".")[2] for name in names}
-    unique = names == [name for name, _ in model.named_modules() if name.rpartition(".")[2] in short]      # "0" of to_out.0 would mean blocks.0 too
+    folder, names, layer = Path(folder), list(layers(model)), next(iter(layers(model).values()))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().cpu().contiguous() for name, p in tensors(model, adapter).items()}, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None, "base_model_name_or_path": base_model and str(base_model),
               "r": layer.lora_A[adapter].shape[0], "lora_alpha": layer.alpha, "lora_dropout": layer.dropout, "bias": "none", "inference_mode": True,
-              "target_modules": sorted(short) if unique else names}
+              "target_modules": names}                                                           # in full: a last part may stand in other layers too
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 @torch.no_grad()
@@ -117,15 +107,12 @@ def load_adapter(model, folder, adapter="policy"):
     ValueError names every setting that is not written here (DoRA, rank patterns, ...) and every missing, unexpected or misshapen tensor."""
     folder = Path(folder)
     config, stored = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
-    refused = [f"{k} = {v!r}" for k, v in config.items() if v and (v not in FIXED[k] if k in FIXED else k not in READ | IGNORED)]
-    if refused:
+    if refused := [f"{k} = {v!r}" for k, v in config.items() if v and (v not in FIXED[k] if k in FIXED else k not in READ | IGNORED)]:
         raise ValueError(f"{folder}/adapter_config.json: not supported: {', '.join(refused)}")
     names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in stored if name.endswith(".lora_A.weight")]
     with reading(folder):
-        rank, dropout = int(config["r"]), float(config.get("lora_dropout", 0.0))
+        rank, dropout = int(config["r"]), nn.Dropout(config.get("lora_dropout", 0.0)).p          # torch refuses what is no probability
         alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)      # rank-stabilised: alpha / sqrt(rank)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"lora_dropout is {dropout}")
         if not any(isinstance(m, LoRALinear) for m in model.modules()):
             inject(model, rank, alpha, dropout, names)
     own = tensors(model, adapter)
@@ -137,9 +124,8 @@ def load_adapter(model, folder, adapter="policy"):
 
 if __name__ == "__main__":
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(4, 64)
-    before, names = model(x), inject(model, rank=4, alpha=8, dropout=0.0)
-    print("adapters on", names, "| changed at first by", (model(x) - before).abs().max().item())
+    print("adapters on", inject(model, rank=4, alpha=8, dropout=0.0))
     nn.init.normal_(model[0].lora_B["policy"])
-    after = model(x)
+    adapted = model(x)
     merge(model)
-    print("then by", (after - before).abs().max().item(), "| and merging changes", (model(x) - after).abs().max().item())
+    print("merging changes the output by", (model(x) - adapted).abs().max().item())

@@ -6,20 +6,16 @@ attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on ei
 """
 import contextlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-
-ONEDNN = torch.backends.mkldnn.is_available()
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 def resolve(path_or_repo, patterns=None):
@@ -27,13 +23,13 @@ def resolve(path_or_repo, patterns=None):
     path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) or path.parent.is_dir():      # mini/qwem is a typo, not a repository
+    if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
         raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:                              # the hub's refusals, and a hub out of reach, are all OSErrors
-        raise ValueError(f"cannot download {name} ({type(error).__name__}): if it is gated, accept its licence at https://huggingface.co/{name} "
-                         "and set HF_TOKEN; or give the path of a local folder with its files") from error
+        advice = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or name a local folder with its files"
+        raise ValueError(f"cannot download {name} ({type(error).__name__}): {advice}") from error
 
 @contextlib.contextmanager
 def reading(file):
@@ -46,47 +42,40 @@ def reading(file):
         raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
 
 def read_json(file, default=None):
-    """The JSON object in `file`, `default` when there is one and no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
+    """The JSON object in `file`, `default` where there is no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
     if default is not None and not Path(file).is_file():
         return default
     with reading(file):
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError(f"an object was expected, it holds a {type(value).__name__}")
-        if vast := [name for name, n in value.items() if "layers" in name and isinstance(n, (int, float)) and not 0 <= n <= 1000]:
-            raise ValueError(f"{vast[0]} is {value[vast[0]]}, allowed is 0 .. 1000")
+        if vast := [f"{name} is {n}" for name, n in value.items() if "layers" in name and isinstance(n, int) and n > 1000]:
+            raise ValueError(f"{vast[0]}, allowed are at most 1000")
         return value
 
 def read_tensors(path):
-    """Every tensor of a checkpoint, memory-mapped (changing it leaves the file as it is) -> {name: tensor}.
-    `path`: a safetensors file, or a folder that holds one, or shards and the index that names them."""
+    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor}, memory-mapped (the file never changes)."""
     path, tensors = Path(path), {}
-    if not path.exists():
-        raise ValueError(f"{path} is neither a file nor a folder")
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"{path} must hold one *.safetensors file or one index of shards, it holds {[f.name for f in files] or 'none'}")
+        raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of shards; found: {[f.name for f in files] or 'none'}")
     if files[0].suffix == ".json":
-        with reading(index := files[0]):
-            files = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if absent := [f.name for f in files if not f.is_file()]:
-            raise ValueError(f"{index} names shards that the folder lacks: {', '.join(absent)}")
+        with reading(files[0]):
+            files = [path / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
     for file in files:
-        with reading(file), safe_open(file, "pt") as f:
-            tensors |= {name: f.get_tensor(name) for name in f.keys()}
+        with reading(file):
+            tensors |= load_file(file)
     return tensors
 
 def check_fit(what, expected, stored, finite=False):
-    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, the other way round, with another shape, of integers, or (finite) with nan or inf."""
+    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other way round, of another shape, of integers, or (finite) nan or inf."""
     faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
-    faults += [f"{name} has shape {tuple(stored[name].shape)}, expected {tuple(t.shape)}" for name, t in expected.items() if name in stored and stored[name].shape != t.shape]
+    faults += [f"{name} has shape {tuple(t.shape)}, expected {tuple(expected[name].shape)}" for name, t in stored.items()
+               if name in expected and t.shape != expected[name].shape]
     faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.isfinite().all()]
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
-class Unfilled(TorchFunctionMode):
-    """A context in which new modules are not drawn at random, for weights that are about to be loaded: on the meta device, torch imports its compiler (3 s) to do so."""
-
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """In this context new modules, whose weights are about to be loaded, are not drawn at random: on the meta device torch imports its compiler (3 s) to do so."""
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
@@ -95,39 +84,33 @@ def load_checkpoint(module, path, rename=lambda name: name):
     `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough. ValueError as in check_fit."""
     own, first = module.state_dict(keep_vars=True), {}
     main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
-    stored = {main.get(rename(name), rename(name)): tensor for name, tensor in read_tensors(path).items()}
-    stored.pop(None, None)
+    stored = {main.get(new, new): nn.Parameter(t, False) for name, t in read_tensors(path).items() if (new := rename(name))}
     check_fit(path, {name: own[name] for name in first.values()}, stored)
-    stored = {name: nn.Parameter(t, own[name].requires_grad) if isinstance(own[name], nn.Parameter) else t for name, t in stored.items()}
     module.load_state_dict({name: stored[main[name]] for name in own}, assign=any(t.is_meta for t in own.values()))
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------------------------
 class Tokenizer:
     """tokenizer.json, with Qwen's chat template written out."""
-
-    def __init__(self, fast, add_eos=None):
-        self.fast, self.add_eos = fast, add_eos           # add_eos: id that ends every text (embedding models), or None
+    def __init__(self, fast, end):
+        self.fast, self.end = fast, end                   # end: [the id that ends every text of an embedding model], or []
 
     @classmethod
     def load(cls, path):
         """From the folder or hub repository that holds tokenizer.json (and tokenizer_config.json, of which only add_eos_token counts)."""
         path = resolve(path, ["tokenizer*.json"])
-        if not (path / "tokenizer.json").is_file():
-            raise ValueError(f"{path} has no tokenizer.json")
         with reading(path / "tokenizer.json"):
             fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
         fast.no_padding(), fast.no_truncation()
         config = read_json(path / "tokenizer_config.json", {})
         eos = config.get("eos_token") if config.get("add_eos_token") else None      # e5-mistral's tokenizer.json leaves it out, and the last token is what counts
-        return cls(fast, fast.token_to_id(eos["content"] if isinstance(eos, dict) else eos) if eos else None)
+        return cls(fast, [fast.token_to_id(eos["content"] if isinstance(eos, dict) else eos)] if eos else [])
 
     def encode(self, text):
         """list[int]; special tokens written in the text count as such, and the tokenizer's own (Mistral's <s>) are added."""
         ids = self.fast.encode(text).ids
-        return ids if self.add_eos is None or ids[-1:] == [self.add_eos] else ids + [self.add_eos]
+        return ids if ids[-1:] == self.end else ids + self.end
 
     def decode(self, ids):
-        """The text, without special tokens."""
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
@@ -168,16 +151,14 @@ class Config:
             if value not in allowed:
                 raise ValueError(f"{path}/config.json: {name} {value!r}, allowed: {', '.join(map(repr, allowed))}")
         eos = read_json(Path(path) / "generation_config.json", {}).get("eos_token_id", c.get("eos_token_id"))
-        heads = c["num_attention_heads"]
-        return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"],
-                   heads=heads, kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
+                   kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
                    eps=float(c["rms_norm_eps"]), theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)), qkv_bias=kind == "qwen2",
                    tied=c.get("tie_word_embeddings", False), headless=(c.get("architectures") or ["ForCausalLM"])[0].endswith("Model"),
                    window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])))
 
 class FrozenProduct(torch.autograd.Function):
     """x W^T + b for a frozen W, by oneDNN."""
-
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
@@ -190,17 +171,13 @@ class FrozenProduct(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """x W^T + b. In fp32 on a CPU a large frozen W goes to oneDNN: F.linear uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long."""
     frozen = not (weight.requires_grad and torch.is_grad_enabled()) and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return (FrozenProduct.apply if frozen and ONEDNN and weight.numel() > 2 ** 18 else F.linear)(x, weight, bias)
+    return (FrozenProduct.apply if frozen and weight.numel() > 2 ** 18 and torch.backends.mkldnn.is_available() else F.linear)(x, weight, bias)
 
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)       # cast first, then the weight
 
@@ -221,12 +198,11 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (Linear(c.width, n * c.head_dim, bias=c.qkv_bias) for n in (c.heads, c.kv_heads, c.kv_heads))
         self.o_proj = Linear(c.heads * c.head_dim, c.width, bias=False)
 
-    def forward(self, x, cos, sin, mask, past):
+    def forward(self, x, cos, sin, mask, past, new):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))   # (B, H or G, T, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
-            buffer, new = past                                                                   # (2, B, G, S, d), (T,)
-            k, v = buffer.index_copy_(3, new, torch.stack([k, v]))                               # (B, G, S, d)
+        if past is not None:                                                                     # (2, B, G, S, d): of all tokens, the new ones go to `new`
+            k, v = past.index_copy_(3, new, torch.stack([k, v]))                                 # (B, G, S, d)
         if q.shape[2] == 1:             # one token: the heads that share a key become its queries, so no key is repeated (in bf16 on a CPU 10 times faster)
             y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, self.head_dim), k, v, mask).reshape(q.shape)
         else:
@@ -248,28 +224,18 @@ class Layer(nn.Module):
         self.input_layernorm, self.self_attn = RMSNorm(c.width, c.eps), Attention(c)
         self.post_attention_layernorm, self.mlp = RMSNorm(c.width, c.eps), MLP(c)
 
-    def forward(self, x, cos, sin, mask, past):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past)
+    def forward(self, x, cos, sin, mask, past, new):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past, new)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Cache:
     """Keys and values in buffers for `length` tokens. Their shape never changes, nor does a step of decoding: `model.model.compile()` makes it one graph."""
-
     def __init__(self, c, batch, length, device, dtype):
         self.kv = torch.zeros(c.layers, 2, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
         self.held = torch.zeros((), dtype=torch.long, device=device)                             # tokens so far; Decoder.forward advances it
 
-def visible(attention_mask, new, S):
-    """Which of S keys the tokens standing at `new` (T,) may see, and their positions -> (B, 1, T, S) bool, (B, T)."""
-    if attention_mask.ndim == 4:
-        return attention_mask, attention_mask[:, 0].sum(-1) - 1
-    real, q, k = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1])), new[:, None], torch.arange(S, device=new.device)
-    mask = (k <= q) & (real[:, None, None] | (k == q))                                           # padding sees itself: an empty row would be NaN
-    return mask, (real.cumsum(-1) - 1).clamp(min=0)[:, new]
-
 class Decoder(nn.Module):
     """The transformer without its head. `checkpointing = True` recomputes each layer in the backward pass."""
-
     def __init__(self, c):
         super().__init__()
         self.config, self.checkpointing = c, False
@@ -278,9 +244,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.width, c.eps)
 
     def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
-        """Token ids (B, T) or vectors in their place (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens.
-        Padding on the right needs no mask: attention is causal, no token sees it. A mask (B, 1, T, T) says itself which keys each token sees;
-        a token's position is then how many it sees besides itself, so that several continuations of one prompt can stand in one row."""
+        """Token ids (B, T) or vectors (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens. Padding on the right needs none.
+        A mask (B, 1, T, T) says which keys each token sees, and its position is their number but itself: so several continuations of a prompt share a row."""
         x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
         new, S = torch.arange(x.shape[1], device=x.device), cache.kv.shape[-2] if cache else x.shape[1]
         if c.window and S > c.window:
@@ -289,16 +254,22 @@ class Decoder(nn.Module):
             new = new + cache.held                                                               # (T,) where the new tokens stand
             cache.held += len(new)
             attention_mask = torch.ones(1, S, device=x.device) if attention_mask is None else attention_mask
-        mask, positions = (None, new[None]) if attention_mask is None else visible(attention_mask, new, S)
+        if attention_mask is None:
+            mask, positions = None, new[None]                                                    # (B, 1, T, S) or None, (B, T)
+        elif attention_mask.ndim == 4:
+            mask, positions = attention_mask, attention_mask[:, 0].sum(-1) - 1
+        else:
+            real, q, k = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1])), new[:, None], torch.arange(S, device=x.device)
+            mask = (k <= q) & (real[:, None, None] | (k == q))                                   # padding sees itself: an empty row would be NaN
+            positions = (real.cumsum(-1) - 1).clamp(min=0)[:, new]
         cos, sin = rope_tables(positions, c.head_dim, c.theta)
         for i, layer in enumerate(self.layers):
-            args = (x, cos, sin, mask, cache and (cache.kv[i], new))
+            args = (x, cos, sin, mask, cache and cache.kv[i], new)
             x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
         return self.norm(x)
 
 class Qwen(nn.Module):
     """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` (None in an embedding model) logits."""
-
     def __init__(self, config):
         super().__init__()
         self.config, self.model = config, Decoder(config)
@@ -352,30 +323,26 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     (B, T, _), device = x.shape, x.device
     real = torch.ones(B, T, device=device) if attention_mask is None else attention_mask.float()                 # (B, T)
     mask = F.pad(real, (0, max_new_tokens), value=1.0)                                           # (B, S)
-    last = (real * torch.arange(T, device=device)).argmax(-1)                                    # (B,) the prompt's last token
+    last = torch.arange(B, device=device), (real * torch.arange(T, device=device)).argmax(-1)    # where each row's newest token stands in x
     seen = torch.zeros(B, model.config.vocab, device=device)                                     # how often each token stands in the row
     if ids is not None:
         seen.scatter_add_(1, ids, real)
-    eos, done, new = torch.tensor(model.config.eos, device=device), torch.zeros(B, dtype=torch.bool, device=device), []
+    new, eos = torch.empty(B, 0, dtype=torch.long, device=device), torch.tensor(model.config.eos, device=device)
     cache = Cache(model.config, B, T + max_new_tokens, device, x.dtype)
-    hidden = model.model(embeds=x, attention_mask=mask, cache=cache)[torch.arange(B, device=device), last]       # (B, D)
-    while len(new) < max_new_tokens and not done.all():
-        if new:
-            hidden = model.model(new[-1][:, None], attention_mask=mask, cache=cache)[:, 0]
-        logits = model.lm_head(hidden).float()                                                   # (B, V)
+    while new.shape[1] < max_new_tokens and not torch.isin(new, eos).any(-1).all():
+        hidden = model.model(embeds=x, attention_mask=mask, cache=cache)                         # (B, T, D), then (B, 1, D)
+        logits = model.lm_head(hidden[last]).float()                                             # (B, V)
         if not logits.isfinite().all():
             raise ValueError("the language model's logits are not finite: a spoiled checkpoint or adapter, or numbers too large for its type")
         if repetition_penalty != 1:
             logits = torch.where(seen > 0, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-        new.append(sample(logits, temperature, top_k, top_p, generator))                         # (B,)
-        seen.scatter_(1, new[-1][:, None], 1.0)
-        done |= torch.isin(new[-1], eos)
-    rows = torch.stack(new, dim=1).tolist() if new else [[]] * B                                 # (B, new)
-    return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in rows]
+        token = sample(logits, temperature, top_k, top_p, generator)[:, None]                    # (B, 1)
+        new = torch.cat([new, token], dim=1)                                                     # (B, so far)
+        seen.scatter_(1, token, 1.0)
+        x, last = model.model.embed_tokens(token), (slice(None), 0)
+    return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in new.tolist()]
 
 if __name__ == "__main__":
     qwen, tokenizer = Qwen.load("mini/qwen"), Tokenizer.load("mini/qwen")
     prompt = tokenizer.chat([{"role": "user", "content": "Suggest a single, cohesive image-editing instruction\nCaption: A white bowl in front of a grey wall"}])
-    print(f"{sum(p.numel() for p in qwen.parameters()):,} parameters, a prompt of {len(prompt)} tokens, continued greedily and by chance:")
-    print(tokenizer.decode(generate(qwen, torch.tensor([prompt]))[0]))
-    print(tokenizer.decode(generate(qwen, torch.tensor([prompt]), temperature=1.0, generator=torch.Generator().manual_seed(0))[0]))
+    print(f"{len(prompt)} tokens, continued by {tokenizer.decode(generate(qwen, torch.tensor([prompt]))[0])!r}")
