@@ -11,7 +11,6 @@ Sizes come from each folder's config.json (dev, schnell, the miniature); paramet
 """
 import math
 from collections import OrderedDict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,12 @@ from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json, reading
 class Pretrained(nn.Module):
     """A module built from a checkpoint's config dict. `kind`: what config.json must call it; `rename`: as in load_checkpoint."""
     kind, rename = "", staticmethod(lambda name: name)
-
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
         """`path`: the folder of one part, e.g. FLUX.1-dev/transformer. ValueError when its config.json is of another kind or a tensor does not fit."""
-        config = read_json(Path(path) / "config.json")
-        found = config.get("_class_name") or config.get("model_type")
-        if found != cls.kind:
-            raise ValueError(f"{path} holds a {found!r}, {cls.__name__} reads {cls.kind!r}")
-        with reading(Path(path) / "config.json"), torch.device("meta"), Unfilled():
+        with reading(file := Path(path) / "config.json"), torch.device("meta"), Unfilled():
+            config = read_json(file)
+            choose("the kind of model", config.get("_class_name") or config.get("model_type"), {cls.kind: cls})
             model = cls(config)
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
@@ -56,50 +52,47 @@ def self_attention(x, heads, q, k, v, out, **how):
 
 # ---- the prompt: tokens, CLIP, T5 --------------------------------------------------------------------------------------------
 class TextTokenizer:
-    """Prompts -> ids (N, T) of one fixed length, cut or padded."""
-    @classmethod
-    def load(cls, path):
-        """`path`: the folder `tokenizer` (CLIP) or `tokenizer_2` (T5). The length is model_max_length in its tokenizer_config.json (77 and 512)."""
-        tokenizer, file, config = cls(), Path(path) / "tokenizer.json", read_json(Path(path) / "tokenizer_config.json")
+    """Prompts -> ids (N, T), cut or padded to model_max_length of tokenizer_config.json. `path`: the folder `tokenizer` (CLIP, 77) or `tokenizer_2` (T5, 512)."""
+    def __init__(self, path):
+        file, config = Path(path) / "tokenizer.json", read_json(Path(path) / "tokenizer_config.json")
         with reading(path):
             pad, length = config["pad_token"], config["model_max_length"]
-            pad = pad["content"] if isinstance(pad, dict) else pad
-            tokenizer.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(Path(path))
-            tokenizer.backend.enable_truncation(length)
-            tokenizer.backend.enable_padding(length=length, pad_id=tokenizer.backend.token_to_id(pad), pad_token=pad)
-        return tokenizer
+            self.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(Path(path))
+            self.backend.enable_truncation(length)
+            self.backend.enable_padding(length=length, pad_id=self.backend.token_to_id(pad), pad_token=pad)
 
     def __call__(self, prompts):
-        return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])  # (N, T)
+        return torch.tensor([e.ids for e in self.backend.encode_batch(list(prompts))])
 
 def clip_bpe(path):
     """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"), unk_token=end, end_of_word_suffix="</w>"))
     merges = [line for line in (path / "merges.txt").read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
-    if bpe.get_vocab_size() != 514 + len(merges):                                       # 256 bytes, the same at a word's end, two special tokens; the rest are merges
+    if bpe.get_vocab_size() != 514 + len(merges):          # 256 bytes, the same at a word's end, two special tokens; the rest are merges
         raise ValueError(f"merges.txt holds {len(merges)} merges, vocab.json {bpe.get_vocab_size() - 514}")
     bpe.add_special_tokens([AddedToken(start, normalized=False), AddedToken(end, normalized=False)])
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     words = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    bpe.post_processor = processors.RobertaProcessing((end, bpe.token_to_id(end)), (start, bpe.token_to_id(start)), trim_offsets=False, add_prefix_space=False)
+    bpe.post_processor = processors.RobertaProcessing((end, bpe.token_to_id(end)), (start, bpe.token_to_id(start)))
     return bpe
 
 class CLIPText(Pretrained):
     """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text token."""
     kind = "clip_text_model"
-    rename = staticmethod(lambda name: name if name.startswith("text_model.") else "text_model." + name)    # transformers 5 saves the same tensors without the prefix
-
+    rename = staticmethod(lambda name: name if name.startswith("text_model.") else "text_model." + name)    # transformers 5 saves them without the prefix
     def __init__(self, config):
         super().__init__()
         width, hidden, self.heads, self.end = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"], config["eos_token_id"]
         self.activation = choose("hidden_act", config["hidden_act"], {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu})
-        layers = [nn.ModuleDict({"self_attn": nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")}), "layer_norm1": nn.LayerNorm(width),
-                                 "mlp": nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)}), "layer_norm2": nn.LayerNorm(width)})
-                  for _ in range(config["num_hidden_layers"])]
+        def layer():
+            attention = nn.ModuleDict({f"{name}_proj": nn.Linear(width, width) for name in ("q", "k", "v", "out")})
+            mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+            return nn.ModuleDict({"self_attn": attention, "layer_norm1": nn.LayerNorm(width), "mlp": mlp, "layer_norm2": nn.LayerNorm(width)})
+        encoder = nn.ModuleDict({"layers": nn.ModuleList([layer() for _ in range(config["num_hidden_layers"])])})
         embeddings = {"token_embedding": nn.Embedding(config["vocab_size"], width), "position_embedding": nn.Embedding(config["max_position_embeddings"], width)}
-        self.text_model = nn.ModuleDict({"embeddings": nn.ModuleDict(embeddings), "encoder": nn.ModuleDict({"layers": nn.ModuleList(layers)}), "final_layer_norm": nn.LayerNorm(width)})
+        self.text_model = nn.ModuleDict({"embeddings": nn.ModuleDict(embeddings), "encoder": encoder, "final_layer_norm": nn.LayerNorm(width)})
 
     def forward(self, ids):
         model = self.text_model
@@ -114,26 +107,24 @@ class CLIPText(Pretrained):
 class T5(Pretrained):
     """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was trained."""
     kind = "t5"
-    rename = staticmethod(lambda name: None if name == "encoder.embed_tokens.weight" else name)             # some files hold the embedding a second time, under this name
-
+    rename = staticmethod(lambda name: None if name == "encoder.embed_tokens.weight" else name)  # some files hold the embedding twice
     def __init__(self, config):
         super().__init__()
         choose("feed_forward_proj", config["feed_forward_proj"], {"gated-gelu": None})
         width, hidden, eps, self.heads = config["d_model"], config["d_ff"], config["layer_norm_epsilon"], config["num_heads"]
         self.buckets, self.max_distance = config["relative_attention_num_buckets"], config.get("relative_attention_max_distance", 128)
-        inner, linear = self.heads * config["d_kv"], partial(nn.Linear, bias=False)
-
+        inner = self.heads * config["d_kv"]
         def block(i):                   # only the first has a bias
-            attention = {"q": linear(width, inner), "k": linear(width, inner), "v": linear(width, inner), "o": linear(inner, width)}
+            attention = {name: nn.Linear(width, inner, bias=False) for name in ("q", "k", "v")} | {"o": nn.Linear(inner, width, bias=False)}
             bias = {} if i else {"relative_attention_bias": nn.Embedding(self.buckets, self.heads)}
-            gated = {"wi_0": linear(width, hidden), "wi_1": linear(width, hidden), "wo": linear(hidden, width)}
+            gated = {name: nn.Linear(width, hidden, bias=False) for name in ("wi_0", "wi_1")} | {"wo": nn.Linear(hidden, width, bias=False)}
             return nn.ModuleDict({"layer": nn.ModuleList([nn.ModuleDict({name: nn.ModuleDict(part), "layer_norm": RMSNorm(width, eps)})
                                                           for name, part in (("SelfAttention", attention | bias), ("DenseReluDense", gated))])})
         self.shared = nn.Embedding(config["vocab_size"], width)
         self.encoder = nn.ModuleDict({"block": nn.ModuleList(map(block, range(config["num_layers"]))), "final_layer_norm": RMSNorm(width, eps)})
 
     def bias(self, length, device):
-        """What attention adds for the distance key - query: a number for each head and bucket, exact when near, logarithmic when far, one half of the buckets for each direction."""
+        """What attention adds for the distance key - query: a number a head and bucket; exact when near, logarithmic when far, half of the buckets each way."""
         at, half = torch.arange(length, device=device), self.buckets // 2
         distance, exact = at[None, :] - at[:, None], half // 2
         far = distance.abs()
@@ -145,7 +136,7 @@ class T5(Pretrained):
         x, bias = self.shared(ids), self.bias(ids.shape[1], ids.device)                 # (B, T, D)
         for block in self.encoder.block:
             attn, mlp = block.layer[0].SelfAttention, block.layer[1].DenseReluDense
-            x = x + self_attention(block.layer[0].layer_norm(x), self.heads, attn.q, attn.k, attn.v, attn.o, attn_mask=bias, scale=1.0)     # T5 does not divide by sqrt(d)
+            x = x + self_attention(block.layer[0].layer_norm(x), self.heads, attn.q, attn.k, attn.v, attn.o, attn_mask=bias, scale=1.0)     # no 1 / sqrt(d)
             h = block.layer[1].layer_norm(x)
             x = x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
         return self.encoder.final_layer_norm(x)
@@ -155,7 +146,7 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder.
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the transformer works. CLIP reads the first 77 tokens, T5 512."""
     def run(encoder, part):
-        ids = TextTokenizer.load(Path(path) / f"tokenizer{part}")(prompts).to(device)
+        ids = TextTokenizer(Path(path) / f"tokenizer{part}")(prompts).to(device)
         model = encoder.load(Path(path) / f"text_encoder{part}", device, dtype)
         with reading(Path(path) / f"text_encoder{part}"):                               # ids beyond the vocabulary, heads that do not divide the width
             return torch.cat([model(rows) for rows in ids.split(batch)])
@@ -173,39 +164,33 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
-class PixelAttention(nn.Module):
-    """Every pixel attends to every pixel, with one head."""
-    def __init__(self, width, groups):
+class Middle(nn.Module):
+    """Two residual blocks at the lowest resolution. Between them (FLUX.1 has it, the miniature not) every pixel attends to every pixel, with one head."""
+    def __init__(self, width, groups, attention):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
+        linears = {name: nn.Linear(width, width) for name in ("to_q", "to_k", "to_v")} | {"to_out": nn.ModuleList([nn.Linear(width, width)])}
+        self.attentions = nn.ModuleList([nn.ModuleDict({"group_norm": nn.GroupNorm(groups, width, eps=1e-6), **linears})] if attention else [])
 
     def forward(self, x):
-        pixels = self.group_norm(x).flatten(2).transpose(1, 2)                          # (B, h*w, C)
-        out = self_attention(pixels, 1, self.to_q, self.to_k, self.to_v, self.to_out[0])
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])                        # (B, C, h, w)
+        x = self.resnets[0](x)
+        for attn in self.attentions:
+            pixels = attn.group_norm(x).flatten(2).mT                                   # (B, h*w, C)
+            x = x + self_attention(pixels, 1, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]).mT.unflatten(2, x.shape[2:])
+        return self.resnets[1](x)
 
-class Level(nn.Module):
-    """Residual blocks at one resolution, with attention behind the first in the middle of a coder; then, where `resample` is "down" or "up", half or twice the resolution."""
-    def __init__(self, inner, outer, depth, groups, resample=None, attention=False):
-        super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(outer if i else inner, outer, groups) for i in range(depth)])
-        self.attentions = nn.ModuleList([PixelAttention(outer, groups)] if attention else [])
-        self.downsamplers = nn.ModuleList([chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(outer, outer, 3, stride=2))] if resample == "down" else [])
-        self.upsamplers = nn.ModuleList([chain(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(outer, outer, 3, padding=1))] if resample == "up" else [])
-
-    def forward(self, x):
-        for stage in (self.resnets[0], *self.attentions, *self.resnets[1:], *self.downsamplers, *self.upsamplers):
-            x = stage(x)
-        return x
+def level(inner, outer, depth, groups, resample):
+    """Residual blocks at one resolution; then, where `resample` is "down" or "up", half or twice the resolution."""
+    return chain(resnets=nn.Sequential(*(ResBlock(outer if i else inner, outer, groups) for i in range(depth))),
+                 downsamplers=nn.Sequential(*[chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(outer, outer, 3, stride=2))] if resample == "down" else []),
+                 upsamplers=nn.Sequential(*[chain(twice=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(outer, outer, 3, padding=1))] if resample == "up" else []))
 
 def coder(config, inner, outer, way):
     """One half of the autoencoder: levels then middle (the encoder, `way` "down"), or middle then levels (the decoder, "up")."""
     widths, groups, depth, down = config["block_out_channels"], config["norm_num_groups"], config["layers_per_block"], way == "down"
-    middle = Level(widths[-1], widths[-1], 2, groups, attention=config.get("mid_block_add_attention", True))
+    middle = Middle(widths[-1], groups, config.get("mid_block_add_attention", True))
     widths, depth = (widths, depth) if down else (widths[::-1], depth + 1)
-    levels = [Level(a, b, depth, groups, way if i < len(widths) else None) for i, (a, b) in enumerate(zip([widths[0], *widths], widths), 1)]
+    levels = [level(a, b, depth, groups, way if i < len(widths) else None) for i, (a, b) in enumerate(zip([widths[0], *widths], widths), 1)]
     blocks = {"down_blocks": nn.Sequential(*levels), "mid_block": middle} if down else {"mid_block": middle, "up_blocks": nn.Sequential(*levels)}
     return chain(conv_in=nn.Conv2d(inner, widths[0], 3, padding=1), **blocks, conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
                  conv_out=nn.Conv2d(widths[-1], outer, 3, padding=1))
@@ -213,25 +198,19 @@ def coder(config, inner, outer, way):
 class VAE(Pretrained):
     """The autoencoder. Latents are shifted and scaled to about unit size: z = (encoder - shift) * scale."""
     kind = "AutoencoderKL"
-
     def __init__(self, config):
         super().__init__()
         choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})     # Stable Diffusion's autoencoders have one
-        channels = config["latent_channels"]
         self.scale, self.shift, self.factor = float(config["scaling_factor"]), float(config["shift_factor"]), 2 ** (len(config["block_out_channels"]) - 1)
-        self.encoder = coder(config, config["in_channels"], 2 * channels, "down")
-        self.decoder = coder(config, channels, config["out_channels"], "up")
-
-    def moments(self, image):
-        """The posterior's (mean, log-variance) before shift and scale: what an autoencoder's training needs."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        self.encoder = coder(config, config["in_channels"], 2 * config["latent_channels"], "down")
+        self.decoder = coder(config, config["latent_channels"], config["out_channels"], "up")
 
     def encode(self, image, generator=None):
         """image (B, 3, H, W) in [-1, 1] -> latent (B, 16, H/8, W/8): the posterior's mean, or a sample when a generator is given."""
-        mean, logvar = self.moments(image)
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
         if generator is not None:
-            mean = mean + torch.exp(logvar / 2) * torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(mean.device)
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype).to(mean.device)
+            mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise
         return (mean - self.shift) * self.scale
 
     def decode(self, latent):
@@ -250,14 +229,14 @@ def to_picture(image):
 
 def pack(latent):
     """(B, C, h, w) -> (B, h/2 * w/2, 4C): every 2x2 patch is a token, inner order (channel, dy, dx)."""
-    B, C, h, w = latent.shape
+    h, w = latent.shape[2:]
     if h % 2 or w % 2:
         raise ValueError(f"a latent of {h} x {w} cannot be cut into 2 x 2 patches: picture sides must be multiples of twice the autoencoder's factor (FLUX.1: 16)")
-    return latent.reshape(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h * w // 4, 4 * C)
+    return F.pixel_unshuffle(latent, 2).flatten(2).mT.contiguous()
 
 def unpack(tokens, h, w):
     """The inverse of pack: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
-    return tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (h // 2, w // 2)).permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, h, w)
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (h // 2, w // 2)), 2)
 
 def image_ids(h, w, device=None):
     """Positions (0, y, x) of the tokens of an h x w latent -> (h/2 * w/2, 3). Text stands at (0, 0, 0)."""
@@ -266,8 +245,7 @@ def image_ids(h, w, device=None):
 # ---- the transformer ---------------------------------------------------------------------------------------------------------
 def rope_table(ids, axes, theta=10000.0):
     """Positions (T, 3) -> unit complex numbers (T, d/2), complex64: axis k turns axes[k]/2 of the pairs, at speeds theta^(-2i/axes[k])."""
-    angles = [ids[:, k, None].float() * theta ** -(torch.arange(0, dim, 2, device=ids.device) / dim) for k, dim in enumerate(axes)]
-    angles = torch.cat(angles, dim=1)                                                   # (T, d/2)
+    angles = torch.cat([ids[:, k, None].float() * theta ** -(torch.arange(0, dim, 2, device=ids.device) / dim) for k, dim in enumerate(axes)], dim=1)      # (T, d/2)
     return torch.polar(torch.ones_like(angles), angles)
 
 def rotate(x, rope):
@@ -279,47 +257,38 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)     # norm * (1 + scale) + shift, in one kernel
 
 class Modulation(nn.Module):
-    """(timestep, guidance, pooled text) embedding (B, D) -> `count` vectors of shifts, scales and gates (B, count, D)."""
+    """A layer that turns the embedding of timestep, guidance and pooled text (B, D) into `count` vectors of shifts, scales and gates (B, count * D)."""
     def __init__(self, dim, count):
         super().__init__()
-        self.linear, self.count = Linear(dim, count * dim), count
+        self.linear = Linear(dim, count * dim)
 
-    def forward(self, temb):
-        home = next(self.parameters()).device                                           # may be the CPU: see offload_modulation
-        return self.linear(F.silu(temb).to(home)).unflatten(-1, (self.count, -1)).to(temb.device)
-
-def offload_modulation(model, device):
-    """Moves all of a transformer but its modulation layers to `device`. They are 27 % of FLUX.1 (6.5 GB of 23.8 in bf16), and a picture needs them once."""
-    linears = {module: module.linear for module in model.modules() if isinstance(module, Modulation)}
-    for module in linears:
-        module.linear = None
-    model.to(device)
-    for module, linear in linears.items():
-        module.linear = linear
+def move(model, device, but):
+    """Moves a transformer to `device`, `but` its modules of this class (or these): those stay where they are."""
+    stay = {p for module in model.modules() if isinstance(module, but) for p in module.parameters()}
+    for p in set(model.parameters()) - stay:
+        p.data = p.data.to(device)
     return model
 
 class Attention(nn.Module):
     """Joint attention over [text, image]. `text`: the text has projections of its own (double blocks), else both share one set (single blocks).
     `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable or module that maps the image tokens' queries
     (B, H, L, d), normalised and not rotated, to an addition of the same shape to their attention output, before the output projection."""
-    def __init__(self, dim, heads, head_dim, text, eps=1e-6):
+    def __init__(self, dim, heads, head_dim, text):
         super().__init__()
         inner, self.heads, self.image_prompt = heads * head_dim, heads, None
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
+        self.norm_q, self.norm_k = (nn.RMSNorm(head_dim, eps=1e-6) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (Linear(dim, inner) for _ in range(3))
         if text:
-            self.norm_added_q, self.norm_added_k = nn.RMSNorm(head_dim, eps=eps), nn.RMSNorm(head_dim, eps=eps)
+            self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head_dim, eps=1e-6) for _ in range(2))
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (Linear(dim, inner) for _ in range(3))
             self.to_out, self.to_add_out = nn.ModuleList([Linear(inner, dim)]), Linear(inner, dim)
 
-    def project(self, x):
-        """Image tokens (or a single block's whole sequence) -> q, k, v (B, L, H, d)."""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        return self.norm_q(q), self.norm_k(k), v
-
-    def project_text(self, x):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)) for proj in (self.add_q_proj, self.add_k_proj, self.add_v_proj))
-        return self.norm_added_q(q), self.norm_added_k(k), v
+    def project(self, x, text=False):
+        """Image tokens (or a single block's whole sequence), or text tokens -> q, k, v (B, L, H, d)."""
+        layers = (self.add_q_proj, self.add_k_proj, self.add_v_proj) if text else (self.to_q, self.to_k, self.to_v)
+        norm_q, norm_k = (self.norm_added_q, self.norm_added_k) if text else (self.norm_q, self.norm_k)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)) for layer in layers)
+        return norm_q(q), norm_k(k), v
 
     def forward(self, q, k, v, rope, T):
         """q, k, v (B, T+L, H, d), the first T of them text -> (B, T+L, H*d)."""
@@ -331,18 +300,18 @@ class Attention(nn.Module):
 class DoubleBlock(nn.Module):
     """Image and text each have their own weights and meet in the attention."""
     modulations = 12                    # shift, scale, gate of attention, the same of the MLP; for the image, then for the text
-
     def __init__(self, dim, heads, head_dim):
         super().__init__()
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
         self.attn = Attention(dim, heads, head_dim, text=True)
-        self.ff, self.ff_context = (chain(net=nn.Sequential(chain(proj=Linear(dim, 4 * dim), gelu=nn.GELU("tanh")), nn.Identity(), Linear(4 * dim, dim))) for _ in range(2))
+        self.ff, self.ff_context = (chain(net=nn.Sequential(chain(proj=Linear(dim, 4 * dim), gelu=nn.GELU("tanh")), nn.Identity(), Linear(4 * dim, dim)))
+                                    for _ in range(2))
 
     def forward(self, img, txt, modulation, rope):                                      # (B, L, D), (B, T, D), (B, 12, D), (T+L, d/2)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, *text = modulation[:, :, None].unbind(1)        # (B, 1, D) each
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = text
         T = txt.shape[1]
-        words, pixels = self.attn.project_text(modulate(txt, t_shift, t_scale)), self.attn.project(modulate(img, shift, scale))
+        words, pixels = self.attn.project(modulate(txt, t_shift, t_scale), text=True), self.attn.project(modulate(img, shift, scale))
         out = self.attn(*(torch.cat(pair, dim=1) for pair in zip(words, pixels)), rope, T)                  # (B, T+L, H*d)
         img = torch.addcmul(img, gate, self.attn.to_out[0](out[:, T:]))                  # img + gate * attention
         img = torch.addcmul(img, mlp_gate, self.ff(modulate(img, mlp_shift, mlp_scale)))
@@ -353,7 +322,6 @@ class DoubleBlock(nn.Module):
 class SingleBlock(nn.Module):
     """Image and text as one sequence; attention and MLP side by side, one output projection for both."""
     modulations = 3                     # shift, scale, gate
-
     def __init__(self, dim, heads, head_dim):
         super().__init__()
         self.norm = Modulation(dim, 3)
@@ -378,19 +346,17 @@ def spread(residuals, blocks):
     return [residuals[i // math.ceil(blocks / len(residuals))] if len(residuals) else None for i in range(blocks)]
 
 class Flux(Pretrained):
-    """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0.
-    forward = modulation (from timestep, guidance, pooled) + rope (from positions) + velocity (from pixels and text);
-    a sampler computes the first two once for all its steps. `checkpointing = True` trades time for memory in training."""
+    """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0. forward = modulation (from timestep, guidance, pooled) + rope (from positions)
+    + velocity (from pixels and text); a sampler computes the first two once for all its steps. `checkpointing = True` trades time for memory in training."""
     kind = "FluxTransformer2DModel"
-
     def __init__(self, config):
         super().__init__()
         heads, head_dim, self.axes = config["num_attention_heads"], config["attention_head_dim"], config.get("axes_dims_rope", [16, 56, 56])
         if sum(self.axes) != head_dim:
             raise ValueError(f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}")
         dim, self.guided, self.checkpointing = heads * head_dim, config["guidance_embeds"], False
-        inputs = {"timestep": 256, "text": config["pooled_projection_dim"]} | ({"guidance": 256} if self.guided else {})
-        self.time_text_embed = nn.ModuleDict({f"{name}_embedder": chain(linear_1=Linear(inner, dim), silu=nn.SiLU(), linear_2=Linear(dim, dim)) for name, inner in inputs.items()})
+        inputs = {"timestep_embedder": 256, "text_embedder": config["pooled_projection_dim"]} | ({"guidance_embedder": 256} if self.guided else {})
+        self.time_text_embed = nn.ModuleDict({name: chain(linear_1=Linear(inner, dim), silu=nn.SiLU(), linear_2=Linear(dim, dim)) for name, inner in inputs.items()})
         self.context_embedder, self.x_embedder = Linear(config["joint_attention_dim"], dim), Linear(config["in_channels"], dim)
         self.transformer_blocks = nn.ModuleList([DoubleBlock(dim, heads, head_dim) for _ in range(config["num_layers"])])
         self.single_transformer_blocks = nn.ModuleList([SingleBlock(dim, heads, head_dim) for _ in range(config["num_single_layers"])])
@@ -406,20 +372,17 @@ class Flux(Pretrained):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
 
     def modulation(self, timestep, guidance, pooled):
-        """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block + 3 a single block + 2. timestep (B,) in [0, 1], guidance (B,), pooled (B, P).
-        ValueError when the guidance is missing, or has no embedding."""
+        """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block, 3 a single one, and 2. timestep and guidance (B,), pooled (B, P)."""
         if (guidance is not None) != self.guided:
-            raise ValueError("this checkpoint has " + ("a guidance embedding: guidance is needed" if self.guided else "no guidance embedding: guidance must be None"))
-        embed = self.time_text_embed
-        temb = embed.timestep_embedder(sinusoid(timestep).to(pooled.dtype)) + embed.text_embedder(pooled)               # (B, D)
-        if self.guided:
-            temb = temb + embed.guidance_embedder(sinusoid(guidance).to(pooled.dtype))
-        return torch.cat([module(temb) for module in self.modules() if isinstance(module, Modulation)], dim=1)
+            raise ValueError("this checkpoint has " + ("a guidance embedding: guidance is needed" if self.guided else "no embedding of guidance: it must be None"))
+        inputs = [sinusoid(timestep), pooled] + ([sinusoid(guidance)] if self.guided else [])
+        temb = sum(embedder(x.to(pooled.dtype)) for embedder, x in zip(self.time_text_embed.values(), inputs))          # (B, D)
+        linears = [module.linear for module in self.modules() if isinstance(module, Modulation)]
+        temb = F.silu(temb).to(linears[0].weight.device)                                # may be the CPU: see controlnet.load_pair
+        return torch.cat([linear(temb) for linear in linears], dim=1).unflatten(1, (-1, temb.shape[1])).to(pooled.device)
 
     def modulations(self, levels, guidance, pooled):
         """`modulation` for every noise level of a sampler in one pass over the weights -> one (B, M, D) a level; guidance: a number."""
-        if not len(levels):
-            return []
         t = levels.repeat_interleave(len(pooled))                                       # (levels * B,)
         return self.modulation(t, torch.full_like(t, guidance) if self.guided else None, pooled.repeat(len(levels), 1)).split(len(pooled))
 
@@ -431,10 +394,7 @@ class Flux(Pretrained):
         residuals = spread(double_residuals, len(self.transformer_blocks)) + spread(single_residuals, len(self.single_transformer_blocks))
         img, txt = self.x_embedder(img), self.context_embedder(txt)                     # (B, L, D), (B, T, D)
         for block, mod, residual in zip(self.blocks(), mods, residuals):
-            if self.checkpointing and torch.is_grad_enabled():
-                img, txt = checkpoint(block, img, txt, mod, rope, use_reentrant=False)
-            else:
-                img, txt = block(img, txt, mod, rope)
+            img, txt = checkpoint(block, img, txt, mod, rope, use_reentrant=False) if self.checkpointing else block(img, txt, mod, rope)
             img = img if residual is None else img + residual
         scale, shift = out[:, :, None].unbind(1)
         return self.proj_out(modulate(img, shift, scale))                               # (B, L, 64)
@@ -448,9 +408,8 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
     if steps < 1:
         raise ValueError(f"steps is {steps}, at least 1 is needed")
     sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    low, high = schedule["base_image_seq_len"], schedule["max_image_seq_len"]
-    slope = (schedule["max_shift"] - schedule["base_shift"]) / (high - low)
-    factor = math.exp(schedule["base_shift"] + slope * (image_tokens - low)) if schedule["use_dynamic_shifting"] else schedule["shift"]
+    low, high, start, end = (schedule[name] for name in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"))
+    factor = math.exp(start + (end - start) / (high - low) * (image_tokens - low)) if schedule["use_dynamic_shifting"] else schedule["shift"]
     return torch.cat([factor / (factor + 1 / sigma - 1), sigma.new_zeros(1)]).float()
 
 @torch.no_grad()
@@ -459,8 +418,7 @@ def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None
     noise, source: packed (B, L, 64); levels: from `sigmas`; txt (B, T, 4096) and pooled (B, 768) have the weights' type.
     strength: 1 starts from noise; less starts from the noised source and runs the last strength * steps steps, rounded up; 0 returns the source.
     guidance: an embedding, one pass, ignored by checkpoints that have none (schnell). cfg other than 1: classifier-free guidance against
-    `negative` = (txt, pooled), two passes. control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm).
-    ValueError for a strength outside 0..1 or without a source, for cfg without a negative prompt, and for latents that overflow."""
+    `negative` = (txt, pooled), two passes. control(step, steps, x, t (B,)) -> (double_residuals, single_residuals). progress wraps the range of steps (tqdm)."""
     if not 0 <= strength <= 1 or source is None and strength < 1:
         raise ValueError(f"strength is {strength}; it must lie in 0..1, and below 1 it needs a source picture")
     if cfg != 1 and negative is None:
@@ -477,12 +435,12 @@ def denoise(flux, noise, txt, pooled, img_ids, levels, guidance=3.5, source=None
         v = v[0] if cfg == 1 else v[1] + cfg * (v[0] - v[1])
         x = x + (levels[i + 1] - levels[i]) * v                                         # Euler
     if not x.isfinite().all():
-        raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: a spoiled checkpoint, or a type too small for it (use bfloat16 or float32)")
+        raise ValueError(f"the latents are not finite after {steps} steps in {txt.dtype}: a spoiled checkpoint, or a type too small (use bfloat16 or float32)")
     return x
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    flux = Flux(dict(num_attention_heads=3, attention_head_dim=16, axes_dims_rope=[4, 6, 6], guidance_embeds=True, pooled_projection_dim=8,
-                     joint_attention_dim=12, in_channels=64, num_layers=2, num_single_layers=2))
-    x = denoise(flux, pack(torch.randn(1, 16, 8, 8)), torch.randn(1, 5, 12), torch.randn(1, 8), image_ids(8, 8), sigmas(4, 16))
-    print(f"an untrained Flux of {sum(p.numel() for p in flux.parameters()):,} parameters denoised {tuple(x.shape)} tokens in 4 steps to a latent {tuple(unpack(x, 8, 8).shape)}")
+    txt, pooled = encode_prompt("mini/flux", ["A red apple in front of a mint wall"])
+    noise = pack(torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0)))
+    x = denoise(Flux.load("mini/flux/transformer"), noise, txt, pooled, image_ids(16, 16), sigmas(20, 64))
+    picture = to_picture(VAE.load("mini/flux/vae").decode(unpack(x, 16, 16))[0])
+    print("A red apple in front of a mint wall: at the top (R, G, B) is", picture[4, 32].tolist(), "and in the middle of the apple", picture[36, 24].tolist())
