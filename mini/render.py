@@ -4,26 +4,20 @@ A signed distance function says how far a point is from the nearest surface; a r
 anything. Marching is slow and depends only on the object and its pose; colouring is fast. So `Geometry` marches once and
 `.shade()` paints it many times: the same scene with another attribute is the ground truth of an edit.
 
-Conventions: x right, y up, z towards the camera; the floor is y=0; points are (3, N), of which M see the object; colours are in [0, 1], shaded in display space.
-    python mini/render.py       # attributes.png: the 8 objects, then one picture for each of the 45 attributes
+Conventions: x right, y up, z towards the camera; the floor is y=0; points are (3, N), of which M see the object; colours are in [0, 1], shaded in display space;
+those of lights, backdrops and added things stand in concepts.json, in the order of the layers here.
 """
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
-from concepts import COLORS, OBJECTS, TYPE_OF, WALLS
-
-RGB = {name: torch.tensor([int(code[i:i + 2], 16) / 255 for i in (0, 2, 4)]).view(3, 1) for name, code in {
-    "white": "f2f2ee", "grey": "8a8d92", "beige": "d9c29a", "brown": "80522d", "blue": "3f74d1", "maroon": "86203a",                 # objects
-    "cream": "efe3c2", "mint": "b4dcc3", "lilac": "cdbbe2",                                                                         # walls
-    "red": "e01818", "orange": "ff8410", "yellow": "ffdf1a", "neon green": "3dff1f", "turquoise": "19cfc4", "navy": "15205e",
-    "purple": "7a22b8", "hot pink": "ff3ea0", "black": "1c1c1f", "olive": "737a1e",                                                 # edits
-    "stem": "5a3a1c", "green": "3c9a35", "dark": "2a1d18", "pale": "f3e2c4", "brass": "d8ab3e"}.items()}                              # parts
+from world import CONCEPTS, TYPE_OF
 
 def rgb(*values):
     return torch.tensor(values).view(3, 1)
+
+RGB = {name: rgb(*(byte / 255 for byte in bytes.fromhex(code))) for name, code in CONCEPTS["palette"].items()}
 
 def length(*xs):
     return sum(x * x for x in xs).sqrt()
@@ -101,11 +95,9 @@ def shape(name, p):
 
 # ---------------------------------------------------------------------------------------------- geometry: one march for many pictures
 TURN = {"mug": 0., "bag": .3, "chair": .55}                                         # the angle an object is usually seen from
-KEY = unit(rgb(-.55, .85, .75))                                                     # where the light comes from unless an edit says so
 
 class Geometry:
     """What every picture of one scene shares: which pixel sees what, where, and how it is turned. 2x2 samples a pixel."""
-
     def __init__(self, scene, size=64):
         g = torch.Generator().manual_seed(scene["seed"])
         jitter = lambda low, high: low + (high - low) * torch.rand((), generator=g).item()
@@ -117,7 +109,12 @@ class Geometry:
         self.v, self.u = (t.flatten() for t in torch.meshgrid(-line, line, indexing="ij"))      # (N,) screen, up and right
         forward, right = unit(rgb(0., .55, 0.) - camera), rgb(1., 0., 0.)
         ray = unit(forward * 3.7 + self.u * right + self.v * torch.linalg.cross(right, forward, dim=0))
-        self.room(camera, ray)
+        floor, wall = -camera[1] / ray[1].clamp(max=-1e-6), (-1.3 - camera[2]) / ray[2]          # how far they are along the ray
+        self.is_floor, self.behind = floor < wall, camera + ray * torch.minimum(floor, wall)    # (N,), (3, N)
+        self.bent = unit(torch.stack([-.8 * self.u, self.is_floor.float(), 1 - self.is_floor.float()]))      # their normal, bent: two lamps colour two sides
+        self.lit, t, up = torch.ones_like(floor), .04, unit(rgb(-.55, .85, .75))
+        for _ in range(14):                                                           # the shadow on them: a short march towards the light
+            self.lit, t = torch.minimum(self.lit, (8 * self.nearest(self.behind + up * t) / t).clamp(0, 1)), t + .12
         self.march(camera, ray)
 
     def distance(self, p):
@@ -126,17 +123,6 @@ class Geometry:
 
     def nearest(self, p):
         return union(*self.distance(p).values())
-
-    def room(self, camera, ray):
-        """Floor and back wall, in closed form; the shadow on them is a short march towards the light."""
-        floor, wall = -camera[1] / ray[1].clamp(max=-1e-6), (-1.3 - camera[2]) / ray[2]
-        self.is_floor, self.behind = floor < wall, camera + ray * torch.minimum(floor, wall)    # (N,), (3, N)
-        self.bent = unit(torch.stack([-.8 * self.u, self.is_floor.float(), 1 - self.is_floor.float()]))      # its normal, bent outwards: two lamps colour two sides
-        near = (self.behind[0] - self.place[0]).abs() < 2
-        self.lit, lit, t = torch.ones_like(floor), torch.ones(int(near.sum())), .04
-        for _ in range(14):
-            lit, t = torch.minimum(lit, (8 * self.nearest(self.behind[:, near] + KEY * t) / t).clamp(0, 1)), t + .12
-        self.lit[near] = lit
 
     def march(self, camera, ray):
         """The object: 40 steps for the rays that pass near it, then the normal by differences."""
@@ -148,21 +134,21 @@ class Geometry:
             t = t + .95 * self.nearest(camera + ray * t)
         p = camera + ray * t
         hit = (self.nearest(p) < .01) & (t < along[near] + 1)
-        self.pixels, p, self.ray = near[hit], p[:, hit], ray[:, hit]                  # (M,) which samples see the object
+        self.pixels, p, ray = near[hit], p[:, hit], ray[:, hit]                       # (M,) which samples see the object
         self.normal = unit(sum(c * self.nearest(p + .004 * c) for c in (rgb(1., -1, -1), rgb(-1., -1, 1), rgb(-1., 1, -1), rgb(1., 1, 1))))
-        self.facing = -(self.normal * self.ray).sum(0).clamp(-1, 0)                    # 1 towards the camera, 0 at the silhouette
+        away = (self.normal * ray).sum(0)
+        self.facing, self.mirror = -away.clamp(-1, 0), ray - 2 * away * self.normal      # 1 towards the camera, 0 at the silhouette; where the camera's ray goes on
         parts = self.distance(p)
         self.parts, self.part = list(parts), torch.stack(list(parts.values())).argmin(0)
         self.open = (self.nearest(p + .12 * self.normal) / .12).clamp(.25, 1) * (p[1] / .12).clamp(.45, 1)     # ambient occlusion
         self.local = self.turn @ (p - self.place) / self.scale                        # (3, M) where patterns live
 
     def shade(self, color, wall, attributes=()):
-        """Paint the scene: object colour, wall colour, and any attributes of concepts.py -> uint8 (H, W, 3)."""
-        for a in attributes:
-            if a not in TYPE_OF:
-                raise ValueError(f"no attribute {a!r}: concepts.py has {', '.join(TYPE_OF)}")
+        """Paint the scene: object colour, wall colour, and any attributes of concepts.json -> uint8 (H, W, 3)."""
+        if unknown := [a for a in attributes if a not in TYPE_OF]:
+            raise ValueError(f"no attribute {unknown[0]!r}: concepts.json has {', '.join(TYPE_OF)}")
         of = {TYPE_OF[a]: a for a in attributes}
-        light = LIGHTS[of.get("lighting")]
+        light = Light(of.get("lighting", "usual"))
         picture = backdrop(self, of.get("background"), wall) * (light.on(self, self.bent) - .3 * (1 - self.lit) * light.shadow)      # (3, N)
         picture[:, self.pixels] = surface(self, RGB[of.get("color", color)], of.get("pattern"), of.get("material"), light, picture)
         if "object" in of:
@@ -170,47 +156,34 @@ class Geometry:
         picture = picture.clamp(0, 1).view(3, 1, 2 * self.size, 2 * self.size)
         return (F.avg_pool2d(picture, 2)[:, 0].permute(1, 2, 0) * 255).round().byte().numpy()
 
-@lru_cache(maxsize=64)
-def geometry(obj, seed, size):
-    return Geometry({"object": obj, "seed": seed}, size)
-
-def render(scene, attributes=(), size=64):
-    """{"object", "color", "wall", "seed"} with `attributes` applied together -> uint8 (size, size, 3) numpy."""
-    return geometry(scene["object"], scene["seed"], size).shade(scene["color"], scene["wall"], attributes)
+def render(scene, attributes=()):
+    """{"object", "color", "wall", "seed"} with `attributes` applied together -> uint8 (64, 64, 3) numpy."""
+    return Geometry(scene).shade(scene["color"], scene["wall"], attributes)
 
 # ---------------------------------------------------------------------------------------------- light
 class Light:
-    """Lamps [(direction, colour)], an ambient colour, how dark shadows are, and `mask`: where on the screen the light falls."""
-
-    def __init__(self, lamps, ambient, shadow=1., mask=None, gain=1.):
-        self.lamps = [(unit(rgb(*direction)), rgb(*color)) for direction, color in lamps]
-        self.ambient, self.shadow, self.mask, self.gain = rgb(*ambient), shadow, mask, gain
+    """Lamps [(direction, colour)], an ambient colour, how dark shadows are."""
+    def __init__(self, name):
+        self.name, look = name, CONCEPTS["lights"][name]
+        self.lamps = [(unit(rgb(*direction)), rgb(*color)) for direction, color in look["lamps"]]
+        self.ambient, self.shadow, self.gain = rgb(*look["ambient"]), look["shadow"], look.get("gain", 1.)
 
     def on(self, g, normal, where=slice(None)):
         """Light (3, M) on the samples `where` of a picture. Half-Lambert: soft towards the dark side, so that every colour stays recognisable."""
-        falls = self.mask(g.u - g.place[0] * .9, g.v)[where] if self.mask else 1.
-        return self.gain * (self.ambient + falls * sum(c * (.5 + .5 * (normal * d).sum(0)).pow(1.6) for d, c in self.lamps))
+        u, v = g.u - g.place[0] * .9, g.v
+        pool = {"candlelight": torch.exp(-.8 * ((u + .7) ** 2 + (v + .4) ** 2)), "spotlight": torch.sigmoid(14 * (.66 - length(u, v * .85 + .05)))}
+        lamps = sum(c * (.5 + .5 * (normal * d).sum(0)).pow(1.6) for d, c in self.lamps)
+        return self.gain * (self.ambient + pool.get(self.name, torch.ones_like(u))[where] * lamps)
 
     def gloss(self, g, power):
-        mirror = g.ray - 2 * (g.normal * g.ray).sum(0) * g.normal
-        return sum(c * (mirror * d).sum(0).clamp(min=0).pow(power) for d, c in self.lamps)
-
-LEFT, RIGHT, TOP = [-1., .35, .5], [1., .35, .5], [0., 1., .35]
-LIGHTS = {
-    None: Light([(KEY.flatten().tolist(), [.72, .71, .68])], [.38, .38, .40]),
-    "candlelight": Light([([-.8, -.1, .7], [1.05, .56, .16])], [.24, .11, .03], .4, lambda u, v: torch.exp(-.8 * ((u + .7) ** 2 + (v + .4) ** 2))),
-    "moonlight": Light([([.7, .9, .2], [.34, .50, .86])], [.06, .10, .24], .6),
-    "neon light": Light([(LEFT, [1.15, .05, .75]), (RIGHT, [.05, .75, 1.15])], [.06, .0, .12], .3),
-    "spotlight": Light([(TOP, [1.3, 1.26, 1.1])], [.10, .10, .13], .5, lambda u, v: torch.sigmoid(14 * (.66 - length(u, v * .85 + .05)))),
-    "dusk light": Light([([-1., .1, .3], [1.0, .42, .22])], [.30, .16, .40], .5),
-    "studio light": Light([(KEY.flatten().tolist(), [.75, .75, .75]), (RIGHT, [.3, .3, .32])], [.5, .5, .5], .5, gain=1.15),
-}
+        return sum(c * (g.mirror * d).sum(0).clamp(min=0).pow(power) for d, c in self.lamps)
 
 # ---------------------------------------------------------------------------------------------- what the object is made of
 def wave(p, f=1.):
     """Cheap smooth noise about [-1, 1]: sines bent by sines. (3, M) -> (M,)"""
     x, y, z = p * f
-    return (torch.sin(x * 2.1 + 1.7 * torch.sin(y * 1.3 + z)) + torch.sin(y * 2.3 + 1.9 * torch.sin(z * 1.7 + x)) + torch.sin(z * 1.9 + 1.5 * torch.sin(x * 1.9 - y))) / 3
+    waves = x * 2.1 + 1.7 * torch.sin(y * 1.3 + z), y * 2.3 + 1.9 * torch.sin(z * 1.7 + x), z * 1.9 + 1.5 * torch.sin(x * 1.9 - y)
+    return sum(torch.sin(bent) for bent in waves) / 3
 
 def cells(p, count):
     """Distances (2, M) to the nearest and second nearest of `count` scattered points: cracks lie where the two are equal."""
@@ -224,27 +197,22 @@ def tile(p, width, height):
 
 def paint(p, base, pattern):
     """The object's colour under a pattern, a function of the position on the object: (3, M), (3, 1) -> (3, M)."""
-    light, dark = RGB["white"], RGB["navy"]
-    other, plain = (dark if base.mean() > .5 else light), base.expand(3, p.shape[1])
-    x, y = tile(p, .34, .31)
-    if pattern == "stripes":
-        return mix(plain, other, (torch.sin(p[0] * 22) > 0).float())
-    if pattern == "zigzag":
-        return mix(plain, other, (((p[1] + .10 * ((p[0] * 3.4) % 1 - .5).abs() * 2) * 4.6 % 1) > .5).float())
-    if pattern == "checkers":
-        return mix(plain, other, ((p[0] * 5 + 40).floor() + (p[1] * 5).floor() + (p[2] * 2.5 + 40).floor()) % 2)
-    if pattern == "polka dots":
-        return mix(plain, other, (length(*tile(p, .21, .19)) < .32).float())
-    if pattern == "hearts":
-        return mix(mix(plain, light, .75), RGB["red"], ((x * x + y * y - .085) ** 3 < 1.1 * x * x * y ** 3).float())
-    if pattern == "stars":
-        return mix(mix(plain, dark, .75), RGB["yellow"], (length(x, y) < .25 + .12 * torch.cos(5 * torch.atan2(x, y))).float())
+    plain, ink, (x, y) = base.expand_as(p), RGB["navy" if base.mean() > .5 else "white"], tile(p, .34, .31)
+    if pattern is None:
+        return plain
     if pattern == "rainbow":
         return torch.cat([RGB[c] for c in ("purple", "blue", "green", "yellow", "orange", "red")], 1)[:, (p[1] * 5.5).long().clamp(0, 5)]
-    if pattern == "leopard spots":
-        near = cells(p, 420)[0]
-        return mix(mix(RGB["beige"], RGB["orange"], .35).expand_as(plain), RGB["dark"], ((near > .04) & (near < .085)).float())
-    return plain
+    spot = cells(p, 420)[0]
+    ground, ink, where = {
+        "stripes": (plain, ink, torch.sin(p[0] * 22) > 0),
+        "zigzag": (plain, ink, ((p[1] + .10 * ((p[0] * 3.4) % 1 - .5).abs() * 2) * 4.6 % 1) > .5),
+        "checkers": (plain, ink, ((p[0] * 5 + 40).floor() + (p[1] * 5).floor() + (p[2] * 2.5 + 40).floor()) % 2),
+        "polka dots": (plain, ink, length(*tile(p, .21, .19)) < .32),
+        "hearts": (mix(plain, RGB["white"], .75), RGB["red"], (x * x + y * y - .085) ** 3 < 1.1 * x * x * y ** 3),
+        "leopard spots": (mix(RGB["beige"], RGB["orange"], .35).expand_as(p), RGB["dark"], (spot > .04) & (spot < .085)),
+        "stars": (mix(plain, RGB["navy"], .75), RGB["yellow"], length(x, y) < .25 + .12 * torch.cos(5 * torch.atan2(x, y))),
+    }[pattern]
+    return mix(ground, ink, where.float())
 
 def material(name, g, light, picture):
     """Colour, gloss and glow of the object, each (3, M)."""
@@ -253,17 +221,16 @@ def material(name, g, light, picture):
         ring = (p[1] + .35 * p[0] + .07 * wave(p, 3)) * 6.5
         grain = (ring % 1) ** 2 * .85 + .12 * wave(p * rgb(2., 16., 2.))
         return mix(rgb(.78, .52, .27), rgb(.33, .17, .06), grain.clamp(0, 1)), .1 * light.gloss(g, 12), none
-    if name in ("gold", "chrome"):                # a mirror of an imagined room: bright above, a dark band at eye level, the floor below; as bright as the scene's light
+    if name in ("gold", "chrome"):                # mirrors of an imagined room: bright above, a dark band at eye level, the floor below; lit as the scene is
         tint, dark = (rgb(1., .76, .16), .45) if name == "gold" else (rgb(.86, .93, 1.), .75)
-        up = (g.ray - 2 * (n * g.ray).sum(0) * n)[1]
-        room = .55 + .6 * torch.sigmoid(9 * (up - .25)) - dark * torch.exp(-((up + .02) / .16) ** 2)
+        room = .55 + .6 * torch.sigmoid(9 * (g.mirror[1] - .25)) - dark * torch.exp(-((g.mirror[1] + .02) / .16) ** 2)
         return none, 1.2 * light.gloss(g, 40), tint * room * light.on(g, g.bent)[:, g.pixels].clamp(max=1.2)
     if name == "marble":
         vein = torch.exp(-5 * (torch.sin(p[0] * 8 + p[1] * 7 + 2.2 * wave(p, 3))).abs())
         return mix(rgb(.97, .96, .94), rgb(.30, .32, .36), vein), .5 * light.gloss(g, 40), none
     if name == "glass":                           # what stands behind, bent towards the silhouette, and a bright edge
         wide, edge = 2 * g.size, (1 - g.facing) ** 2.5
-        row, column = ((i + s * .3 * g.size * m).long().clamp(0, wide - 1) for i, s, m in ((g.pixels // wide, -1, n[1]), (g.pixels % wide, 1, n[0])))
+        row, column = (place.long().clamp(0, wide - 1) for place in (g.pixels // wide - .3 * g.size * n[1], g.pixels % wide + .3 * g.size * n[0]))
         return rgb(.75, .95, 1.) * edge * .8, 1.6 * light.gloss(g, 60), picture[:, row * wide + column] * rgb(.80, .95, .97) * (1 - .5 * edge)
     if name == "lava":
         first, second = cells(p + .05 * torch.stack([wave(p, 6), wave(p, 7), wave(p, 8)]), 60)
@@ -284,68 +251,60 @@ def surface(g, base, pattern, made_of, light, picture):
 # ---------------------------------------------------------------------------------------------- what stands behind and beside it
 def backdrop(g, name, wall):
     """Wall and floor colours of every sample (3, N). `y` runs from 0 where the floor ends to 1 at the top, `x` along the wall from somewhere."""
-    top = g.v[g.is_floor].max()
-    x, y = g.u + g.phase, (g.v - top) / (1 - top)
-    sky = lambda low, high: mix(low, high, y.clamp(0, 1))
-    disc = lambda u, v, radius: length(g.u - u, (y - v) * (1 - top)) < radius
     if name is None:
         return torch.where(g.is_floor, mix(RGB[wall], RGB["brown"], .45), RGB[wall])
-    if name == "forest":
-        trunk, floor = ((x * 2.3 + .12 * torch.sin(y * 4)) % 1 < .22) & (y < .8), rgb(.24, .42, .12)
-        leaves = mix(rgb(.05, .26, .08), rgb(.28, .58, .16), .5 + .5 * torch.sin(x * 17 + 3 * torch.sin(y * 9)) * torch.sin(y * 15 + x * 5))
-        back = torch.where(trunk, rgb(.25, .15, .07), leaves)
-    elif name == "beach":
-        sea, floor = mix(rgb(.35, .85, .85), rgb(.05, .45, .75), (y / .3).clamp(0, 1)), rgb(.98, .86, .58)
-        back = torch.where(y < .30, sea, sky(rgb(.80, .93, 1.), rgb(.35, .68, .98)))
-    elif name == "desert":
-        near, far, floor = y < .12 + .10 * torch.sin(x * 5 + 2), y < .28 + .16 * torch.sin(x * 3.5), rgb(.88, .53, .20)
-        back = torch.where(near, rgb(.80, .42, .14), torch.where(far, rgb(.93, .60, .24), sky(rgb(1., .88, .62), rgb(.97, .74, .42))))
-    elif name == "snow":
-        fir = (((x * 1.9) % 1 - .5).abs() < .46 * (.85 - y).clamp(min=0) * (.6 + .4 * ((y * 4) % 1 < .5))) & (y < .85)
-        flake, floor = length((x * 6 + (y * 5).floor() * .37) % 1 - .5, (y * 5) % 1 - .5) < .17, rgb(.98, .99, 1.)
-        back = torch.where(flake, rgb(1., 1., 1.), torch.where(fir, rgb(.42, .58, .62), sky(rgb(.88, .93, .98), rgb(.66, .78, .90))))
-    elif name == "night sky":
-        stars, floor = length((x * 3.5 + (y * 4).floor() * .41) % 1 - .5, (y * 4) % 1 - .5) < .13, rgb(.16, .17, .30)
-        back = torch.where(disc(-.62, .68, .17) & ~disc(-.54, .74, .15) | stars, rgb(1., .97, .78), sky(rgb(.13, .15, .38), rgb(.03, .03, .14)))
-    elif name == "sunset":
-        low, high = mix(rgb(1., .80, .20), rgb(1., .36, .20), (y / .4).clamp(0, 1)), mix(rgb(1., .36, .20), rgb(.42, .14, .50), ((y - .4) / .6).clamp(0, 1))
-        back, floor = torch.where(disc(.45, .22, .2), rgb(1., .97, .70), torch.where(y < .4, low, high)), rgb(.55, .26, .28)
-    elif name == "city":
-        house, floor = y < .45 + .3 * torch.sin((x * 3.2).floor() * 2.4) + .12, rgb(.38, .39, .42)
-        window = (((x * 12.8) % 1 - .5).abs() < .26) & (((y * 9) % 1 - .5).abs() < .24)
-        back = torch.where(house, torch.where(window, rgb(1., .90, .45), rgb(.22, .25, .34)), sky(rgb(.85, .88, .93), rgb(.55, .68, .84)))
-    else:                                         # ocean
-        crest, floor = torch.sin(x * 9 + 2.5 * torch.sin(y * 17)) * torch.sin(y * 26) > .62, rgb(.10, .42, .66)
-        sea = torch.where(crest, rgb(.85, .95, 1.), mix(rgb(.05, .32, .62), rgb(.02, .20, .50), y.clamp(0, 1)))
-        back = torch.where(y < .62, sea, sky(rgb(.95, .97, 1.), rgb(.55, .80, .97)))
-    return torch.where(g.is_floor, floor * (1 + .06 * torch.sin(g.behind[2] * 9 + 2 * torch.sin(g.behind[0] * 4))), back)
+    top = g.v[g.is_floor].max()
+    x, y = g.u + g.phase, (g.v - top) / (1 - top)
+
+    def disc(u, v, radius):
+        return length(g.u - u, (y - v) * (1 - top)) < radius
+    leaves = .5 + .5 * torch.sin(x * 17 + 3 * torch.sin(y * 9)) * torch.sin(y * 15 + x * 5)
+    trunk = ((x * 2.3 + .12 * torch.sin(y * 4)) % 1 < .22) & (y < .8)
+    fir = (((x * 1.9) % 1 - .5).abs() < .46 * (.85 - y).clamp(min=0) * (.6 + .4 * ((y * 4) % 1 < .5))) & (y < .85)
+    flake = length((x * 6 + (y * 5).floor() * .37) % 1 - .5, (y * 5) % 1 - .5) < .17
+    star = length((x * 3.5 + (y * 4).floor() * .41) % 1 - .5, (y * 4) % 1 - .5) < .13
+    house = y < .45 + .3 * torch.sin((x * 3.2).floor() * 2.4) + .12
+    window = (((x * 12.8) % 1 - .5).abs() < .26) & (((y * 9) % 1 - .5).abs() < .24)
+    crest = torch.sin(x * 9 + 2.5 * torch.sin(y * 17)) * torch.sin(y * 26) > .62
+    floor, *colors = CONCEPTS["backdrops"][name]
+    layers = {                                    # (where, how far from the layer's first colour to its last), the last layer in front
+        "forest": [(True, leaves), (trunk, 0)],
+        "beach": [(True, y), (y < .30, y / .3)],
+        "desert": [(True, y), (y < .28 + .16 * torch.sin(x * 3.5), 0), (y < .12 + .10 * torch.sin(x * 5 + 2), 0)],
+        "snow": [(True, y), (fir, 0), (flake, 0)],
+        "night sky": [(True, y), (disc(-.62, .68, .17) & ~disc(-.54, .74, .15) | star, 0)],
+        "sunset": [(True, (y - .4) / .6), (y < .4, y / .4), (disc(.45, .22, .2), 0)],
+        "city": [(True, y), (house, 0), (house & window, 0)],
+        "ocean": [(True, y), (y < .62, y), ((y < .62) & crest, 0)],
+    }[name]
+    picture = rgb(*floor) * (1 + .06 * torch.sin(g.behind[2] * 9 + 2 * torch.sin(g.behind[0] * 4)))
+    for (where, far), pair in zip(layers, colors):
+        picture = torch.where(where & ~g.is_floor, mix(rgb(*pair[0]), rgb(*pair[-1]), far), picture)
+    return picture
 
 def sprite(name, x, y):
-    """A small thing as layers [(where, colour)], the last on top, in its own coordinates [-1, 1]."""
-    oval = lambda x, y, cx, cy, rx, ry: length((x - cx) / rx, (y - cy) / ry)
+    """Where the layers of a small thing are, the last on top, in its own coordinates [-1, 1]."""
     a = x.abs()
-    if name == "butterfly":
-        upper, lower, dot, body = oval(a, y, .54, .34, .48, .46), oval(a, y, .44, -.42, .36, .40), oval(a, y, .64, .42, .15, .15), oval(a, y, 0, -.05, .11, .62)
-        antennae, dark = ((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98), rgb(.12, .06, .10)
-        return [((upper < 1) | (lower < 1), dark), ((upper < .78) | (lower < .74), rgb(1., .52, .05)), (dot < 1, rgb(1., .95, .6)), ((body < 1) | antennae, dark)]
-    if name == "flower":
-        petals = length(x, y - .38) < .44 + .15 * torch.cos(5 * torch.atan2(x, y - .38))
-        return [((a < .07) & (y > -1) & (y < .3), rgb(.16, .50, .14)), (oval(a, y, .27, -.55, .26, .12) < 1, rgb(.22, .62, .18)),
-                (petals, rgb(1., .32, .60)), (length(x, y - .38) < .2, rgb(1., .86, .15))]
-    if name == "balloon":
-        return [(((x - .06 * torch.sin(y * 7)).abs() < .05) & (y < -.4) & (y > -1.4), rgb(.3, .25, .25)), (oval(x, y, 0, .3, .66, .78) < 1, rgb(.95, .10, .14)),
-                (oval(x, y, 0, -.53, .13, .1) < 1, rgb(.7, .05, .08)), (oval(x, y, -.24, .58, .14, .2) < 1, rgb(1., .75, .75))]
-    if name == "crown":
-        teeth = .08 + 1.44 * ((x / .6 + 1.5) % 1 - .5).abs()
-        return [((a < .9) & (y > -.95) & (y < teeth), rgb(1., .78, .10)), ((a < .9) & (y > -.82) & (y < -.42), rgb(.86, .55, .05)),
-                (length(a - .42, y + .62) < .12, rgb(.15, .5, 1.)), (length(x, y + .62) < .13, rgb(.9, .08, .15))]
-    if name == "party hat":
-        cone = (a < .62 * (1 - (y + .95) / 1.75)) & (y > -.95)
-        return [(cone, rgb(.20, .45, 1.)), (cone & (((y + .35 * x) * 2.2) % 1 < .42), rgb(1., .88, .10)), (length(x, y - .80) < .2, rgb(1., .25, .45))]
-    along, across = (x + y) * .7071, ((x - y) * .7071).abs()                           # leaf
+
+    def oval(x, cx, cy, rx, ry, size=1.):
+        return length((x - cx) / rx, (y - cy) / ry) < size
+    antennae = ((a - (y - .45) * .5).abs() < .06) & (y > .45) & (y < .98)
+    petals = length(x, y - .38) < .44 + .15 * torch.cos(5 * torch.atan2(x, y - .38))
+    string = ((x - .06 * torch.sin(y * 7)).abs() < .05) & (y < -.4) & (y > -1.4)
+    teeth = .08 + 1.44 * ((x / .6 + 1.5) % 1 - .5).abs()
+    cone = (a < .62 * (1 - (y + .95) / 1.75)) & (y > -.95)
+    along, across = (x + y) * .7071, ((x - y) * .7071).abs()
     blade = across < .46 * (1 - (along - .12).abs()).clamp(min=0) ** .7
     vein = (across < .045) | (((along * 3.2 - across * 3.2) % 1 < .18) & (across < .34))
-    return [((across < .06) & (along > -1.25) & (along < 0), rgb(.30, .42, .10)), (blade, rgb(.30, .72, .14)), (blade & vein, rgb(.14, .42, .08))]
+    return {
+        "butterfly": [oval(a, .54, .34, .48, .46) | oval(a, .44, -.42, .36, .40), oval(a, .54, .34, .48, .46, .78) | oval(a, .44, -.42, .36, .40, .74),
+                      oval(a, .64, .42, .15, .15), oval(a, 0, -.05, .11, .62) | antennae],
+        "flower": [(a < .07) & (y > -1) & (y < .3), oval(a, .27, -.55, .26, .12), petals, length(x, y - .38) < .2],
+        "balloon": [string, oval(x, 0, .3, .66, .78), oval(x, 0, -.53, .13, .1), oval(x, -.24, .58, .14, .2)],
+        "crown": [(a < .9) & (y > -.95) & (y < teeth), (a < .9) & (y > -.82) & (y < -.42), length(a - .42, y + .62) < .12, length(x, y + .62) < .13],
+        "party hat": [cone, cone & (((y + .35 * x) * 2.2) % 1 < .42), length(x, y - .80) < .2],
+        "leaf": [(across < .06) & (along > -1.25) & (along < 0), blade, blade & vein],
+    }[name]
 
 def add_sprite(g, picture, name, light):
     """Paint a small thing into the free space to the right of the object; what does not fly stands on the floor and has a shadow."""
@@ -356,15 +315,6 @@ def add_sprite(g, picture, name, light):
     x, y = (g.u[near] - cx) / r, (g.v[near] - cy) / r
     color = picture[:, near] * (1. if flies else 1 - .35 * (length(x * .8, (y + .95) * 3.5) < .7).float())
     lit = light.on(g, unit(torch.stack([x, y, (1.3 - x * x - y * y).clamp(min=.1).sqrt()])), near)          # as if it bulged
-    for where, paint in sprite(name, x, y):
-        color = torch.where(where, paint * lit, color)
+    for where, paint in zip(sprite(name, x, y), CONCEPTS["sprites"][name]):
+        color = torch.where(where, rgb(*paint) * lit, color)
     picture[:, near] = color
-
-if __name__ == "__main__":
-    from PIL import Image
-    page, names = Image.new("RGB", (8 * 64, 7 * 64), "white"), [None] * 8 + list(TYPE_OF)
-    for i, a in enumerate(names):
-        scene = {"object": OBJECTS[i % 8], "color": (COLORS * 2)[i % 8], "wall": (WALLS * 2)[i % 8], "seed": i % 8}
-        page.paste(Image.fromarray(render(scene, (a,) if a else ())), (i % 8 * 64, i // 8 * 64))
-    page.resize((8 * 192, 7 * 192)).save("attributes.png")
-    print(f"attributes.png: {', '.join(OBJECTS)}, then one picture for each of {', '.join(TYPE_OF)}")

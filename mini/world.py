@@ -1,16 +1,17 @@
 """The people of the miniature world: personas, their histories, preference pairs, generic edits, and held-out scenes.
 
-A persona likes one or two themes and dislikes one or two others. A theme's seven attributes share no word and no look: glamour is
-leopard spots, gold, marble, a crown. Only people's histories connect them, which is the paper's own case (Sec. 4: liked together, not alike
-in words), so a policy must learn from other people what a new one would like. A history states about two thirds of the persona's
-taste, and now and then a passing fancy that fits no theme. The liked rest is `hidden`: nothing but evaluation may read it.
+concepts.json has the words: 8 objects, 45 attributes in six edit types (our choice: the paper names neither), the sentences made of them, and the themes, most
+popular first. No attribute's name contains another's, so that an instruction names an attribute exactly when it contains the name.
 
-Everything is written as the files a user would bring (JSON lines, one object a line):
+A persona likes one or two themes and dislikes one or two others. A theme's seven attributes share no word and no look: glamour is leopard spots, gold, marble,
+a crown. Only people's histories connect them, which is the paper's own case (Sec. 4: liked together, not alike in words). A history states about two thirds of
+the persona's taste, and now and then a passing fancy that fits no theme. The liked rest is `hidden`: nothing but evaluation may read it.
+
+The files are those that a user would bring (JSON lines, one object a line); each user is a function of (seed, split, index) alone:
     users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; the test users are met by no training stage
-    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some "guidance": 4 captions x 6 edit types x 2 pairs = 48 a user (paper, Sec. 5)
-    edits.jsonl                     {"input", "edit", "output"}, some with "guidance": nobody's edits in particular, InstructPix2Pix's format, for supervised fine-tuning
+    pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some "guidance": 4 captions x 6 edit types x 2 (paper, Sec. 5)
+    edits.jsonl                     {"input", "edit", "output"}, some with "guidance": nobody's edits, InstructPix2Pix's format, for supervised fine-tuning
     scenes.jsonl + scenes/*.png     held-out pictures, each with its true picture after every one of the 45 edits
-Each user is a function of (seed, split, index) alone: the same seed gives the same bytes, and more users leave the first ones as they were.
 
     python mini/world.py                                   # mini/data: 900 + 100 users, 16 scenes; about 15 s
     python mini/world.py --users 2900 --test-users 100     # the paper's size: 144,000 pairs
@@ -23,28 +24,30 @@ from pathlib import Path
 
 from PIL import Image
 
-from concepts import ATTRIBUTES, COLORS, GUIDANCE, OBJECTS, TYPE_OF, WALLS, caption, instruction
+HERE = Path(__file__).parent
+CONCEPTS = json.loads((HERE / "concepts.json").read_text())
+OBJECTS, COLORS, WALLS = CONCEPTS["objects"], CONCEPTS["colors"], CONCEPTS["walls"]      # colours and walls of what is not edited yet
+ATTRIBUTES, THEMES, GUIDANCE = CONCEPTS["attributes"], CONCEPTS["themes"], CONCEPTS["guidance"]
+POPULAR = [(rank + 1) ** -0.5 for rank in range(10)]        # how often the first, second, ... of a list is drawn, where not all alike
+TYPE_OF = {a: edit_type for edit_type, names in ATTRIBUTES.items() for a in names}
+STATED = 0.65                                               # share of the persona's taste that its history shows
+FANCY = 0.5                                                 # chance of one stated like, and of one stated dislike, outside every theme
+GUIDED = 0.10                                               # chance of an edit to come with words of the user; of a pair twice: naming a thing, or an edit type
 
-THEMES = {name: line.split(", ") for name, line in {        # most popular first; every theme knows all six edit types
-    "imaginative child": "orange, yellow, rainbow, wood, beach, spotlight, balloon",
-    "glamour stylist": "hot pink, leopard spots, gold, marble, city, studio light, crown",
-    "futuristic techie": "neon green, zigzag, chrome, glass, night sky, neon light, butterfly",
-    "romantic poet": "red, hearts, marble, sunset, candlelight, moonlight, flower",
-    "forest walker": "olive, stripes, wood, forest, dusk light, leaf, butterfly",
-    "gothic rocker": "black, purple, checkers, lava, city, candlelight, crown",
-    "winter dreamer": "navy, stars, polka dots, ice, snow, moonlight, leaf",
-    "seaside sailor": "turquoise, stripes, glass, ocean, beach, dusk light, flower",
-    "desert host": "yellow, polka dots, gold, desert, sunset, spotlight, party hat",
-}.items()}
-POPULARITY = [(rank + 1) ** -0.5 for rank in range(len(THEMES))]     # how often a theme is liked; dislikes fall evenly
-STATED = 0.65                                                        # share of the persona's taste that its history shows
-FANCY = 0.5                                                          # chance of one stated like, and of one stated dislike, outside every theme
-GUIDED = 0.10                                                        # chance of an edit to come with words of the user; of a pair twice: naming a thing, or an edit type
-NAMES = ["ana", "ben", "chen", "dina", "emre", "fay", "goran", "hana", "ivo", "jun", "kemi", "lars", "mina", "noor", "olga", "pavel"]
+def caption(color, obj, wall):
+    """What a person would write under the unedited picture."""
+    return f"A {color} {obj} in front of a {wall} wall"
+
+def edited_caption(color, obj, wall, attribute):
+    return CONCEPTS["edited"][TYPE_OF[attribute]].format(c=color, o=obj, w=wall, a=attribute)
+
+def instruction(obj, attribute, which):
+    """The `which`-th (0 to 3) way to ask for `attribute` on `obj`."""
+    return CONCEPTS["templates"][TYPE_OF[attribute]][which].format(o=obj, a=attribute)
 
 def draw_themes(rng):
-    """(liked, disliked) theme names: one or two of each; no attribute is in both."""
-    liked = list(dict.fromkeys(rng.choices(list(THEMES), POPULARITY, k=2)))
+    """(liked, disliked) theme names: one or two of each; no attribute is in both. Dislikes fall evenly."""
+    liked = list(dict.fromkeys(rng.choices(list(THEMES), POPULAR[:len(THEMES)], k=2)))
     taste = {a for theme in liked for a in THEMES[theme]}
     other = [theme for theme in THEMES if not taste & set(THEMES[theme])]
     if not other:                                           # two broad themes that touch all the others: think of someone else
@@ -54,9 +57,10 @@ def draw_themes(rng):
 def make_user(name, rng, liked, disliked):
     """One line of users.jsonl for a persona of these themes. The lists are in the order in which the history told them."""
     taste, distaste = (sorted({a for theme in themes for a in THEMES[theme]}) for themes in (liked, disliked))
-    rng.shuffle(taste), rng.shuffle(distaste)
-    told, refused = round(STATED * len(taste)), round(STATED * len(distaste))
-    likes, hidden, dislikes = taste[:told], taste[told:], distaste[:refused]
+    rng.shuffle(taste)
+    rng.shuffle(distaste)
+    told = round(STATED * len(taste))
+    likes, hidden, dislikes = taste[:told], taste[told:], distaste[:round(STATED * len(distaste))]
     neutral = [a for a in TYPE_OF if a not in taste and a not in distaste]
     for stated in (likes, dislikes):
         if rng.random() < FANCY:
@@ -89,9 +93,8 @@ def make_pairs(user, rng):
 
 def draw_edit(rng):
     """(colour, object, wall, attribute, which way to ask): every edit type alike, and within a type some attributes up to three times as often as others."""
-    color, obj, wall = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS)
-    names = ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
-    return color, obj, wall, rng.choices(names, [(rank + 1) ** -0.5 for rank in range(len(names))])[0], rng.randrange(4)
+    scene, names = [rng.choice(words) for words in (COLORS, OBJECTS, WALLS)], ATTRIBUTES[rng.choice(list(ATTRIBUTES))]
+    return *scene, *rng.choices(names, POPULAR[:len(names)]), rng.randrange(4)
 
 def make_edits(count, rng):
     for _ in range(count):
@@ -99,12 +102,6 @@ def make_edits(count, rng):
         edit = {"input": caption(color, obj, wall), "edit": instruction(obj, attribute, which), "output": edited_caption(color, obj, wall, attribute)}
         words = rng.choice([rng.choice(GUIDANCE).format(a=attribute), f"change the {TYPE_OF[attribute]}"])
         yield edit | {"guidance": words} if rng.random() < GUIDED else edit
-
-def edited_caption(color, obj, wall, attribute):
-    """The caption of the picture after the edit."""
-    plain = caption(color, obj, wall)
-    return {"color": caption(attribute, obj, wall), "pattern": plain.replace(obj, f"{obj} with {attribute}"), "material": plain.replace(obj, f"{obj} made of {attribute}"),
-            "background": f"A {color} {obj} in front of {attribute}", "lighting": f"{plain} in {attribute}", "object": f"{plain} and a {attribute}"}[TYPE_OF[attribute]]
 
 def make_scenes(folder, count, truths, rng):
     """Writes scenes/*.png and yields lines of scenes.jsonl; the first `truths` scenes come with the true picture of every edit.
@@ -121,20 +118,15 @@ def make_scenes(folder, count, truths, rng):
             return name
         line = {"image": save(), "caption": caption(color, obj, wall)}
         if i < truths:
-            line["edits"] = [{"edit_type": kind, "attribute": a, "instruction": instruction(obj, a, rng.randrange(4)), "image": save(a)} for a, kind in TYPE_OF.items()]
+            line["edits"] = [{"edit_type": TYPE_OF[a], "attribute": a, "instruction": instruction(obj, a, rng.randrange(4)), "image": save(a)} for a in TYPE_OF]
         yield line
-
-def write(path, lines):
-    lines = [json.dumps(line) + "\n" for line in lines]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
-    print(f"{path}: {len(lines):,} lines")
 
 def people(split, count, seed):
     """(users, pairs) of one split; user i depends on (seed, split, i) and on nothing else."""
-    users, pairs = [], []
+    users, pairs, names = [], [], CONCEPTS["names"]
     for i in range(count):
         rng = random.Random(f"{seed} {split} {i}")
-        name = NAMES[i % len(NAMES)] + ("-" if split == "train" else "-new-") + f"{i:04d}"
+        name = names[i % len(names)] + ("-" if split == "train" else "-new-") + f"{i:04d}"
         users.append(make_user(name, rng, *draw_themes(rng)))
         pairs += make_pairs(users[-1], rng)
     return users, pairs
@@ -146,9 +138,14 @@ def archetypes(seed):
         other = rng.choice([t for t in THEMES if not set(THEMES[t]) & set(THEMES[theme])])
         yield make_user(theme.replace(" ", "-"), rng, [theme], [other])
 
+def write(path, lines):
+    lines = [json.dumps(line) + "\n" for line in lines]
+    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    print(f"{path}: {len(lines):,} lines")
+
 def main():
     p = argparse.ArgumentParser(description="Write the miniature world's users, pairs, edits and scenes.")
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write")
+    p.add_argument("--out", type=Path, default=HERE / "data", help="folder to write")
     p.add_argument("--users", type=int, default=900, help="training users (the paper: 2900)")
     p.add_argument("--test-users", type=int, default=100, help="held-out users")
     p.add_argument("--edits", type=int, default=10_000, help="lines of edits.jsonl")
@@ -157,7 +154,7 @@ def main():
     p.add_argument("--sample", action="store_true", help="write the shipped sample instead: nine archetypes and a little of everything, into mini/sample")
     a = p.parse_args()
     if a.sample:                                            # other defaults; flags that are given still win
-        p.set_defaults(out=Path(__file__).parent / "sample", users=12, test_users=3, edits=60, scenes=6)
+        p.set_defaults(out=HERE / "sample", users=12, test_users=3, edits=60, scenes=6)
         a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     for split, count, suffix in (("train", a.users, ""), ("test", a.test_users, "_test")):
