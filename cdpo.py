@@ -7,9 +7,7 @@
     L_C-DPO = L_DPO(u) + lambda * sum_v s(u,v) L_DPO(v) / sum_v s(u,v),   v in N_k(u)                          (7)
 
 "cDPO" also names *conservative* DPO (label smoothing); nothing here is that: this is collaborative DPO, C-DPO.
-Log-probabilities are sums over the answer's tokens and <|im_end|>, in fp32. Prompt, soft tokens and padding never count.
-
-    python cdpo.py         # the losses on numbers one can check by hand
+Log-probabilities are sums over the answer's tokens and <|im_end|>, in fp32. Prompt, soft tokens and padding never count. Try it: python cdpo.py
 """
 import json
 from pathlib import Path
@@ -113,10 +111,9 @@ def answer_logprobs(model, rows, soft=None, chunk=128):
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer ended by itself)]; soft (N,S,D) or None."""
     rows = [torch.tensor(tokenizer.chat(p)) for p in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.lm_head.weight.device)             # (N, T)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
-    embeds = behind(soft, model.model.embed_tokens(ids))                                                # (N, S+T, D)
-    mask = F.pad(mask, (embeds.shape[1] - ids.shape[1], 0), value=True).to(ids.device)
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(model.lm_head.weight.device)       # (N, T)
+    embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))                                   # (N, S+T, D)
+    mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
     answers = generate(model, embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
 
@@ -124,7 +121,6 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
 class SoftPrompt(nn.Module):
     """h (B,in) -> soft tokens (B,tokens,out): a two-layer MLP (paper). Ours: LayerNorm before it, GELU, and tokens about twice as long as
     ordinary embeddings, whose standard deviation is `std`: a small model then sees the user from the first step."""
-
     def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
         super().__init__()
         self.norm, self.fc1, self.fc2, self.tokens = nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, tokens * out_dim), tokens
@@ -136,7 +132,6 @@ class SoftPrompt(nn.Module):
 class UserTokens(nn.Module):
     """From a user to soft tokens. kind "graph": node vector -> GraphSAGE over the stored graph -> h_u (C-DPO);
     kind "id": a learned h_u for each training user and nothing else (the baseline DPO-User)."""
-
     def __init__(self, graph, kind="graph", hidden_dim=64, out_dim=64, signed=True, soft=None):
         super().__init__()
         self.graph, self.config = graph, {"kind": kind, "hidden_dim": hidden_dim, "out_dim": out_dim, "signed": signed, "soft": soft}
@@ -145,12 +140,9 @@ class UserTokens(nn.Module):
         self.sage = GraphSAGE(width, hidden_dim, out_dim, signed) if kind == "graph" else None
         self.soft = SoftPrompt(out_dim, **soft) if soft else None
 
-    def embeddings(self, keep=None):
+    def embeddings(self, keep=1):
         """h of every stored user (U,out); keep (U,1), 0 or 1, says whose node vector is left out."""
-        if self.sage is None:
-            return self.vectors
-        vectors = self.vectors if keep is None else self.vectors * keep
-        return self.sage(vectors, self.graph.features, self.graph.edges)[0]
+        return self.sage(self.vectors * keep, self.graph.features, self.graph.edges)[0] if self.sage else self.vectors
 
     def new(self, users, unknown="mean"):
         """h (N,out) of users who are not stored. A table of embeddings knows nothing about them: "id" gives them the mean user's,
@@ -160,17 +152,12 @@ class UserTokens(nn.Module):
             return embed_new_user(self.sage, states, users, self.graph.attributes)
         if unknown == "mean":
             return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
-        asked = PreferenceGraph.build(users, self.graph.attributes, None).signs().to(self.vectors)
-        return self.vectors[(asked @ self.graph.signs().to(self.vectors).T).argmax(-1)]
-
-    def to(self, device):
-        self.graph.edges, self.graph.features = self.graph.edges.to(device), self.graph.features.to(device)
-        return super().to(device)
+        asked = PreferenceGraph.build(users, self.graph.attributes, None).signs().to(self.vectors.device).to_dense()       # (N, A)
+        return self.vectors[(self.graph.signs() @ asked.T).argmax(0)]
 
     def save(self, file):
         """Everything needed to embed a new user: weights, node vectors, attribute features, edges; names and sizes as metadata."""
-        graph = {"graph.edges": self.graph.edges.to(torch.int32), "graph.features": self.graph.features}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in {**self.state_dict(), **graph}.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in {**self.state_dict(), "graph.edges": self.graph.edges.int()}.items()}
         meta = {"users": self.graph.users, "attributes": self.graph.attributes, "config": self.config}
         save_file(tensors, file, {"collaborative": json.dumps(meta)})                                   # one key: safetensors writes several in any order
 
@@ -181,19 +168,15 @@ class UserTokens(nn.Module):
             raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
         with reading(file), safe_open(file, "pt") as f:
             meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
-            edges, sizes = tensors.pop("graph.edges").long(), torch.tensor([[len(meta["users"])], [len(meta["attributes"])]])
-            if edges.ndim != 2 or len(edges) != 3 or not ((0 <= edges[:2]) & (edges[:2] < sizes)).all() or len(tensors["graph.features"]) != sizes[1]:
-                raise ValueError("its graph has edges between users and attributes that it does not name")
-            model = cls(PreferenceGraph(meta["users"], meta["attributes"], edges, tensors.pop("graph.features")), **meta["config"])
-            check_fit(file, model.state_dict(), tensors, finite=True)
-            model.load_state_dict(tensors)
+            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
+            if graph.signs().shape[1] != len(graph.features):                                           # signs() refuses edges to nowhere
+                raise ValueError(f"it names {len(graph.attributes)} attributes and has features of {len(graph.features)}")
+            model = cls(graph, **meta["config"])
+            check_fit(file, dict(model.named_parameters()), tensors, finite=True)
+            model.load_state_dict(tensors, strict=False)
         return model.to(device)
 
 if __name__ == "__main__":
-    same = torch.zeros(2)
-    print("policy = reference: the loss is ln 2 =", dpo_loss(same, same, same, same)[0][0].item())
-    print("the policy prefers y+ by 10 nats more:", round(dpo_loss(same + 10, same, same, same)[0][0].item(), 4))
-    own, neighbour, similarity = torch.tensor([1.0, 1.0]), torch.tensor([[2.0, 4.0], [2.0, 4.0]]), torch.tensor([[1.0, 0.5], [0.0, 0.0]])
-    print("Eq. 7, and a user without similar users:", cdpo_loss(own, neighbour, similarity, lam=0.15).tolist())
-    hidden, head, labels = torch.randn(2, 5, 8), torch.randn(100, 8), torch.tensor([[-100, -100, 3, 4, -100], [-100, 7, 8, 9, 1]])
-    print("log-probabilities of 2 and of 4 answer tokens:", [round(x, 2) for x in token_logprobs(hidden, head, labels, chunk=2).tolist()])
+    more, none = torch.tensor([0.0, 10.0]), torch.zeros(2)
+    print("DPO where the policy is the reference (ln 2), and where it prefers y+ by 10 nats more:", dpo_loss(more, none, none, none)[0].tolist())
+    print("Eq. 7, and a user without similar users:", cdpo_loss(none + 1, none[:, None] + 3, torch.tensor([[0.5], [0.0]])).tolist())

@@ -6,11 +6,10 @@
 A SAGE layer:  out_i = W_l mean over the neighbours j of x_j + b + W_r x_i; its weights carry PyG's names and give PyG's numbers.
 The paper describes one set of edges, so its encoder cannot tell a like from a dislike. The default here (ours) is two relations,
 likes and dislikes, each with its reverse and its own weights; `signed=False` is the paper's reading.
-An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector.
-
-    python graph.py        # a toy graph: neighbours, edge prediction, a new user
+An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector. Try it: python graph.py
 """
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class User:
 
 def read_jsonl(path, optional=None, **fields):
     """Rows (dict) of a JSON-lines file in which every row has `fields`, given as name=type; list means a list of strings. Of `optional`, given as
-    {name: default}, a row has what it has, of the default's type. Blank lines are skipped; anything else that does not fit is a ValueError with file and line number."""
+    {name: default}, it has what it has, of the default's type. Blank lines are skipped; whatever else does not fit is a ValueError with file and line number."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     optional, rows = optional or {}, []
@@ -37,53 +36,44 @@ def read_jsonl(path, optional=None, **fields):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if b"\\u" in line:                                                         # half of a surrogate pair is no text
-                json.dumps(row, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}:{number}: not a line of JSON ({e})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: a JSON object was expected, got {type(row).__name__}")
-        row = {**optional, **row}
+            row = {**optional, **json.loads(line), "line": number}
+            json.dumps(row, ensure_ascii=False).encode()                                                # half of a surrogate pair is no text
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object ({e})") from None
         for name, kind in fields.items():
             value = row.get(name)
             if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
-                wanted = "a list of strings" if kind is list else "a string"
-                raise ValueError(f"{path}:{number}: \"{name}\" must be {wanted}, got {json.dumps(value)[:60]}")
-        rows.append({**row, "line": number})
+                raise ValueError(f"{path}:{number}: \"{name}\" must be {'a list of strings' if kind is list else 'a string'}, got {json.dumps(value)[:60]}")
+        rows.append(row)
     return rows
 
 def read_users(path):
     """users.jsonl -> list[User], in file order. Names must be unique; nothing may be liked and disliked at once."""
-    users, seen = [], set()
+    users = {}
     for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
-        likes, dislikes = list(dict.fromkeys(row["likes"])), list(dict.fromkeys(row["dislikes"]))
-        both = set(likes) & set(dislikes)
-        if both or row["user"] in seen:
-            problem = f"likes and dislikes {sorted(both)[0]!r}" if both else "appears twice"
-            raise ValueError(f"{path}:{row['line']}: user {row['user']!r} {problem}")
-        seen.add(row["user"])
-        users.append(User(row["user"], likes, dislikes, row["hidden"]))
-    return users
+        name, likes, dislikes = row["user"], list(dict.fromkeys(row["likes"])), list(dict.fromkeys(row["dislikes"]))
+        both = sorted(set(likes) & set(dislikes))
+        if both or name in users:
+            raise ValueError(f"{path}:{row['line']}: user {name!r} {f'likes and dislikes {both[0]!r}' if both else 'appears twice'}")
+        users[name] = User(name, likes, dislikes, row["hidden"])
+    return list(users.values())
 
 # ------------------------------------------------------------------------------------------------ the graph
-@dataclass
-class PreferenceGraph:
+class PreferenceGraph(nn.Module):
     """users and attributes are names; edges (3,E) int64 has the rows user, attribute, sign (+1 like, -1 dislike); features (A,F)."""
-    users: list
-    attributes: list
-    edges: torch.Tensor
-    features: torch.Tensor
+    def __init__(self, users, attributes, edges, features):
+        super().__init__()
+        self.users, self.attributes = users, attributes
+        self.register_buffer("edges", edges)
+        self.register_buffer("features", features)
 
     @classmethod
     def build(cls, users, attributes, features):
         return cls([u.name for u in users], list(attributes), edges_of(users, attributes), features)
 
     def signs(self):
-        """(U,A) int8: +1 liked, -1 disliked, 0 nothing said."""
-        table = torch.zeros(len(self.users), len(self.attributes), dtype=torch.int8, device=self.edges.device)
-        table[self.edges[0], self.edges[1]] = self.edges[2].to(torch.int8)
-        return table
+        """(U,A) sparse: +1 liked, -1 disliked, 0 nothing said. An edge to nowhere is a RuntimeError."""
+        return torch.sparse_coo_tensor(self.edges[:2], self.edges[2].float(), (len(self.users), len(self.attributes)), check_invariants=True)
 
 def attribute_names(users):
     """Every attribute somebody likes or dislikes, sorted."""
@@ -97,66 +87,51 @@ def edges_of(users, attributes):
     edges = [(i, index[a], sign) for i, u in enumerate(users) for names, sign in ((u.likes, 1), (u.dislikes, -1)) for a in names]
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
-def similar_users(likes_and_dislikes, k, kind="shared", chunk=256):
+def similar_users(likes_and_dislikes, k, kind="shared", chunk=2 ** 21):
     """The k most similar other users: (index (U,k) int64, score (U,k) in [0,1]), best first; exact.
 
     likes_and_dislikes (U,A), dense or sparse: +1, -1, 0. kind "shared" counts what two users both spoke about, the letter of Eq. 6; "signed"
-    takes away what one likes and the other dislikes; "likes" counts what both like (both ours). A tie goes to the next user, counting on from
-    u and around, so that no user becomes everybody's neighbour by standing first in the file. Where fewer than k others have anything in common
-    with u, the rest of the row is u itself with score 0. Time grows with the shared likes, or, where most pairs of users share some, with
-    U x U x A in one product of matrices; never is there more than some `chunk` rows of U x U."""
-    signs, total = likes_and_dislikes.to_sparse().coalesce(), len(likes_and_dislikes)
-    value = signs.values().sign().float()
-    value = {"shared": value.abs(), "signed": value, "likes": value.clamp_min(0)}[kind]
-    user, attribute, value = *signs.indices()[:, value != 0], value[value != 0]                         # (E,) each, by user
-    own = torch.arange(total, device=value.device)[:, None].expand(total, k)
-    if len(user) == 0 or k == 0:
+    takes away what one likes and the other dislikes; "likes" counts what both like (both ours). A tie goes to the next user, from u on and around:
+    nobody is everybody's neighbour for standing first in the file. Where fewer than k others have anything in common with u, the rest of the row
+    is u itself with score 0. Some `chunk` pairs of users are held at a time, never U x U."""
+    x, total = likes_and_dislikes.to_sparse().float().coalesce(), len(likes_and_dislikes)
+    x = {"shared": x.abs(), "signed": x, "likes": x.relu()}[kind]                                       # (U, A)
+    own = torch.arange(total, device=x.device)[:, None].expand(total, k)
+    if own.numel() == 0:
         return own, own * 0.0
-    shared = attribute.bincount().double().square().sum()                                               # (u, attribute, v) that meet
-    keys_of = keys_sparse if 1000 * shared < total * signs.numel() else keys_dense                      # one costs about 1,000 multiplications
-    key = keys_of(user, attribute, value, signs.shape, k, chunk)                                        # (U, k)
+    shared = x.indices()[1].bincount().double().square().sum()                                          # (u, attribute, v) that meet
+    few = 1000 * shared < total * x.numel()                                                             # one costs about 1,000 multiplications
+    key = keys_sparse(x, k, int(chunk * total / (shared + 1)) + 1) if few else keys_dense(x, k, chunk // total + 1)                # (U, k)
     common = -(-key // total)                                                                           # key = common * U - how far v is ahead of u
     return torch.where(common > 0, (own + common * total - key) % total, own), common / common.max().clamp_min(1)     # (6)
 
-def keys_dense(user, attribute, value, shape, k, chunk):
-    """Entries (E,) of a table `shape` (U,A) -> the k largest keys of every user (U,k) int64, 0 where there are fewer: blocks of rows times all the others."""
-    total, device = shape[0], user.device
-    x = value.new_zeros(shape, dtype=torch.float32 if shape.numel() < 2 ** 24 else torch.float64)       # exact for the keys
-    x[user, attribute] = value.to(x)
-    ahead = torch.arange(total, device=device).repeat(2).to(x).unfold(0, total, 1)                      # row total - u: how far v is ahead of u
-    buffer, best = x.new_empty(min(chunk, total), total), torch.zeros(total, k, dtype=torch.int64, device=device)
-    for rows in torch.arange(total, device=device).split(chunk):
-        rows = rows.flip(0)
-        key = torch.addmm(ahead[total - rows[0]:][:len(rows)], x[rows], x.T, beta=-1, alpha=total, out=buffer[:len(rows)])      # (c, U)
-        key[torch.arange(len(rows)), rows] = 0                                                          # nobody is a neighbour of himself
-        best[rows, :min(k, total)] = key.topk(min(k, total)).values.long().clamp_min(0)
+def keys_dense(x, k, rows):
+    """(U,A) -> the k largest keys of every user (U,k) int64, 0 where there are fewer: `rows` users at a time, multiplied with all."""
+    total, x = len(x), x.to_dense().to(torch.float32 if x.numel() < 2 ** 24 else torch.float64)         # exact for the keys
+    ahead = F.pad(torch.arange(1, total).to(x), (1, 0), value=torch.inf)                                # nobody is a neighbour of himself
+    ahead = ahead.flip(0).repeat(2)[:-1].unfold(0, total, 1)                                            # a view (U, U): of u to v, v from the last to the first
+    across, buffer, best = x.flip(0).T, x.new_empty(rows, total), x.new_zeros(total, k, dtype=torch.int64)
+    for mine, far, found in zip(x.split(rows), ahead.split(rows), best.split(rows)):
+        key = torch.addmm(far, mine, across, beta=-1, alpha=total, out=buffer[:len(mine)])              # (rows, U)
+        found[:, :total] = key.topk(min(k, total)).values.clamp_min(0)
     return best
 
-def keys_sparse(user, attribute, value, shape, k, chunk):
-    """The same, but only pairs with something in common are ever written down: some 4,096 `chunk` meetings (u, attribute, v) at a time."""
-    (total, _), device, by_attribute = shape, user.device, attribute.argsort(stable=True)
-    degree = attribute.bincount()                                                                       # (A,) how many name it; those of a begin at first[a]
-    count, first, best = degree[attribute], degree.cumsum(0) - degree, torch.zeros(total, k, dtype=torch.int64, device=device)
-    met = torch.zeros(total, device=device, dtype=torch.int64).index_add(0, user, count).cumsum(0)      # (U,) meetings of all users so far
-    for rows in torch.arange(total, device=device).split((met // (4096 * chunk)).unique_consecutive(return_counts=True)[1].tolist()):
-        mine = slice(*torch.searchsorted(user, torch.stack([rows[0], rows[-1] + 1])).tolist())          # the edges of these users
-        edge = torch.arange(mine.start, mine.stop, device=device).repeat_interleave(count[mine])        # (M,)
-        nth = torch.arange(len(edge), device=device) - (count[mine].cumsum(0) - count[mine]).repeat_interleave(count[mine])
-        other = by_attribute[first[attribute[edge]] + nth]                                              # (M,) the other's edge to the same attribute
-        pair, which = ((user[edge] - rows[0]) * total + (user[other] - user[edge]) % total).unique(return_inverse=True)
-        common = torch.zeros(len(pair), device=device).index_add(0, which, value[edge] * value[other]).long()
-        row, ahead = pair // total, pair % total
-        good = (ahead > 0) & (common > 0)
-        row, key = row[good], (common * total - ahead)[good]
-        key = key[(row * shape.numel() - key).argsort()]                                                # rows stay where they are, each with its best first
-        place = torch.arange(len(row), device=device) - torch.searchsorted(row, row)
-        best[rows[row[place < k]], place[place < k]] = key[place < k]
+def keys_sparse(x, k, rows):
+    """The same with sparse products, which hold only pairs that have something in common."""
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")                           # torch's own detour
+    total, across, best = len(x), x.T.coalesce(), torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
+    for mine, found in zip(torch.arange(total, device=x.device).split(rows), best.split(rows)):
+        common = x.index_select(0, mine) @ across                                                       # (rows, U)
+        row, other = common.indices()
+        key = (common.values().long() * total - (other - mine[row]) % total) * (other != mine[row])
+        for place in range(k):                                                                          # the largest of every row, then without it
+            found[:, place] = torch.zeros_like(mine).scatter_reduce(0, row, key, "amax")
+            key = key.where(key < found[row, place], 0)
     return best
 
 # ------------------------------------------------------------------------------------------------ GraphSAGE
 class SAGEConv(nn.Module):
     """PyG's SAGEConv with mean aggregation; lin_r has no bias."""
-
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.lin_l = nn.Linear(in_dim, out_dim)
@@ -171,46 +146,35 @@ class SAGEConv(nn.Module):
 
 class Relations(nn.Module):
     """One layer in one direction: the sum over the relations of a SAGEConv each, as in PyG's to_hetero."""
-
     def __init__(self, in_dim, out_dim, signed):
         super().__init__()
-        self.signed = signed
         self.convs = nn.ModuleDict({name: SAGEConv(in_dim, out_dim) for name in (("like", "dislike") if signed else ("any",))})
 
     def forward(self, x_src, x_dst, edges):
         """edges (3,E) = (source, destination, sign)."""
-        if not self.signed:
-            return self.convs["any"](x_src, x_dst, edges[:2])
-        like = edges[2] > 0
-        return self.convs["like"](x_src, x_dst, edges[:2, like]) + self.convs["dislike"](x_src, x_dst, edges[:2, ~like])
+        which = {"any": slice(None), "like": edges[2] > 0, "dislike": edges[2] < 0}
+        return sum(conv(x_src, x_dst, edges[:2, which[name]]) for name, conv in self.convs.items())
 
 class GraphSAGE(nn.Module):
     """Two layers over the bipartite graph, ReLU after the first."""
-
     def __init__(self, in_dim, hidden_dim, out_dim, signed=True):
         super().__init__()
-        dims = [(in_dim, hidden_dim), (hidden_dim, out_dim)]
-        self.to_user = nn.ModuleList(Relations(i, o, signed) for i, o in dims)
-        self.to_attribute = nn.ModuleList(Relations(i, o, signed) for i, o in dims)
+        self.to_user = nn.ModuleList([Relations(in_dim, hidden_dim, signed), Relations(hidden_dim, out_dim, signed)])
+        self.to_attribute = nn.ModuleList([Relations(in_dim, hidden_dim, signed), Relations(hidden_dim, out_dim, signed)])
 
     def forward(self, x_user, x_attr, edges):
         """x_user (U,F), x_attr (A,F), edges (3,E) -> users (U,out), attributes (A,out), and the attributes' input to each layer."""
-        back, states = edges[[1, 0, 2]], []                                                             # attribute -> user
-        for i, (to_user, to_attribute) in enumerate(zip(self.to_user, self.to_attribute)):
-            x_user, x_attr = (F.relu(x) for x in (x_user, x_attr)) if i else (x_user, x_attr)
-            states.append(x_attr)
-            x_user, x_attr = to_user(x_attr, x_user, back), to_attribute(x_user, x_attr, edges)
-        return x_user, x_attr, states
+        back = edges[[1, 0, 2]]                                                                         # attribute -> user
+        h_user, h_attr = F.relu(self.to_user[0](x_attr, x_user, back)), F.relu(self.to_attribute[0](x_user, x_attr, edges))        # (U, hidden), (A, hidden)
+        return self.to_user[1](h_attr, h_user, back), self.to_attribute[1](h_user, h_attr, edges), [x_attr, h_attr]
 
-class EdgeDecoder(nn.Module):
+class EdgeDecoder(nn.Sequential):
     """Does u like a? Two linear layers on the pair of embeddings; dropped after pretraining."""
-
     def __init__(self, dim, hidden_dim):
-        super().__init__()
-        self.lin1, self.lin2 = nn.Linear(2 * dim, hidden_dim), nn.Linear(hidden_dim, 1)
+        super().__init__(nn.Linear(2 * dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, users, attributes):
-        return self.lin2(F.relu(self.lin1(torch.cat([users, attributes], -1)))).squeeze(-1)             # (E,)
+        return super().forward(torch.cat([users, attributes], -1)).squeeze(-1)                          # (E,)
 
 def embed_new_user(sage, states, users, attributes):
     """Embeddings (N,out) of users the graph has never seen, from likes and dislikes alone, without retraining.
@@ -218,16 +182,13 @@ def embed_new_user(sage, states, users, attributes):
     users list[User]; attributes and states: the graph's attribute names and the third value of `sage(...)` on the stored graph.
     Each starts as the zero vector (paper) and only listens: attributes do not hear it, so nobody's embedding depends on who else asks (ours)."""
     back = edges_of(users, attributes)[[1, 0, 2]].to(states[0].device)
-    x = states[0].new_zeros(len(users), states[0].shape[1])                                             # (N, F)
-    for i, (to_user, x_attr) in enumerate(zip(sage.to_user, states)):
-        x = to_user(x_attr, F.relu(x) if i else x, back)
-    return x
+    h = F.relu(sage.to_user[0](states[0], states[0].new_zeros(len(users), states[0].shape[1]), back))   # (N, hidden)
+    return sage.to_user[1](states[1], h, back)
 
 # ------------------------------------------------------------------------------------------------ pretraining
 class EdgeModel(nn.Module):
     """What pretraining trains: user vectors, encoder, decoder. Like or dislike is a binary classification of edges (App. B).
     Ours: user vectors start at N(0, .01) and each row is dropped with probability `drop`, so that a new user's zero vector is nothing new."""
-
     def __init__(self, graph, hidden_dim=64, out_dim=64, signed=True, drop=0.9, seed=0):
         super().__init__()
         torch.manual_seed(seed)
@@ -256,21 +217,19 @@ class EdgeModel(nn.Module):
     @torch.no_grad()
     def evaluate(self, name):
         """{accuracy, auc} on the edges of one part ("val", "test"); only training edges carry messages."""
-        edges = self.split[name]
-        score, liked = self.logits(self.split["train"], edges, self.vectors), edges[2] > 0
+        score, liked = self.logits(self.split["train"], self.split[name], self.vectors), self.split[name][2] > 0
         return {"accuracy": ((score > 0) == liked).float().mean().item(), "auc": auc(score, liked)}
 
 def auc(score, positive):
     """Chance that a positive scores above a negative, ties one half; nan where one of the two kinds is missing."""
-    value, inverse, count = score.double().unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count - 1) / 2)[inverse]                                                 # mean rank of equal scores
-    p, n = positive.sum().item(), (~positive).sum().item()
-    return (rank[positive].sum().item() - p * (p + 1) / 2) / (p * n) if p and n else float("nan")
+    high, low = score[positive], score[~positive].sort().values
+    twice = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)                   # negatives below, and below or equal
+    return (twice.double().sum() / (2 * len(high) * len(low))).item()
 
 def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9, weight_decay=1e-2, seed=0):
     """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). train.py runs the same loss with checkpoints; this is the whole of it."""
     model = EdgeModel(graph, hidden_dim, out_dim, signed, drop, seed)
-    net = [p for n, p in model.named_parameters() if n != "vectors"]
+    net = [*model.sage.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.Adam([{"params": net}, {"params": [model.vectors], "weight_decay": weight_decay}], lr=lr)
     for epoch in range(epochs):
         loss = model.loss(epoch)
@@ -281,10 +240,9 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
 
 if __name__ == "__main__":
     names = ["neon", "chrome", "city", "wood", "forest", "leaf"]                                        # two tastes, three attributes each
-    people = [User(f"u{i}", names[:3][j:] + names[:3][:j - 1], names[3:]) if i % 2 else User(f"u{i}", names[3:], names[:3][j:])
-              for i in range(60) for j in [i // 2 % 3]]
+    people = [User(f"u{i}", names[:3], names[3:]) if i % 2 else User(f"u{i}", names[3:], names[:3]) for i in range(60)]
     toy = PreferenceGraph.build(people, names, torch.randn(6, 16, generator=torch.Generator().manual_seed(0)))
     model, held_out = pretrain(toy, epochs=60)
     new = embed_new_user(model.sage, model.sage(model.vectors, toy.features, toy.edges)[2], [User("new", ["wood"], ["neon"])], names)
     print(f"like or dislike on held-out edges: accuracy {held_out['accuracy']:.3f}, AUC {held_out['auc']:.3f}")
-    print("u1 is most like", [toy.users[i] for i in similar_users(toy.signs(), 3)[0][1]], "| a new user is", tuple(new.shape))
+    print("u1 is most like", [toy.users[i] for i in similar_users(toy.signs(), 3, "signed")[0][1]], "| a new user is", tuple(new.shape))
