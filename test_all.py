@@ -126,7 +126,7 @@ def test_qwen_equals_transformers():
     assert relative(qwen.embed_texts(reload(theirs, Qwen), tokenizer, texts, batch_size=2), nn.functional.normalize(last, dim=-1)) < 1e-5
 
 def test_qwen_row_is_the_same_alone_padded_cached_or_as_vectors():
-    """Hidden states and greedy tokens of a row are those it has alone, padded on either side, read in pieces or as vectors; RoPE depends on distances only."""
+    """Hidden states and greedy tokens of a row are those it has alone, padded on either side, in pieces, as vectors, compiled; RoPE depends on distances only."""
     model, (ids, right, left) = tiny_qwen(), padded_batch()
     rows, how, ends = [ids[i:i + 1, :n] for i, n in enumerate((17, 11, 6))], dict(max_new_tokens=9, repetition_penalty=1.2), (0, 5, 6, 14, 17)
     alone, embeds = torch.cat([model.model(row)[0] for row in rows]), model.model.embed_tokens(ids)
@@ -136,6 +136,7 @@ def test_qwen_row_is_the_same_alone_padded_cached_or_as_vectors():
         assert relative([hidden[mask > 0] for hidden in (model.model(batch, attention_mask=mask), pieces)], [alone, alone]) < 1e-5
         assert generate(model, batch, attention_mask=mask, **how) == [generate(model, row, **how)[0] for row in rows]
     assert same(model(embeds=embeds), model(ids)) and generate(model, embeds=embeds) == generate(model, ids)
+    assert relative(torch.compile(model, backend="aot_eager", fullgraph=True)(ids), model(ids)) < 1e-5
     q, k = torch.randn(2, 1, 1, 1, 16, generator=seeded())
     turned = lambda x, at: qwen.rotate(x, *qwen.rope_tables(torch.tensor([[at]]), 16, 1e4))
     near, far, other = ((turned(q, m) * turned(k, n)).sum() for m, n in ((3, 8), (103, 108), (3, 9)))
@@ -269,17 +270,24 @@ def flux_inputs(c, B=2, h=4, w=8, T=5, seed=0):
     return dict(img=torch.randn(B, h * w // 4, 64), txt=torch.randn(B, T, c["joint_attention_dim"]), pooled=torch.randn(B, c["pooled_projection_dim"]),
                 timestep=torch.rand(B), guidance=torch.rand(B) * 35 if c["guidance_embeds"] else None, img_ids=9 * image_ids(h, w), txt_ids=torch.zeros(T, 3))
 
-def test_full_size_models_have_the_published_counts():
-    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0 and T5-XXL build in seconds and have the peers' numbers of parameters."""
+def test_full_size_models_have_the_published_names_and_counts():
+    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0 and T5-XXL have the public numbers of parameters, the peers' names and shapes."""
     qwens = ((152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, True, False), (151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1e6, True, True))
     dev, vae = flux_config(24, 128, (16, 56, 56), doubles=19, singles=38, txt=4096, pooled=768), vae_config((128, 256, 512, 512), 32, 2)
     t5 = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, relative_attention_num_buckets=32, layer_norm_epsilon=1e-6,
               feed_forward_proj="gated-gelu")
     with torch.device("meta"):
-        models = [*(Qwen(Config(*sizes, False, None, ())) for sizes in qwens), Flux(dev), VAE(vae), T5(t5)]
-        models += [ControlNet(control_config(dev, *sizes)) for sizes in ((10, 5, 10), (None, 6, 0))]
+        nets = [control_config(dev, *sizes) for sizes in ((10, 5, 10), (None, 6, 0))]
+        models = [*(Qwen(Config(*sizes, False, None, ())) for sizes in qwens), Flux(dev), VAE(vae), *map(ControlNet, nets), T5(t5)]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
-    assert counts == [7_615_616_512, 494_032_768, 11_901_408_320, 83_819_683, 4_762_310_656, 3_301_956_608, 2_140_876_800]
+    assert counts == [7_615_616_512, 494_032_768, 11_901_408_320, 83_819_683, 3_301_956_608, 2_140_876_800, 4_762_310_656]
+    tf, d = peer("transformers"), peer("diffusers")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    with torch.device("meta"):
+        theirs = [tf.Qwen2ForCausalLM(tf.Qwen2Config(**dict(zip(names, sizes)), tie_word_embeddings=sizes[-1])) for sizes in qwens]
+        theirs += [d.FluxTransformer2DModel(**dev), d.AutoencoderKL(**vae), *(d.FluxControlNetModel(**net) for net in nets)]
+    for mine, model in zip(models, theirs):
+        assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 def ask(model, x, **more):
     """What diffusers' Flux or ControlNet answers to our inputs."""
@@ -874,7 +882,7 @@ def main(pattern=""):
             outcome, why = "failed", "\n" + traceback.format_exc()
         count[outcome] += 1
         print(f"{outcome:8s}{time.time() - start:6.1f} s  {name}{why}", flush=True)
-    print(", ".join(f"{n} {outcome}" for outcome, n in count.items()))
+    print(", ".join(f"{n} {outcome}" for outcome, n in count.items() if n or outcome != "skipped"))
     return int(count["failed"] > 0 or count["passed"] == 0)
 
 if __name__ == "__main__":
