@@ -11,15 +11,7 @@ The C-DPO policy reads the caption and the person's soft tokens and writes an in
 ControlNet on the picture's edges; with --reference an image prompt (PatchDPO) shows it what things look like. Models are loaded in turn, each
 freed before the next. Each person's edit depends on nobody else in the list: same seed, same picture. All that made it stands beside it as JSON, and in the PNG.
 """
-import argparse
-import contextlib
-import difflib
-import json
-import os
-import re
-import resource
-import sys
-import time
+import argparse, contextlib, difflib, json, os, re, resource, sys, time
 from functools import partial
 from pathlib import Path
 

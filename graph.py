@@ -8,8 +8,7 @@ The paper describes one set of edges, so its encoder cannot tell a like from a d
 likes and dislikes, each with its reverse and its own weights; `signed=False` is the paper's reading.
 An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector. Try it: python graph.py
 """
-import json
-import warnings
+import json, warnings
 from dataclasses import dataclass
 from pathlib import Path
 

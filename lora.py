@@ -4,8 +4,7 @@ Over one frozen base live two adapters: "policy", which is trained, and "referen
 `use` says which of them (or neither) the next forwards run with. An adapter is fp32 whatever the base is: bf16 AdamW cannot move at 2e-7.
 Works on any module made of nn.Linear: Qwen and the Flux transformer here. Try it: python lora.py
 """
-import json
-import math
+import json, math
 from pathlib import Path
 
 import torch

@@ -13,8 +13,7 @@ Losses are pure functions, one number a sample. H, W count patches, h, w latent 
     python patch_dpo.py                                                        # what a spoiled region does to the quality map
     python patch_dpo.py REF.png GEN.png --features mini/vit --out heat.png     # reference, generated picture and quality, side by side
 """
-import argparse
-import math
+import argparse, math
 from collections import namedtuple
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,7 @@ Reads Qwen2 and Mistral checkpoints as they are published; every size comes from
 Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
 attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
 """
-import contextlib
-import json
+import contextlib, json
 from dataclasses import dataclass
 from pathlib import Path
 
