@@ -8,12 +8,10 @@
     python train.py eval --policy runs/cdpo     # what held-out users get from a policy, a Markdown table; bench/methods.py compares the methods
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
 
-Baselines are flags: `cdpo --user none` is DPO-Vanilla, `cdpo --user id` DPO-User, `cdpo --lam 0` C-DPO without its neighbours' term.
-
 One loop serves every stage. What it promises:
-- The global batch is the same for any number of processes; its rows and every random draw are functions of (seed, step), so there is no
-  generator state to save and a resumed run is bit-equal to an uninterrupted one. A micro-batch draws its dropout from (seed, step, number of the
-  micro-batch): with the same --micro, 1, 2 or 4 processes drop the same. Gradients of the small trainable set are summed by hand, without DDP.
+- The global batch is the same for any number of processes. Its rows and every random draw are functions of (seed, step), dropout also of the
+  micro-batch: there is no generator state to save, a resumed run is bit-equal to an uninterrupted one, and with the same --micro 1, 2 or 4
+  processes drop the same. Gradients of the small trainable set are summed by hand, without DDP.
 - A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the current step, saved; the same command goes on.
 - A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
 """
@@ -29,7 +27,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -43,13 +40,15 @@ from huggingface_hub.utils import tqdm
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
 
 import cdpo
 import controlnet
 import graph
 import lora
+import patch_dpo
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
-from patch_dpo import ImageFeatures, ImagePrompt, diffusion_dpo_loss, dro_loss, patch_dpo_loss, patch_quality, patch_weights, read_image, record, self_supervised_loss
+from patch_dpo import ImageFeatures, ImagePrompt, patch_quality, patch_weights, read_image
 from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, reading, resolve
 
 # ------------------------------------------------------------------------------------------------ flags
@@ -65,8 +64,8 @@ PRESETS = {
         "dro": dict(steps=100, batch=8, micro=8, lr=1e-3, warmup=10),
     },
     "paper": {
-        "all": dict(qwen="Qwen/Qwen2.5-7B-Instruct", embedder="Linq-AI-Research/Linq-Embed-Mistral", flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base",
-                    dtype="bf16", checkpointing=True, size=512),
+        "all": dict(qwen="Qwen/Qwen2.5-7B-Instruct", embedder="Linq-AI-Research/Linq-Embed-Mistral", flux="black-forest-labs/FLUX.1-dev",
+                    features="facebook/dinov2-base", dtype="bf16", checkpointing=True, size=512),
         "graph": dict(hidden=1024, out_dim=1024, steps=150, lr=3e-5, feature_norm=0.0),
         "sft": dict(steps=9375, batch=16, micro=4, lr=2e-6),
         "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024,
@@ -107,7 +106,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("feature-norm", "graph", float, 4.0, "centre the name embeddings and scale them to this length (ours); 0 leaves them as they are"),
     ("drop", "graph cdpo", float, 0.0, "chance that a user's node vector is left out of a step, as a new user's is (ours)"),
 ], "preferences": [
-    ("user", "cdpo", ("graph", "id", "none"), "graph", "what the policy sees of the user: C-DPO, DPO-User, DPO-Vanilla"),
+    ("user", "cdpo", ("graph", "id", "none"), "graph", "what the policy sees of the user; the baseline DPO-User is id, DPO-Vanilla none"),
     ("lam", "cdpo", float, 0.5, "lambda, weight of the neighbours' term (with --user graph only)"),
     ("k", "cdpo", int, 3, "similar users"),
     ("similarity", "cdpo", ("shared", "signed", "likes"), "likes", "what they share: anything named (the letter of Eq. 6), agreements less clashes, likes"),
@@ -118,15 +117,14 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("tokens", "cdpo", int, 4, "soft tokens"),
     ("soft-hidden", "cdpo", int, 128, "hidden width of the soft-token MLP"),
 ], "pictures": [
-    ("loss", "patch", ("patch", "reconstruction", "dpo", "dro", "start"), "patch", "PatchDPO; or equal weights, Diffusion-DPO, Diffusion-DRO; or pretraining of an image prompt"),
-    ("power", "patch", int, 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
+    ("loss", "patch", ("patch", "reconstruction", "dpo", "dro", "start"), "patch", "PatchDPO, the same with equal weights, Diffusion-DPO, -DRO; a new image prompt"),
+    ("power", "patch", (1, 2), 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
     ("feature-steps", "patch", int, 0, "self-supervised patch training of f before it judges (ours; bench/features.py measures what it brings)"),
     ("samples", "patch", int, 2, "generated pictures for each prompt and reference"),
     ("refresh", "patch dro", int, 1, "Diffusion-DRO's M: steps between copies of the policy into the sampler, each with a new buffer"),
     ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
     ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
     ("size", "patch dro", int, 64, "side of the pictures in pixels"),
-    ("guidance", "patch dro", float, 3.5, "guidance of painted pictures; the losses have none"),
     ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
 ], "optimisation": [
     ("steps", "graph sft cdpo patch dro", int, 150, "optimiser steps (graph: epochs)"),
@@ -141,31 +139,29 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("save-every", "graph sft cdpo patch dro", int, 50, "steps between resume points"),
     ("answers", "eval", int, 3, "instructions sampled for each caption of each held-out user"),
 ]}
-FREE = {"device", "save_every", "out", "checkpointing"}          # may differ when a run is continued
 
 def parse(argv=None):
     """Flags of one stage, as a namespace; the preset's values are the defaults. ValueError for a number that makes no sense."""
-    early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", default="mini")
-    preset, style = PRESETS.get(early.parse_known_args(argv)[0].preset, {}), argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n", 1)[1], formatter_class=style)
+    early, style = argparse.ArgumentParser(prog="train.py", add_help=False), argparse.RawDescriptionHelpFormatter
+    early.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12 (%(default)s)")
+    preset = PRESETS[early.parse_known_args(argv)[0].preset]
+    top = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=style)
     stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True, help="`train.py STAGE -h` lists its flags")
     for stage in STAGES:
         example, about = re.search(rf"(python train.py {stage} .*?) +# (.*)", __doc__).groups()
-        p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: {example}", formatter_class=style)
-        p.add_argument("--preset", choices=list(PRESETS), default="mini", help="flag values of the miniature, or of the paper's Table 12 (%(default)s)")
+        p = stages.add_parser(stage, help=about, description=f"{about}\n\nexample: {example}", parents=[early], formatter_class=style)
         values = {"out": f"runs/{stage}", **preset.get("all", {}), **preset.get(stage, {})}
         for title, flags in FLAGS.items():
             group = p.add_argument_group(title)
             for flag, where, kind, default, text in flags:
                 if stage in where.split():
-                    how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, tuple) else dict(type=kind, metavar=kind.__name__)
+                    how = dict(action="store_true") if kind is bool else dict(type=type(kind[0]), choices=kind) if isinstance(kind, tuple) else dict(type=kind)
                     text += " (%(default)s)" * (default != "" and default is not False)
                     group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text, **how)
     args = top.parse_args(argv)
     for name, value in vars(args).items():
-        least = 1 if type(value) is int and name not in ("seed", "warmup", "feature_steps", "power", "short") else 0
-        most = 1 if name in ("drop", "dropout", "strength") else 10 ** 30                 # beyond it AdamW's steps do not fit into fp32
+        least = int(type(value) is int and name not in ("seed", "warmup", "feature_steps"))
+        most = 1 if name in ("drop", "dropout") else 10 ** 30                            # beyond it AdamW's steps do not fit into fp32
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,15 +170,7 @@ def parse(argv=None):
     return args
 
 # ------------------------------------------------------------------------------------------------ processes and random draws
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))         # torchrun sets them
-
-def join(args):
-    """Join torchrun's group when there is one: nccl on CUDA (a GPU for each process), gloo on CPU."""
-    if WORLD > 1:
-        if cuda := args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets them
 
 def together(operation, *tensors):
     """A collective operation, where there are several processes. ValueError when one of them is gone."""
@@ -199,13 +187,11 @@ def number(*what):
 def generator(*what):
     return torch.Generator().manual_seed(number(*what))
 
-@functools.lru_cache(4)
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=generator(seed, "epoch", epoch)).tolist()
-
 def order(n, batch, seed, step):
     """Which of n items make up the batch of `step`: epoch after epoch, each shuffled by (seed, epoch)."""
-    return [shuffled(n, seed, i // n)[i % n] for i in range(step * batch, (step + 1) * batch)]
+    places = [divmod(i, n) for i in range(step * batch, (step + 1) * batch)]
+    shuffled = {epoch: torch.randperm(n, generator=generator(seed, "epoch", epoch)) for epoch in {epoch for epoch, _ in places}}
+    return [shuffled[epoch][place].item() for epoch, place in places]
 
 # ------------------------------------------------------------------------------------------------ files
 def publish(folder, write, why):
@@ -227,18 +213,15 @@ def publish(folder, write, why):
         shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"could not write {why} to {folder}: {e}; what was saved before is intact") from None
 
-def publish_text(folder, name, text):
-    publish(folder, lambda temporary: (temporary / name).write_text(text), name)
-
 def lock(out):
     """Keep `out` to this run; the lock goes when the process does, however it ends."""
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / ".lock", "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
         raise ValueError(f"{out} is being written by another run") from None
-    return file
 
 def digest(*paths):
     """One hash of files and folders: names, sizes and the first 64 MB of each; of a hub repository its name."""
@@ -251,36 +234,36 @@ def digest(*paths):
                     h.update(str(file.stat().st_size).encode() + f.read(2 ** 26))
     return h.hexdigest()[:16]
 
-def read_asked(path, what, **fields):
-    """Rows of a JSON-lines file in which every row has `fields` and may have "guidance", what the user adds in words (ours); "" where it has none."""
-    rows = graph.read_jsonl(path, {"guidance": ""}, **fields)
-    if not rows:
-        raise ValueError(f"{path} holds no {what}")
-    return rows
-
 def read_scenes(path, *needed):
-    """Rows of scenes.jsonl whose edits have the fields `needed`; pictures as paths. An edit without a picture of its own has the scene's."""
+    """Rows of scenes.jsonl whose edits have the fields `needed`; pictures as paths. An edit without a picture of its own has its scene's."""
     rows, folder = graph.read_jsonl(path, image=str, caption=str), Path(path).parent
     for row in rows:
-        edits = row.setdefault("edits", [])
-        if not isinstance(edits, list) or not all(isinstance(e, dict) and all(isinstance({"image": "", **e}.get(name), str) for name in (*needed, "image")) for e in edits):
-            raise ValueError(f'{path}:{row["line"]}: "edits" must be a list of objects with {", ".join(needed)}, all of them strings')
-        row["image"] = folder / row["image"]
-        for edit in edits:
-            edit["image"] = folder / edit["image"] if "image" in edit else row["image"]
+        with reading(f"{path}:{row['line']}"):
+            row["image"] = scene = folder / row["image"]
+            for edit in row.setdefault("edits", []):
+                if not all(isinstance(edit[name], str) for name in needed if name != "image"):
+                    raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
+                edit["image"] = folder / edit["image"] if "image" in edit else scene
+                edit.update(scene=scene, caption=row["caption"], line=row["line"])
     return rows
 
 def read_picture(file, size=None):
     """A picture file -> uint8 (H, W, 3), cut to a square of `size` where it is given."""
-    image = read_image(file)
-    return np.array(ImageOps.fit(image, (size, size)) if size else image)
+    return np.array(ImageOps.fit(read_image(file), (size, size)) if size else read_image(file))
 
 # ------------------------------------------------------------------------------------------------ the loop
 class Stage:
-    """What the loop needs of a stage. `trained` {name: Parameter}; `groups` AdamW's parameter groups; `inputs` files its result depends on;
-    rows(step) the global batch (list); loss(rows) -> (sum over the rows, {metric: sum over the rows}); describe(rows) names a batch in words;
-    at the end export(folder) writes the result and `report` is {measure: value}, kept in report.json."""
+    """What the loop needs of a stage. `items` it is trained on, each a dict with its "line" in the first of `inputs`, the files that the result depends on;
+    `trained` {name: Parameter} and AdamW's parameter groups; loss(rows) -> (sum over the rows, {metric: sum over the rows}). At the end export(folder)
+    writes the result, and `report` is {measure: value}."""
     report = {}
+
+    def rows(self, step):
+        """The global batch: (item, number in the batch, step); what is drawn for a row depends on the seed and its last two."""
+        return [(item, n, step) for n, item in enumerate(order(len(self.items), getattr(self.args, "batch", 1), self.args.seed, step))]
+
+    def describe(self, rows):
+        return f"{self.inputs[0]}, lines {', '.join(str(self.items[item]['line']) for item, *_ in rows)}"
 
     def export(self, folder):
         lora.save_adapter(self.model, folder, base_model=self.args.qwen)
@@ -294,7 +277,7 @@ def schedule(step, steps, warmup):
 def gradients(stage, args, step, stop):
     """Backward over this process's share of the batch, then sum over processes -> (rows, {metric: mean}, whether somebody wants to stop)."""
     rows = stage.rows(step)
-    micro = getattr(args, "micro", len(rows))
+    micro = getattr(args, "micro", 1)
     parts = [(i, rows[at:at + micro], 1.0) for i, at in enumerate(range(0, len(rows), micro))]
     totals = Counter()
     for p in stage.trained.values():
@@ -322,48 +305,46 @@ def save_state(stage, optimizer, out, step):
     if lost := [name for name, t in tensors.items() if not t.isfinite().all()]:
         raise ValueError(f"after step {step} {lost[0]} is not finite (--lr?); it was not saved")
     publish(out / f"step_{step}", lambda folder: save_file(tensors, folder / "state.safetensors"), f"step {step}")
-    for old in out.glob("step_*"):
-        if old.name != f"step_{step}":
-            shutil.rmtree(old, ignore_errors=True)
+    for old in {*out.glob("step_*")} - {out / f"step_{step}"}:
+        shutil.rmtree(old, ignore_errors=True)
 
 def load_state(stage, optimizer, out):
     """Continue from the newest OUT/step_N -> N; 0 when there is none. ValueError when it is torn, or another run's."""
     newest = max((int(p.name[5:]) for p in out.glob("step_*") if p.name[5:].isdigit()), default=0)
     if newest:
+        file = out / f"step_{newest}" / "state.safetensors"
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[p] = {"step": torch.tensor(float(newest)), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        file, own = out / f"step_{newest}" / "state.safetensors", tensors_of(stage, optimizer)
-        stored = read_tensors(file)
-        check_fit(file, own, stored, finite=True)
+        check_fit(file, own := tensors_of(stage, optimizer), stored := read_tensors(file), finite=True)
         for name, tensor in own.items():
             tensor.copy_(stored[name])
     return newest
 
 def open_run(stage, args, out):
-    """Process 0's part before the first step -> the held lock. What a run that was killed while saving left behind goes; a run that was started with other
-    flags or other data is not continued."""
+    """Process 0's part before the first step -> the held lock. A run is not continued with other data, or other flags than four that change no number."""
     held, file, config = lock(out), out / "config.json", {**vars(args), "inputs": digest(*stage.inputs)}
-    for rest in out.glob(".tmp_*"):
+    for rest in out.glob(".tmp_*"):                                                  # of a run that was killed while saving
         shutil.rmtree(rest, ignore_errors=True)
-    if any(out.glob("step_*")) and file.is_file():
-        before = read_json(file)
-        for name in sorted((set(before) | set(config)) - FREE):
-            if before.get(name) != config.get(name):
-                raise ValueError(f"{out} holds a run with {name} = {before.get(name)!r}, now it is {config.get(name)!r}: give another --out, or delete the folder")
-    else:
-        publish_text(out, file.name, json.dumps(config, indent=1) + "\n")
+    before = read_json(file, config) if any(out.glob("step_*")) else config
+    for name in sorted({*before, *config} - {"device", "save_every", "out", "checkpointing"}):
+        if before.get(name) != config.get(name):
+            raise ValueError(f"{out} holds a run with {name} = {before.get(name)!r}, now it is {config.get(name)!r}: give another --out, or delete the folder")
+    if before is config:
+        file.write_text(json.dumps(config, indent=1) + "\n")
     return held
 
 def fit(stage, args):
     """Train `stage` to the end, or to a signal; every file of args.out is written here, by process 0."""
     out, chief, stop = Path(args.out), RANK == 0, []
-    held, log = open_run(stage, args, out) if chief else None, out / "metrics.jsonl"
+    if not stage.items:
+        raise ValueError(f"{stage.inputs[0]} holds nothing to train on")
+    held, log = open_run(stage, args, out) if chief else None, out / "metrics.jsonl"         # locked as long as `held` lives
     together(dist.barrier)
     optimizer = torch.optim.AdamW(stage.groups, lr=args.lr, weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     step = load_state(stage, optimizer, out)
-    if chief:                                                                        # a line a step: the first `step` stay, the others will be written again
-        publish_text(out, log.name, "".join(log.read_text(errors="replace").splitlines(True)[:step]) if log.exists() else "")
+    if chief and log.exists():                                                       # a line a step: the first `step` stay, the others will be written again
+        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:step])))
     before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     stopping = False
     with tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief) as bar:
@@ -371,9 +352,9 @@ def fit(stage, args):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * schedule(step, args.steps, getattr(args, "warmup", 0))
             rows, metrics, stopping = gradients(stage, args, step, bool(stop))
-            metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
+            norm = metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(stage.trained.values(), args.clip or math.inf).item()
             if not all(map(math.isfinite, metrics.values())):
-                raise ValueError(f"step {step + 1} is not finite: loss {metrics['loss']}, gradient norm {metrics['grad_norm']} on {stage.describe(rows)}; the step was not taken")
+                raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss {metrics['loss']}, gradient norm {norm}; the step was not taken")
             optimizer.step()
             step += 1
             bar.update()
@@ -389,18 +370,13 @@ def fit(stage, args):
         raise SystemExit(f"stopped after step {step} of {args.steps}, saved in {out}/step_{step}; the same command continues" if chief else 1)
     if chief:
         publish(out, stage.export, "the result")
-        if stage.report:
-            publish_text(out, "report.json", json.dumps(stage.report, indent=1) + "\n")
         print(f"{args.stage}: {out} " + " ".join(f"{k} {v:.4f}" for k, v in stage.report.items()))
-        held.close()
 
 # ------------------------------------------------------------------------------------------------ stages
 def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
     model, tokenizer = Qwen.load(args.qwen, args.device, DTYPES[args.dtype]), Tokenizer.load(args.qwen)
     if adapter:
-        if not Path(adapter, "adapter_config.json").is_file():
-            raise ValueError(f"{adapter} holds no adapter: `python train.py sft` writes one to runs/sft")
         lora.load_adapter(model, adapter)
         lora.copy_adapter(model)
     else:
@@ -414,28 +390,21 @@ def trainable(prefix, module):
 
 class SFT(Stage):
     """Next-token loss on the instruction alone; each example counts the same, however long (ours)."""
-
     def __init__(self, args):
-        self.args, self.edits, self.inputs = args, read_asked(args.edits, "edit", input=str, edit=str), (args.edits, args.qwen)
+        self.args, self.inputs = args, (args.edits, args.qwen)
+        self.items = graph.read_jsonl(args.edits, {"guidance": ""}, input=str, edit=str)
         self.model, self.tokenizer = load_policy(args)
         self.model.train()                                                           # LoRA dropout
         self.trained = trainable("", self.model)
         self.groups = [{"params": self.trained.values()}]
 
-    def rows(self, step):
-        return order(len(self.edits), self.args.batch, self.args.seed, step)
-
     def loss(self, rows):
-        texts = [cdpo.encode(self.tokenizer, cdpo.prompt(e["input"], e["guidance"]), e["edit"]) for e in (self.edits[i] for i in rows)]
+        texts = [cdpo.encode(self.tokenizer, cdpo.prompt(e["input"], e["guidance"]), e["edit"]) for e in (self.items[item] for item, *_ in rows)]
         length = torch.tensor([len(answer) for _, (answer,) in texts], device=self.args.device)
         return -(cdpo.answer_logprobs(self.model, texts)[:, 0] / length).sum(), {}
 
-    def describe(self, rows):
-        return f"{self.args.edits}, lines {', '.join(str(self.edits[i]['line']) for i in rows)}"
-
 class Graph(Stage):
     """Pretraining of the graph encoder; a step is an epoch over the whole graph."""
-
     def __init__(self, args):
         self.args, users, self.inputs = args, graph.read_users(args.users), (args.users, args.embedder)
         names = graph.attribute_names(users)
@@ -447,33 +416,25 @@ class Graph(Stage):
         built = graph.PreferenceGraph.build(users, names, features)
         built.edges, built.features = built.edges.to(args.device), built.features.to(args.device)
         self.model = graph.EdgeModel(built, args.hidden, args.out_dim, not args.unsigned, args.drop, args.seed).to(args.device)
+        self.items = [{"line": f"1 to {len(users)}"}]                                # one item, the whole graph
         self.trained = trainable("", self.model)
         self.groups = [{"params": [p for n, p in self.trained.items() if n != "vectors"], "weight_decay": 0.0}, {"params": [self.model.vectors]}]
 
-    def rows(self, step):
-        return [step]
-
     def loss(self, rows):
-        return self.model.loss(rows[0]), {}
-
-    def describe(self, rows):
-        return f"{self.args.users}, epoch {rows[0] + 1}"
+        return self.model.loss(*(step for *_, step in rows)), {}
 
     def export(self, folder):
         tokens = cdpo.UserTokens(self.model.graph, "graph", self.args.hidden, self.args.out_dim, not self.args.unsigned)
         tokens.load_state_dict({name: p for name, p in self.model.state_dict().items() if not name.startswith("decoder.")})
         tokens.save(folder / "collaborative.safetensors")
-
-    @property
-    def report(self):
-        return {f"{part} {name}": value for part in ("val", "test") for name, value in self.model.evaluate(part).items()}
+        self.report = {f"{part} {name}": value for part in ("val", "test") for name, value in self.model.evaluate(part).items()}
+        (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
 class CDPO(Stage):
     """Eq. 7 and its baselines. A row is (the user's pair, [(neighbour, its pair, similarity), ...])."""
-
     def __init__(self, args):
         self.args, self.users = args, graph.read_users(args.users)
-        self.pairs = read_asked(args.pairs, "pair", user=str, caption=str, chosen=str, rejected=str)
+        self.items = self.pairs = graph.read_jsonl(args.pairs, {"guidance": ""}, user=str, caption=str, chosen=str, rejected=str)
         index, self.of_user = {u.name: i for i, u in enumerate(self.users)}, defaultdict(list)
         for i, pair in enumerate(self.pairs):
             if pair["user"] not in index:
@@ -483,13 +444,16 @@ class CDPO(Stage):
         self.model, self.tokenizer = load_policy(args, args.sft)
         self.model.eval()                                                            # no dropout in DPO, as in TRL
         self.tokens = self.user_tokens() if args.user != "none" else None            # the trainable way from a user to soft tokens
-        self.neighbours, self.similarity = self.similar_users()                      # (U, K), (U, K)
+        signs = graph.PreferenceGraph.build(self.users, graph.attribute_names(self.users), None).signs()
+        self.neighbours, similarity = graph.similar_users(signs, args.k, args.similarity)                                    # (U, K), (U, K)
+        asked = [float(args.user == "graph" and args.lam > 0 and v in self.of_user) for v in range(len(self.users))]          # whose pairs have a say
+        self.similarity = similarity * torch.tensor(asked)[self.neighbours]
         self.encode = functools.lru_cache(None)(lambda caption, *texts, guidance="": cdpo.encode(self.tokenizer, cdpo.prompt(caption, guidance), *texts))
-        self.inputs = [args.users, args.pairs, args.qwen, f"{args.sft}/adapter_model.safetensors", f"{args.graph}/collaborative.safetensors"]
+        self.inputs = args.pairs, args.qwen, f"{args.sft}/adapter_model.safetensors", args.users, f"{args.graph}/collaborative.safetensors"
         self.reference = self.reference_logprobs()                                   # (P, 2) chosen, rejected
         encoder = trainable("collaborative.", self.tokens)
         self.trained = {**trainable("", self.model), **encoder}
-        slow = [n for n in encoder if not n.startswith("collaborative.soft.")] if args.user == "graph" else []
+        slow = [n for n in encoder if ".soft." not in n] if args.user == "graph" else []
         self.groups = [{"params": [p for n, p in self.trained.items() if n not in slow]}, {"params": [encoder[n] for n in slow], "lr": args.gnn_lr}]
 
     def user_tokens(self):
@@ -505,38 +469,27 @@ class CDPO(Stage):
             tokens.load_state_dict(stored.state_dict(), strict=False)
         return tokens.to(args.device)
 
-    def similar_users(self):
-        """Neighbours and similarities; a user who has no pairs is nobody's neighbour. Without a neighbours' term everybody has one, of similarity 0."""
-        if self.args.user != "graph" or not self.args.lam:
-            return torch.zeros(len(self.users), 1, dtype=torch.int64), torch.zeros(len(self.users), 1)
-        signs = graph.PreferenceGraph.build(self.users, graph.attribute_names(self.users), None).signs()
-        neighbours, similarity = graph.similar_users(signs, self.args.k, self.args.similarity)
-        return neighbours, similarity * torch.tensor([float(bool(self.of_user[v])) for v in range(len(self.users))])[neighbours]
-
     @torch.no_grad()
     def reference_logprobs(self):
         """(P,2) on the CPU: computed once, each different (prompt, answer) once, shared out over the processes; kept for other runs beside this one."""
-        args = self.args
-        file = Path(args.out).parent / ".reference" / f"{digest(args.pairs, args.qwen, f'{args.sft}/adapter_model.safetensors')}-{args.dtype}.safetensors"
+        args, file = self.args, Path(self.args.out).parent / ".reference" / f"{digest(*self.inputs[:3])}-{self.args.dtype}" / "logps.safetensors"
         if file.exists():
             check_fit(file, {"logps": torch.empty(len(self.pairs), 2)}, stored := read_tensors(file), finite=True)
             return stored["logps"]
-        texts = sorted({(p["caption"], p["guidance"], p[side]) for p in self.pairs for side in ("chosen", "rejected")})
-        by_prompt = [list(same) for _, same in itertools.groupby(texts, lambda t: t[:2])]
+        texts = [(p["caption"], p["guidance"], p[side]) for p in self.pairs for side in ("chosen", "rejected")]             # 2 P
+        by_prompt = [list(same) for _, same in itertools.groupby(sorted(set(texts)), lambda text: text[:2])]
         groups = [same[at:at + 8] for same in by_prompt for at in range(0, len(same), 8)]    # answers that share one pass over their prompt
-        found = torch.zeros(len(groups), 8)
+        found = torch.zeros(len(groups), 8, device=args.device)
         lora.use(self.model, "reference")
         for at in tqdm(range(RANK * args.micro, len(groups), WORLD * args.micro), desc="reference", disable=RANK > 0):
             rows = [self.encode(group[0][0], *(text for *_, text in group), guidance=group[0][1]) for group in groups[at:at + args.micro]]
             logps = cdpo.answer_logprobs(self.model, rows)
-            found[at:at + args.micro, :logps.shape[1]] = logps.cpu()
+            found[at:at + args.micro, :logps.shape[1]] = logps
         lora.use(self.model, "policy")
-        found = found.to(args.device)
         together(dist.all_reduce, found)
-        place = {t: x for group, row in zip(groups, found.tolist()) for t, x in zip(group, row)}
-        logps = torch.tensor([[place[p["caption"], p["guidance"], p[side]] for side in ("chosen", "rejected")] for p in self.pairs])
+        place = {text: logp for group, row in zip(groups, found.tolist()) for text, logp in zip(group, row)}
+        logps = torch.tensor([place[text] for text in texts]).view(len(self.pairs), 2)
         if RANK == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
             publish(file.parent, lambda folder: save_file({"logps": logps}, folder / file.name), "reference log-probabilities")
         return logps
 
@@ -560,16 +513,10 @@ class CDPO(Stage):
         soft = self.tokens and self.tokens.soft(self.tokens.embeddings(self.keep)[who.to(args.device)])             # (N, S, D)
         chosen, rejected = cdpo.answer_logprobs(self.model, texts, soft).T                                          # (N,), (N,)
         losses, *rewards = cdpo.dpo_loss(chosen, rejected, *self.reference[which].to(chosen).T, args.beta)
-        if args.nll:
-            losses = losses - args.nll * chosen / torch.tensor([len(answer) for _, (answer, _) in texts]).to(chosen)
-        count = torch.tensor([len(near) for _, near in rows]).to(which)
-        real = (torch.arange(max(1, count.max())) < count[:, None]).to(losses.device)                               # (B, K)
-        scores = torch.tensor([score for _, near in rows for *_, score in near]).to(losses)
-        neighbour, similarity = (losses.new_zeros(real.shape).masked_scatter(real, values) for values in (losses[B:], scores))
+        losses = losses - args.nll * chosen / torch.tensor([len(answer) for _, (answer, _) in texts]).to(chosen)
+        neighbour = pad_sequence(losses[B:].split([len(near) for _, near in rows]), batch_first=True)               # (B, K)
+        similarity = pad_sequence([torch.tensor([score for *_, score in near]) for _, near in rows], batch_first=True).to(losses)
         return cdpo.cdpo_loss(losses[:B], neighbour, similarity, args.lam).sum(), cdpo.dpo_metrics(chosen[:B], rejected[:B], *(r[:B] for r in rewards))
-
-    def describe(self, rows):
-        return f"{self.args.pairs}, lines {', '.join(str(self.pairs[own]['line']) for own, _ in rows)} (and their neighbours' pairs)"
 
     def export(self, folder):
         super().export(folder)
@@ -578,33 +525,28 @@ class CDPO(Stage):
 
 # ------------------------------------------------------------------------------------------------ pictures: patch and dro
 class Pictures(Stage):
-    """What patch and dro share: a frozen Flux, edits of scenes.jsonl as items, velocity errors of three models (`select` makes Flux one of them), and the
-    evaluation on held-out scenes. An item is an edit: its prompt, the scene's picture as reference, and the true picture (the scene's where it is not known)."""
-
-    def __init__(self, args, types=(), asked=("{caption}. {instruction}",)):
+    """What patch and dro share: a frozen Flux whose velocity is the policy's, the sampler's or the reference's (as `select` says), trained on edits of
+    scenes.jsonl. An item is an edit: its prompt, the scene's picture as reference, and the true picture (the scene's where it is not known).
+    Tensors of N items hold the items that are trained on and then those that are `held` out."""
+    def __init__(self, args, types=(), wordings=("{caption}. {instruction}",)):
         self.args, scenes = args, read_scenes(args.scenes, "edit_type", "instruction")
-
-        def items(scenes, asked):
-            edits = [(s, e) for s in scenes for e in s["edits"] if not types or e["edit_type"] in types]
-            return [{**e, "scene": s["image"], "truth": e["image"], "prompt": words.format(**{**s, **e})} for s, e in edits for words in asked]
-        train, held = items(scenes[:-args.held_out], asked), items(scenes[-args.held_out:], asked[-1:])
-        if not train or not held:
-            raise ValueError(f"{args.scenes}: --held-out {args.held_out} leaves none of the edits (types: {', '.join(types) or 'all'}) to {'evaluate' if train else 'train'} on")
-        self.items, self.count = train + held, len(train)                            # the first `count` are trained on
-
-        def distinct(*keys):                                                         # what stands under `keys`, once each, and of each key where it stands, (N,)
-            place = {value: n for n, value in enumerate(sorted({e[key] for e in self.items for key in keys}))}
-            return list(place), *(torch.tensor([place[e[key]] for e in self.items]) for key in keys)
-        files, self.scene, self.truth = distinct("scene", "truth")                   # (N,) into pictures
-        prompts, said = distinct("prompt")
+        train, held = ([e for s in part for e in s["edits"] if not types or e["edit_type"] in types] for part in (scenes[:-args.held_out], scenes[-args.held_out:]))
+        self.items = [{**e, "prompt": words.format(**e)} for e in train for words in wordings]
+        self.held = [{**e, "prompt": wordings[-1].format(**e)} for e in held]
+        if not self.items or not self.held:
+            raise ValueError(f"{args.scenes}: --held-out {args.held_out} leaves none of the edits ({', '.join(types) or 'of any type'}) to train or to evaluate on")
+        files, places = np.unique([[str(e["scene"]), str(e["image"])] for e in self.items + self.held], return_inverse=True)
+        prompts, said = np.unique([e["prompt"] for e in self.items + self.held], return_inverse=True)
+        self.scene, self.truth = torch.from_numpy(places).T                          # (N,) into pictures
+        self.expert = self.truth                                                     # what Diffusion-DRO learns from
         self.pictures = torch.stack([to_tensor(read_picture(file, args.size)) for file in files])                            # (P, 3, H, W)
         path, dtype = resolve(args.flux, controlnet.FLUX_PARTS), DTYPES[args.dtype]
-        self.txt, self.pooled = (part[said.to(args.device)] for part in encode_prompt(path, prompts, args.device, dtype))
+        self.txt, self.pooled = (part[torch.from_numpy(said).to(args.device)] for part in encode_prompt(path, prompts.tolist(), args.device, dtype))
         self.flux = Flux.load(path / "transformer", args.device, dtype).requires_grad_(False)
         self.flux.checkpointing, self.vae = args.checkpointing, VAE.load(path / "vae", args.device).requires_grad_(False)
+        self.features = ImageFeatures.load(args.features, args.device).requires_grad_(False)
         self.latent = self.encode(self.pictures)                                     # (P, L, 64)
-        self.features, self.inputs = ImageFeatures.load(args.features, args.device).requires_grad_(False), (args.scenes, path / "transformer", args.features)
-        self.trajectories = None
+        self.inputs, self.trajectories = (args.scenes, path / "transformer", args.features), None
 
     @torch.no_grad()
     def encode(self, images):
@@ -619,17 +561,11 @@ class Pictures(Stage):
         tokens = torch.cat([f.tokens(part.to(self.args.device)) for part in images.split(64)])
         return tokens[:, 0], tokens[:, 1:].unflatten(1, (math.isqrt(tokens.shape[1] - 1), -1))
 
-    def rows(self, step):
-        """(item, number in the batch, step): whatever is drawn for a row depends on the seed and its last two."""
-        if getattr(self.args, "loss", "dro") == "dro":
-            return self.refresh(step)
-        return [(item, n, step) for n, item in enumerate(order(self.count, self.args.batch, self.args.seed, step))]
-
     def draw(self, rows):
-        """Noise (B, L, 64) and times (B,), logit-normal as Flux was trained."""
+        """Of rows: the items (B,), noise (B, L, 64), and times (B,), logit-normal as Flux was trained."""
         sources = [generator(self.args.seed, "noise", step, n) for _, n, step in rows]
         noise, t = (torch.stack([torch.randn(shape, generator=g) for g in sources]).to(self.args.device) for shape in (self.latent.shape[1:], ()))
-        return noise, t.sigmoid()
+        return torch.tensor([item for item, *_ in rows]), noise, t.sigmoid()
 
     def velocity(self, who, item, x, t):
         """By "policy", "sampler" or "reference", for items (B,), at x (B, L, 64) and t (B,) -> (B, L, 64) fp32; only the policy's has a gradient."""
@@ -638,39 +574,36 @@ class Pictures(Stage):
             txt, guidance = self.txt[item], torch.ones_like(t) if self.flux.guided else None                                 # 1: none (ours)
             return self.flux(x.to(txt.dtype), txt, self.pooled[item], t, guidance, self.ids, txt.new_zeros(txt.shape[1], 3)).float()
 
-    def compare(self, item, x, target, t):
-        """Squared errors (B,) against the target velocity, of the policy and of the reference, each on the two halves of x (2B, L, 64).
-        The policy runs last, so that checkpointing recomputes it as it was."""
-        reference, policy = ((self.velocity(who, item.repeat(2), x, t.repeat(2)) - target).square().mean((1, 2)).chunk(2) for who in ("reference", "policy"))
-        return policy, reference
+    def errors(self, who, item, t, *points):
+        """What the velocity misses at each of n points (x, v) of every item, in one pass -> n times (B, L, 64)."""
+        x, v = map(torch.cat, zip(*points))                                          # (nB, L, 64)
+        return (self.velocity(who, item.repeat(len(points)), x, t.repeat(len(points))) - v).chunk(len(points))
 
-    def dpo(self, item, rows, win, lose):
-        """Diffusion-DPO on latents (B, L, 64): same noise and time in a pair."""
-        (noise, t), both = self.draw(rows), torch.cat([win, lose])
-        policy, reference = self.compare(item, mix(both, noise.repeat(2, 1, 1), t.repeat(2)), noise.repeat(2, 1, 1) - both, t)
-        losses = diffusion_dpo_loss(*policy, *reference, self.args.beta)
-        return losses.sum(), {"accuracy": (losses < math.log(2)).float().sum()}
+    def compare(self, item, t, *points):
+        """Mean squared errors (B,) at two points: policy's, policy's, reference's, reference's. The policy runs last: checkpointing recomputes it as it was."""
+        reference, policy = ([e.square().mean((1, 2)) for e in self.errors(who, item, t, *points)] for who in ("reference", "policy"))
+        return *policy, *reference
 
-    def refresh(self, step):
-        """Rows for DRO. Every --refresh steps the sampler becomes the policy and paints a new buffer, from which each step draws a batch of points.
+    def rows(self, step):
+        """For Diffusion-DRO every --refresh steps the sampler becomes the policy and paints a new buffer, from which each step draws a batch of points.
         The sampler's weights are saved with the policy's: a resumed run paints the same buffer."""
         args, (period, late) = self.args, divmod(step, self.args.refresh)
         if not late:
             for own, other in zip(self.sampler, self.policy):
                 own.data.copy_(other.data)
         if not late or self.trajectories is None:
-            item, g = torch.tensor(order(self.count, args.buffer, args.seed, period)), generator(args.seed, "buffer", period)
+            item, g = torch.tensor(order(len(self.items), args.buffer, args.seed, period)), generator(args.seed, "buffer", period)
             noise = torch.randn(args.buffer, *self.latent.shape[1:], generator=g).to(args.device)
-            self.trajectories = record(functools.partial(self.velocity, "sampler", item), noise, item, args.paint_steps, g)
+            self.trajectories = patch_dpo.record(functools.partial(self.velocity, "sampler", item), noise, item, args.paint_steps, g)
         *self.drawn, items = self.trajectories.draw(args.batch, generator(args.seed, "draw", step))
         return [(item, n, step) for n, item in enumerate(items.tolist())]
 
-    def dro(self, item, rows, expert):
-        """Diffusion-DRO: expert pictures (latents (B, L, 64)) against points of the sampler's trajectories, same prompt and time."""
-        (x, v, t), (noise, _) = (part[[n for _, n, _ in rows]] for part in self.drawn), self.draw(rows)
-        policy, reference = self.compare(item, torch.cat([mix(expert, noise, t), x]), torch.cat([noise - expert, v]), t)
-        losses = dro_loss(policy[0], reference[0], policy[1], reference[1])
-        return losses.sum(), {"active": (losses > 0).float().sum(), "drift": reference[1].sum()}
+    def loss(self, rows):
+        """Diffusion-DRO: experts, which are pictures, against points of the sampler's trajectories, same prompt and time."""
+        (item, noise, _), (x, v, t) = self.draw(rows), (part[[n for _, n, _ in rows]] for part in self.drawn)
+        policy, policy_own, reference, reference_own = self.compare(item, t, flow(self.latent[self.expert[item]], noise, t), (x, v))
+        losses = patch_dpo.dro_loss(policy, reference, policy_own, reference_own)
+        return losses.sum(), {"active": (losses > 0).float().sum(), "drift": reference_own.sum()}
 
     @torch.no_grad()
     def paint(self, who, items, seed):
@@ -679,53 +612,47 @@ class Pictures(Stage):
         for item in torch.tensor(items).split(32):
             noise = torch.stack([torch.randn(self.latent.shape[1:], generator=generator(seed, "picture", i)) for i in item.tolist()]).to(self.args.device)
             self.select(who, item)
-            x = denoise(self.flux, noise, self.txt[item], self.pooled[item], self.ids, levels, self.args.guidance)
+            x = denoise(self.flux, noise, self.txt[item], self.pooled[item], self.ids, levels)
             found.append(self.vae.decode(unpack(x, *self.grid)).clamp(-1, 1).cpu())
         return torch.cat(found)
 
-    @functools.cached_property
-    def report(self):
-        """Held-out items painted before (the reference) and after (the policy) from the same noise -> {measure: value}. identity, truth: cosine of f's class token to
-        the reference picture's, the true picture's; asked: the picture is nearer to its own truth than to that of any other edit of this type."""
-        held, found = list(range(self.count, len(self.items))), {}
+    def export(self, folder):
+        """The report, and a sheet of pictures: held-out items painted before (the reference) and after (the policy) from the same noise. identity, truth: cosine
+        of f's class token to the reference picture's, the true picture's; asked: the picture is nearer to its own truth than to any other edit's of this type."""
+        held, self.report = list(range(len(self.items), len(self.scene))), {}
         scene, truth = self.pictures[self.scene[held]], self.pictures[self.truth[held]]
-        kind = [(self.items[i]["scene"], self.items[i]["edit_type"]) for i in held]
-        other = torch.tensor([[a != b for b in kind] for a in kind])
-        f_scene, f_truth = (self.look(self.features, images)[0] for images in (scene, truth))
+        other = torch.tensor([[(a["scene"], a["edit_type"]) != (b["scene"], b["edit_type"]) for b in self.held] for a in self.held])
         painted = {name: self.paint(who, held, 0) for name, who in (("before", "reference"), ("after", "policy"))}
+        f_scene, f_truth = (self.look(self.features, images)[0] for images in (scene, truth))
         for name, images in painted.items():
             f, away = self.look(self.features, images)[0], torch.cdist(images.flatten(1), truth.flatten(1))
-            values = {"identity": F.cosine_similarity(f, f_scene), "truth": F.cosine_similarity(f, f_truth), "psnr": 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3))),
+            values = {"identity": F.cosine_similarity(f, f_scene), "truth": F.cosine_similarity(f, f_truth),
+                      "psnr": 10 * torch.log10(4 / (images - truth).square().mean((1, 2, 3))),
                       "asked": (away.masked_fill(other, math.inf).argmin(1) == torch.arange(len(held))).float()}
-            found |= {f"{name} {measure}": value.mean().item() for measure, value in values.items()}
-        shown = torch.stack([scene, *painted.values(), truth])[:, :: max(1, len(held) // 12)]                                # (4, n, 3, H, W), a sheet of four rows
-        self.sheet = to_picture(shown.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
-        return found
+            self.report |= {f"{name} {measure}": value.mean().item() for measure, value in values.items()}
+        (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        sheet = torch.stack([scene, *painted.values(), truth])[:, :: max(1, len(held) // 12)]                                # (4, n, 3, H, W), a row each
+        Image.fromarray(to_picture(sheet.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))).save(folder / "pictures.png")
 
-    def describe(self, rows):
-        return "; ".join(self.items[item]["prompt"] for item, *_ in rows)
-
-    def export(self, folder):
-        self.report                                                                  # paints the sheet
-        Image.fromarray(self.sheet).save(folder / "pictures.png")
-
-def mix(x_0, noise, t):
-    return (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise                   # x_t (B, L, 64)
+def flow(x_0, noise, t):
+    """On the straight way from latents (B, L, 64) to noise, at t (B,): x_t and its velocity."""
+    return (1 - t[:, None, None]) * x_0 + t[:, None, None] * noise, noise - x_0
 
 class Patch(Pictures):
-    """PatchDPO's three stages for an image prompt on a frozen Flux: generate, judge every patch, optimise. --loss names what it is compared with.
-
+    """PatchDPO for an image prompt on a frozen Flux, in three stages: generate, judge every patch, optimise. --loss names what it is compared with.
     Flux reads the instruction alone, as the paper's "An {object} in the {background}": what the object looks like only the reference tells (ours)."""
-    keep, change = ("background", "lighting", "object"), ("color", "pattern", "material")        # edits that leave the object what it was, and that do not
+    keep, change = ["background", "lighting", "object"], ["color", "pattern", "material"]        # edits that leave the object what it was, and that do not
 
     def __init__(self, args):
         start = args.loss == "start"
-        super().__init__(args, self.keep + self.change * start, ("{caption}. {instruction}",) * start + ("{instruction}",) * (1 + start))
+        wordings = ["{caption}. {instruction}", "{instruction}", "{instruction}"] if start else ["{instruction}"]
+        super().__init__(args, self.keep + self.change if start else self.keep, wordings)
         maps = self.look(self.features, self.pictures)[1].flatten(1, 2)
         self.maps = torch.cat([maps, torch.zeros_like(maps[:1])])                    # (P+1, S, D); the last is no reference: no features, no values
         self.references = self.beginnings() if start else self.scene[:, None]        # (N, M) into maps
+        self.expert = self.scene
         torch.manual_seed(args.seed)
-        prompt = ImagePrompt(self.flux, self.maps.shape[-1]) if start else ImagePrompt.load(args.image_prompt, self.flux, self.maps.shape[-1])
+        prompt = ImagePrompt(self.flux, maps.shape[-1]) if start else ImagePrompt.load(args.image_prompt, self.flux, maps.shape[-1])
         self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
         self.policy, self.sampler = (list(self.prompts[who].parameters()) for who in ("policy", "sampler"))
         self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
@@ -734,12 +661,12 @@ class Patch(Pictures):
             self.read_generated(Path(args.generated or f"{args.out}/generated"))
 
     def beginnings(self):
-        """(N, 2) into maps: what a new image prompt learns from (ours). The scene's picture, or the true one where the edit changes the object; of the other edits
-        40 % have a second reference, another scene after the same edit; 5 % of all have no first (the authors' share)."""
+        """(N, 2) into maps: what a new image prompt learns from (ours). The scene's picture, or the true one where the edit changes the object; of the other
+        edits 40 % have a second reference, another scene after the same edit; 5 % of all have no first (the authors' share)."""
         found, g, alike = torch.stack([self.scene, torch.full_like(self.scene, -1)], 1), generator(self.args.seed, "references"), defaultdict(list)
-        for e, truth in zip(self.items[:self.count], self.truth.tolist()):
-            alike[e.get("attribute")].append(truth)
-        for n, e in enumerate(self.items[:self.count]):
+        for n, e in enumerate(self.items):
+            alike[e.get("attribute")].append(self.truth[n])
+        for n, e in enumerate(self.items):
             (none, two, which), others = torch.rand(3, generator=g).tolist(), alike[e.get("attribute")]
             if e["edit_type"] in self.change:
                 found[n, 0] = self.truth[n]
@@ -753,31 +680,34 @@ class Patch(Pictures):
         self.prompts[who].look(self.flux, self.maps[self.references[item]], self.ids)
 
     def read_generated(self, folder):
-        """Latents (N, G, L, 64) and weights {"generated", "reference"} (N, G, h, w) of the pictures in `folder`, made there first when there are none."""
+        """Latents `made` (N, G, L, 64) and patch weights (2: generated, reference; N, G, h, w) of the pictures in `folder`, made there first when there are none."""
         if RANK == 0 and not folder.is_dir():
             publish(folder, self.generate, "generated pictures")
         together(dist.barrier)
         rows, file = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), folder / "quality.safetensors"
-        if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items[:self.count]]:
+        if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items]:
             raise ValueError(f"{folder} holds pictures of other prompts: give another --generated, or delete the folder")
-        quality, side = read_tensors(file), math.isqrt(self.maps.shape[1])
-        check_fit(file, {key: torch.empty(len(rows), len(rows[0]["generated"]), side, side) for key in ("generated", "reference")}, quality, finite=True)
-        pictures = torch.stack([to_tensor(read_picture(folder / name, self.args.size)) for row in rows for name in row["generated"]])       # (N*G, 3, H, W)
-        self.made = self.encode(pictures).unflatten(0, (len(rows), -1))
-        self.weights = {key: patch_weights(q.flatten(0, 1), self.grid).unflatten(0, q.shape[:2]).to(self.args.device) for key, q in quality.items()}
-        like = quality["generated"].mean((2, 3))                                     # (N, G): which one Diffusion-DPO calls better
-        self.best, self.worst = like.argmax(1), like.argmin(1)
+        side, stored = math.isqrt(self.maps.shape[1]), read_tensors(file)
+        shape = len(rows), len(rows[0]["generated"]), side, side
+        check_fit(file, {key: torch.empty(shape) for key in ("generated", "reference")}, stored, finite=True)
+        quality = torch.stack([stored["generated"], stored["reference"]])            # (2, N, G, H, W)
+        self.weights = patch_weights(quality.flatten(0, 2), self.grid).unflatten(0, quality.shape[:3]).to(self.args.device)
+        if self.args.loss == "reconstruction":
+            self.weights.fill_(0.5)
+        pictures = torch.stack([to_tensor(read_picture(folder / name, self.args.size)) for row in rows for name in row["generated"]])      # (N*G, 3, H, W)
+        self.made = self.encode(pictures).unflatten(0, shape[:2])
+        self.liked = quality[0].mean((2, 3)).argsort(1, descending=True)             # (N, G): Diffusion-DPO's winner is the first, its loser the last
 
     @torch.no_grad()
     def generate(self, folder):
         """Stage 1: pictures by the model as it starts. Stage 2: the quality of all their patches. Both stay on disk, to be used again."""
-        sets = [self.paint("reference", range(self.count), (self.args.seed, j)) for j in range(self.args.samples)]
-        lines = [{"prompt": e["prompt"], "reference": str(e["scene"]), "generated": [f"{n:05d}_{j}.png" for j in range(len(sets))]} for n, e in enumerate(self.items[:self.count])]
-        for n, line in enumerate(lines):
-            for name, images in zip(line["generated"], sets):
+        lines, sets = [], [self.paint("reference", range(len(self.items)), (self.args.seed, j)) for j in range(self.args.samples)]
+        for n, e in enumerate(self.items):
+            lines.append({"prompt": e["prompt"], "reference": str(e["scene"]), "generated": [f"{n:05d}_{j}.png" for j in range(len(sets))]})
+            for name, images in zip(lines[n]["generated"], sets):
                 Image.fromarray(to_picture(images[n])).save(folder / name)
         f = self.train_features(folder)
-        reference, *made = (self.look(f, images)[1] for images in (self.pictures[self.scene[:self.count]], *sets))           # (N, H, W, D)
+        reference, *made = (self.look(f, images)[1] for images in (self.pictures[self.scene[:len(lines)]], *sets))           # (N, H, W, D)
         quality = {"generated": [patch_quality(x, reference) for x in made], "reference": [patch_quality(reference, x) for x in made]}
         save_file({key: torch.stack(q, 1).cpu() for key, q in quality.items()}, folder / "quality.safetensors")              # (N, G, H, W)
         (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -785,36 +715,36 @@ class Patch(Pictures):
     @torch.enable_grad()
     def train_features(self, folder):
         """The f that judges patches: --features, after --feature-steps of self-supervised patch training (ours), which is kept in `folder`."""
-        args, f, g = self.args, copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
+        f, g = copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
         optimizer = torch.optim.AdamW(f.parameters(), 1e-3)
-        for _ in tqdm(range(args.feature_steps), desc="features"):
+        for _ in tqdm(range(self.args.feature_steps), desc="features"):
             optimizer.zero_grad()
-            self_supervised_loss(f, self.pictures[self.truth[torch.randint(self.count, (16,), generator=g)]].to(args.device), g).backward()
+            images = self.pictures[self.truth[torch.randint(len(self.items), (16,), generator=g)]]
+            patch_dpo.self_supervised_loss(f, images.to(self.args.device), g).backward()
             optimizer.step()
         save_file(f.state_dict(), folder / "model.safetensors")
         for name in ("config.json", "preprocessor_config.json"):
-            shutil.copy(resolve(args.features) / name, folder)
+            shutil.copy(resolve(self.args.features) / name, folder)
         return f
 
+    def rows(self, step):
+        return super().rows(step) if self.args.loss == "dro" else Stage.rows(self, step)
+
     def loss(self, rows):
-        args, item = self.args, torch.tensor([item for item, *_ in rows])
-        reference = self.latent[self.scene[item]]
+        args, (item, noise, t) = self.args, self.draw(rows)
         if args.loss == "dro":
-            return self.dro(item, rows, reference)
-        if args.loss == "dpo":
-            return self.dpo(item, rows, self.made[item, self.best[item]], self.made[item, self.worst[item]])
-        noise, t = self.draw(rows)
+            return super().loss(rows)
         if args.loss == "start":
-            truth = self.latent[self.truth[item]]
-            return (self.velocity("policy", item, mix(truth, noise, t), t) - (noise - truth)).square().mean((1, 2)).sum(), {}
+            error, = self.errors("policy", item, t, flow(self.latent[self.truth[item]], noise, t))
+            return error.square().mean((1, 2)).sum(), {}
+        if args.loss == "dpo":                                                       # one noise and one time for both pictures
+            win, lose = (flow(self.made[item, self.liked[item, place]], noise, t) for place in (0, -1))
+            losses = patch_dpo.diffusion_dpo_loss(*self.compare(item, t, win, lose), args.beta)
+            return losses.sum(), {"accuracy": (losses < math.log(2)).float().sum()}
         which = torch.tensor([number(args.seed, "which", step, n) % self.made.shape[1] for _, n, step in rows])
-        pair = torch.cat([self.made[item, which], reference])                        # (2B, L, 64): one noise and one time for both
-        noise, t = noise.repeat(2, 1, 1), t.repeat(2)
-        error = self.velocity("policy", item.repeat(2), mix(pair, noise, t), t) - (noise - pair)
-        weights = [self.weights[key][item, which] for key in ("generated", "reference")]
-        if args.loss == "reconstruction":
-            weights = [torch.full_like(w, 0.5) for w in weights]
-        return patch_dpo_loss(*unpack(error, *self.grid).chunk(2), *weights, args.power).sum(), {}       # errors (B, C, h, w)
+        errors = self.errors("policy", item, t, flow(self.made[item, which], noise, t), flow(self.latent[self.scene[item]], noise, t))
+        errors = (unpack(error, *self.grid) for error in errors)                     # (B, C, h, w)
+        return patch_dpo.patch_dpo_loss(*errors, *self.weights[:, item, which], args.power).sum(), {}
 
     def export(self, folder):
         super().export(folder)
@@ -822,7 +752,6 @@ class Patch(Pictures):
 
 class DRO(Pictures):
     """Diffusion-DRO for a LoRA on Flux: the experts are true pictures of edits, the negatives the model's own. The second adapter's place holds the sampler."""
-
     def __init__(self, args):
         super().__init__(args)
         torch.manual_seed(args.seed)
@@ -834,10 +763,6 @@ class DRO(Pictures):
     def select(self, who, item):
         lora.use(self.flux, {"policy": "policy", "sampler": "reference", "reference": None}[who])
 
-    def loss(self, rows):
-        item = torch.tensor([item for item, *_ in rows])
-        return self.dro(item, rows, self.latent[self.truth[item]])
-
     def export(self, folder):
         super().export(folder)
         lora.save_adapter(self.flux, folder, base_model=self.args.flux)
@@ -847,11 +772,9 @@ RATES = ("likes", "would like", "hit", "dislikes", "malformed")
 CONDITIONS = {"likes + dislikes": {}, "likes only": {"dislikes": []}, "dislikes only": {"likes": []}}     # what the history shows (paper, Table 1)
 
 class Judge:
-    """Reads sampled instructions with what the files say and nothing else. `train` are instructions with their captions.
-
-    Well-formed: the answer ended by itself, names exactly one known attribute, and each pair of neighbouring words occurs in a training
-    instruction, where rare words of the caption (the object) stand for one another and an attribute's name is one word."""
-
+    """Reads sampled instructions with what the files say and nothing else. `train` are (caption, instruction). Well-formed: the answer ended by itself, names
+    exactly one known attribute, and each pair of neighbouring words occurs in a training instruction, where rare words of the caption (the object)
+    stand for one another and an attribute's name is one word."""
     def __init__(self, users, train):
         names = sorted({a for u in users for a in (*u.likes, *u.dislikes, *u.hidden)}, key=lambda a: (-len(a), a))
         self.names = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")        # the longest name first
@@ -874,32 +797,29 @@ class Judge:
 
 class Evaluation:
     """A policy's instructions for the captions of held-out users, judged by their words."""
-
     def __init__(self, args):
-        self.args, self.users, captions = args, graph.read_users(args.users_test), defaultdict(list)
+        self.args, self.users, asked = args, graph.read_users(args.users_test), graph.read_jsonl(args.pairs_test, user=str, caption=str)
         edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
         train = [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")]
         self.judge = Judge(self.users + graph.read_users(args.users), train)
-        for p in graph.read_jsonl(args.pairs_test, user=str, caption=str):
-            captions[p["user"]].append(p["caption"])
-        self.captions = [list(dict.fromkeys(captions[u.name])) for u in self.users]
+        self.captions = [list(dict.fromkeys(p["caption"] for p in asked if p["user"] == u.name)) for u in self.users]
         self.model, self.tokenizer = load_policy(args, args.policy)
         self.model.eval()
 
+    @torch.no_grad()
     def answers(self, users, captions, policy, seed=0, profile=False, unknown="mean"):
         """Instructions of the policy in a folder for each user's captions -> [(user index, caption, text, ended)]; the users are as much as it may know.
         profile: the prompt tells the user in words; unknown: as in cdpo.UserTokens.new."""
-        soft, g = None, torch.Generator(self.args.device).manual_seed(number("answers", seed))
+        soft, said, g = None, [], torch.Generator(self.args.device).manual_seed(number("answers", seed))
         lora.load_adapter(self.model, policy)
         if (file := Path(policy) / "collaborative.safetensors").exists():
             tokens = cdpo.UserTokens.load(file, self.args.device)
-            with torch.no_grad():
-                soft = tokens.soft(tokens.new(users, unknown))                       # (N, S, D)
-        asked, said = [(i, caption) for i, texts in enumerate(captions) for caption in texts], []
+            soft = tokens.soft(tokens.new(users, unknown))                           # (N, S, D)
+        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
         prompts = [cdpo.prompt(caption, profile=cdpo.profile(users[i]) if profile else "") for i, caption in asked]
         for at in range(0, len(asked), 400):
-            rows = torch.tensor([i for i, _ in asked[at:at + 400]], device=self.args.device)
-            said += cdpo.suggest(self.model, self.tokenizer, prompts[at:at + 400], None if soft is None else soft[rows], temperature=1.0, generator=g)
+            who = [i for i, _ in asked[at:at + 400]]
+            said += cdpo.suggest(self.model, self.tokenizer, prompts[at:at + 400], None if soft is None else soft[who], temperature=1.0, generator=g)
         return [(*question, *answer) for question, answer in zip(asked, said)]
 
     def rates(self, shown, policy, **how):
@@ -907,14 +827,13 @@ class Evaluation:
         captions = [[c for c in texts for _ in range(self.args.answers)] for texts in self.captions]
         answers = self.answers([replace(u, **shown) for u in self.users], captions, policy, **how)
         verdicts = [self.judge(self.users[i], *rest) for i, *rest in answers]
-        return {name: statistics.fmean(v[name] for v in verdicts) for name in RATES}
+        return {name: np.mean([v[name] for v in verdicts]) for name in RATES}
 
     def table(self):
         found = {name: self.rates(shown, self.args.policy, seed=self.args.seed) for name, shown in CONDITIONS.items()}
         return table(["what the history shows", *RATES], [[name, *(f"{rate:.3f}" for rate in rates.values())] for name, rates in found.items()])
 
 def table(columns, rows):
-    """A Markdown table."""
     return "\n".join(["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 STAGES = {"graph": Graph, "sft": SFT, "cdpo": CDPO, "patch": Patch, "dro": DRO, "eval": Evaluation}
@@ -923,9 +842,13 @@ def main(argv=None):
     args = parse(argv)
     if args.stage == "eval":
         return print(Evaluation(args).table())
-    join(args)
+    if WORLD > 1:
+        if cuda := args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"                             # a GPU for each process
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
     fit(STAGES[args.stage](args), args)
-    together(dist.barrier)                                                           # leave together: gloo aborts where one process is gone while another still closes
+    together(dist.barrier)                                                           # leave together: gloo aborts where one closes after another is gone
 
 if __name__ == "__main__":
     try:
