@@ -15,19 +15,7 @@ One loop serves every stage. What it promises:
 - A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the current step, saved; the same command goes on.
 - A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
 """
-import argparse
-import copy
-import fcntl
-import functools
-import hashlib
-import itertools
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import sys
+import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -92,7 +80,8 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
     ("embedder", "graph", str, "mini/qwen", "Qwen or Mistral that embeds the attributes' names"),
     ("flux", "patch dro", str, "mini/flux", "FLUX.1: folder or hub repository"),
-    ("features", "patch dro", str, "mini/vit", "image features f: DINOv2 or ViT"),
+    ("features", "patch dro", str, "mini/vit", "image features f of the image prompt and the report: DINOv2 or ViT"),
+    ("judge", "patch", str, "", "f that judges the patches, say one that bench/features.py has trained for it; --features when not given"),
     ("dtype", "sft cdpo patch dro eval", tuple(DTYPES), "fp32", "of the frozen weights; what is trained is always fp32"),
     ("device", "graph sft cdpo patch dro eval", str, "", "cpu, cuda, cuda:1 ...; the best there is when not given"),
     ("checkpointing", "sft cdpo patch dro", bool, False, "recompute each layer in the backward pass: less memory, a third more time"),
@@ -119,7 +108,6 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
 ], "pictures": [
     ("loss", "patch", ("patch", "reconstruction", "dpo", "dro", "start"), "patch", "PatchDPO, the same with equal weights, Diffusion-DPO, -DRO; a new image prompt"),
     ("power", "patch", (1, 2), 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
-    ("feature-steps", "patch", int, 0, "self-supervised patch training of f before it judges (ours; bench/features.py measures what it brings)"),
     ("samples", "patch", int, 2, "generated pictures for each prompt and reference"),
     ("refresh", "patch dro", int, 1, "Diffusion-DRO's M: steps between copies of the policy into the sampler, each with a new buffer"),
     ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
@@ -160,7 +148,7 @@ def parse(argv=None):
                     group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text, **how)
     args = top.parse_args(argv)
     for name, value in vars(args).items():
-        least = int(type(value) is int and name not in ("seed", "warmup", "feature_steps"))
+        least = int(type(value) is int and name not in ("seed", "warmup"))
         most = 1 if name in ("drop", "dropout") else 10 ** 30                            # beyond it AdamW's steps do not fit into fp32
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
@@ -701,31 +689,17 @@ class Patch(Pictures):
     @torch.no_grad()
     def generate(self, folder):
         """Stage 1: pictures by the model as it starts. Stage 2: the quality of all their patches. Both stay on disk, to be used again."""
-        lines, sets = [], [self.paint("reference", range(len(self.items)), (self.args.seed, j)) for j in range(self.args.samples)]
+        args, lines = self.args, []
+        sets = [self.paint("reference", range(len(self.items)), (args.seed, j)) for j in range(args.samples)]
         for n, e in enumerate(self.items):
             lines.append({"prompt": e["prompt"], "reference": str(e["scene"]), "generated": [f"{n:05d}_{j}.png" for j in range(len(sets))]})
             for name, images in zip(lines[n]["generated"], sets):
                 Image.fromarray(to_picture(images[n])).save(folder / name)
-        f = self.train_features(folder)
+        f = ImageFeatures.load(args.judge or args.features, args.device)
         reference, *made = (self.look(f, images)[1] for images in (self.pictures[self.scene[:len(lines)]], *sets))           # (N, H, W, D)
         quality = {"generated": [patch_quality(x, reference) for x in made], "reference": [patch_quality(reference, x) for x in made]}
         save_file({key: torch.stack(q, 1).cpu() for key, q in quality.items()}, folder / "quality.safetensors")              # (N, G, H, W)
         (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    @torch.enable_grad()
-    def train_features(self, folder):
-        """The f that judges patches: --features, after --feature-steps of self-supervised patch training (ours), which is kept in `folder`."""
-        f, g = copy.deepcopy(self.features).requires_grad_(True), generator(self.args.seed, "features")
-        optimizer = torch.optim.AdamW(f.parameters(), 1e-3)
-        for _ in tqdm(range(self.args.feature_steps), desc="features"):
-            optimizer.zero_grad()
-            images = self.pictures[self.truth[torch.randint(len(self.items), (16,), generator=g)]]
-            patch_dpo.self_supervised_loss(f, images.to(self.args.device), g).backward()
-            optimizer.step()
-        save_file(f.state_dict(), folder / "model.safetensors")
-        for name in ("config.json", "preprocessor_config.json"):
-            shutil.copy(resolve(self.args.features) / name, folder)
-        return f
 
     def rows(self, step):
         return super().rows(step) if self.args.loss == "dro" else Stage.rows(self, step)
