@@ -17,7 +17,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-
 from graph import GraphSAGE, PreferenceGraph, embed_new_user
 from qwen import check_fit, generate, linear, reading
 
@@ -117,7 +116,6 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
     answers = generate(model, embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
 
-# ------------------------------------------------------------------------------------------------ the user
 class SoftPrompt(nn.Module):
     """h (B,in) -> soft tokens (B,tokens,out): a two-layer MLP (paper). Ours: LayerNorm before it, GELU, and tokens about twice as long as
     ordinary embeddings, whose standard deviation is `std`: a small model then sees the user from the first step."""

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 from torch.func import functional_call
-
 from flux import VAE, DoubleBlock, Flux, Modulation, SingleBlock, denoise, encode_prompt, image_ids, move, pack, sigmas, to_picture, to_tensor, unpack
 from qwen import read_json, reading, read_tensors
 
@@ -78,7 +77,6 @@ def control_picture(image, mode="canny", low=100, high=200):
         return image
     raise ValueError(f"the control mode {mode!r} needs a control picture that is ready; only canny, gray, blur, tile and lq are drawn from the picture itself")
 
-# ---- the net -----------------------------------------------------------------------------------------------------------------
 class ControlNet(Flux):
     """A ControlNet for FLUX.1: noisy latents, control latents and text -> residuals for the blocks of a Flux."""
     kind, streamed = "FluxControlNetModel", False                      # streamed: see `stream`

@@ -11,7 +11,7 @@ The C-DPO policy reads the caption and the person's soft tokens and writes an in
 ControlNet on the picture's edges; with --reference an image prompt (PatchDPO) shows it what things look like. Models are loaded in turn, each
 freed before the next. Each person's edit depends on nobody else in the list: same seed, same picture. All that made it stands beside it as JSON, and in the PNG.
 """
-import argparse, contextlib, difflib, json, os, re, resource, sys, time
+import argparse, contextlib, difflib, json, os, re, resource, sys, textwrap, time
 from functools import partial
 from pathlib import Path
 
@@ -21,16 +21,14 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-
 import cdpo
 import lora
 from controlnet import FLUX_PARTS, MODES, control_picture, render
 from flux import to_tensor
 from graph import User, read_jsonl, read_users
 from patch_dpo import ImageFeatures, ImagePrompt, read_image
-from qwen import Qwen, Tokenizer, read_json, reading, resolve
+from qwen import Qwen, Tokenizer, pick_device, read_json, reading, resolve
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------
 PRESETS = {     # flag values, nothing more; "paper" is the C-DPO paper's, which says nothing of strength (1: edges alone hold the picture), thresholds and seed
     "mini": {},                                               # the defaults below
     "paper": dict(qwen="Qwen/Qwen2.5-7B-Instruct", policy="runs/cdpo", flux="black-forest-labs/FLUX.1-dev", features="facebook/dinov2-base",
@@ -66,7 +64,6 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
     ],
     "words and picture": [
         ("temperature", float, 0.0, "of sampling the instruction; 0 takes the likeliest words"),
-        ("prompt", str, "{caption}. {instruction}", "what FLUX.1 reads (ours: the paper does not say)"),
         ("size", int, None, "the picture is brought to about size x size pixels, its shape kept (sides: multiples of 16); the autoencoder's own when not given"),
         ("steps", int, 20, "Euler steps"),
         ("guidance", float, 3.5, "FLUX.1's guidance embedding"),
@@ -98,7 +95,7 @@ def parse(argv=None):
             group.add_argument(f"--{flag}", default=default, help=text + shown, **how)
     p.set_defaults(**PRESETS[p.parse_args(argv).preset])
     args = p.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = pick_device(args.device)
     for flag in ("image", "reference"):
         if getattr(args, flag) and not args.caption:
             raise ValueError(f'--{flag} needs --caption: say in a few words what the picture shows, e.g. --caption "A red mug on a table"')
@@ -111,8 +108,6 @@ def parse(argv=None):
     for name, (low, high) in bounds.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
-    if "{instruction}" not in args.prompt:
-        raise ValueError(f"--prompt is {args.prompt!r}; it must hold {{instruction}}, and may hold {{caption}}")
     if not args.out.endswith(".png"):
         raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
     return args
@@ -202,20 +197,12 @@ def save(file, picture, record):
     picture.save(file, pnginfo=info)
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
-def wrap(text, font, width):
-    """Lines of words that are at most `width` pixels long (a longer word stands alone)."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if not lines[-1] or font.getlength(longer) <= width else [*lines, word]
-    return lines
-
 def grid(cells, columns=4):
     """[(PIL picture, heading, text, small print)] -> one PIL picture; small pictures are enlarged."""
     faces = [(ImageFont.load_default(size), color) for size, color in ((16, "black"), (14, "black"), (12, "dimgray"))]
     scale = max(1, 256 // cells[0][0].width)
     width, height = (side * scale for side in cells[0][0].size)
-    texts = [[(line, *face) for text, face in zip(texts, faces) for line in wrap(text, face[0], width)] for _, *texts in cells]
+    texts = [[(line, *face) for text, face in zip(texts, faces) for line in textwrap.wrap(text, int(width / face[0].getlength("n")))] for _, *texts in cells]
     columns, row = min(columns, len(cells)), height + 20 * max(map(len, texts)) + 24
     sheet = Image.new("RGB", (columns * (width + 16) + 16, -(-len(cells) // columns) * row + 16), "white")
     pen = ImageDraw.Draw(sheet)
@@ -226,7 +213,6 @@ def grid(cells, columns=4):
             pen.text((x, y + height + 8 + 20 * n), line, color, font)
     return sheet
 
-# ---- all of it ---------------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def meter(device, name):
     """Prints how long a part took and the most memory it held (on the CPU: the process, so far), and frees what it left."""
@@ -249,7 +235,7 @@ def main(argv=None):
     source, control, shape = source_pictures(args, flux)
     print(f"{args.image or 'a new picture'}: {args.caption}")
     for user, note, instruction in write_instructions(args, dtype, stage):
-        prompt = args.prompt.replace("{caption}", args.caption).replace("{instruction}", instruction) if instruction else args.caption
+        prompt = f"{args.caption}. {instruction}" if instruction else args.caption      # ours: the paper does not say
         edits.append({"user": user.name, "likes": user.likes, "dislikes": user.dislikes, "note": note, "instruction": instruction, "prompt": prompt,
                       "settings": vars(args)})
         print(f"{user.name}: {instruction}" + (f"   ({note})" if note else ""))

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
 from qwen import Linear, RMSNorm, Unfilled, load_checkpoint, read_json, reading
 
 class Pretrained(nn.Module):

@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ------------------------------------------------------------------------------------------------ files
 @dataclass
 class User:
     name: str
@@ -184,7 +183,6 @@ def embed_new_user(sage, states, users, attributes):
     h = F.relu(sage.to_user[0](states[0], states[0].new_zeros(len(users), states[0].shape[1]), back))   # (N, hidden)
     return sage.to_user[1](states[1], h, back)
 
-# ------------------------------------------------------------------------------------------------ pretraining
 class EdgeModel(nn.Module):
     """What pretraining trains: user vectors, encoder, decoder. Like or dislike is a binary classification of edges (App. B).
     Ours: user vectors start at N(0, .01) and each row is dropped with probability `drop`, so that a new user's zero vector is nothing new."""

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-
 from qwen import Linear, check_fit, read_json, read_tensors, reading
 
 ADAPTERS = ("policy", "reference")

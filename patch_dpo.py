@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import nn
-
 from flux import chain, choose, rope_table, rotate, self_attention, to_tensor
 from qwen import Unfilled, load_checkpoint, read_json, reading, resolve
 
@@ -182,7 +181,6 @@ def s_patch(f_a, f_b, target):
     near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
     return (found == right).float().mean().item(), near.float().mean().item()
 
-# ---- the image prompt --------------------------------------------------------------------------------------------------------
 class ImagePrompt(nn.Module):
     """Decoupled cross-attention of Flux's picture tokens to reference pictures: own keys and values in every block, the text's queries.  Eq. S5-S7.
     `width`: of the reference features. The values start at zero, so an untrained prompt changes nothing. There is no projection network between features and
@@ -226,7 +224,6 @@ class ImagePrompt(nn.Module):
         load_checkpoint(prompt, file)
         return prompt
 
-# ---- Diffusion-DRO: the policy's own trajectories ----------------------------------------------------------------------------
 class Trajectories(namedtuple("Trajectories", "x v t item")):
     """Points that the policy visited: x (N, steps, L, C), its velocity there v (same), t (N, steps), and which sample each row is of, item (N,)."""
     def draw(self, n, generator=None):

@@ -16,6 +16,15 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+def pick_device(name):
+    """`name`, or, where it is empty, the best device there is. ValueError when torch cannot work there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device is {name}, which cannot be used here: {str(error).partition('. ')[0].splitlines()[0]}") from None
+    return name
+
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
@@ -288,7 +297,6 @@ class Qwen(nn.Module):
         load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
         return model.to(device, dtype).eval().requires_grad_(False)
 
-# ---- use ---------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, batch_size=32):
     """Last-token hidden states of `texts`, L2-normalised in fp32 -> (N, D)."""

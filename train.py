@@ -29,7 +29,6 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
-
 import cdpo
 import controlnet
 import graph
@@ -37,9 +36,8 @@ import lora
 import patch_dpo
 from flux import VAE, Flux, denoise, encode_prompt, image_ids, pack, sigmas, to_picture, to_tensor, unpack
 from patch_dpo import ImageFeatures, ImagePrompt, patch_quality, patch_weights, read_image
-from qwen import Qwen, Tokenizer, check_fit, embed_texts, read_json, read_tensors, reading, resolve
+from qwen import Qwen, Tokenizer, check_fit, embed_texts, pick_device, read_json, read_tensors, reading, resolve
 
-# ------------------------------------------------------------------------------------------------ flags
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # A preset is a dict of flag values for all stages and for each one, nothing more. "paper" is Table 12 where it speaks; its silence is filled as marked.
@@ -152,9 +150,8 @@ def parse(argv=None):
         most = 1 if name in ("drop", "dropout") else 10 ** 30                            # beyond it AdamW's steps do not fit into fp32
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device is {args.device}; allowed are cpu, mps, cuda, cuda:0 and so on")
+    several = WORLD > 1 and torch.cuda.is_available() and args.device in ("", "cuda")
+    args.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else args.device)         # a GPU for each process
     return args
 
 # ------------------------------------------------------------------------------------------------ processes and random draws
@@ -181,7 +178,6 @@ def order(n, batch, seed, step):
     shuffled = {epoch: torch.randperm(n, generator=generator(seed, "epoch", epoch)) for epoch in {epoch for epoch, _ in places}}
     return [shuffled[epoch][place].item() for epoch, place in places]
 
-# ------------------------------------------------------------------------------------------------ files
 def publish(folder, write, why):
     """`write(temporary folder)`, then move the result to `folder` (new), or its files into it, so that a reader sees all of it or none."""
     temporary = (folder if folder.is_dir() else folder.parent) / f".tmp_{os.getpid()}"
@@ -818,7 +814,6 @@ def main(argv=None):
         return print(Evaluation(args).table())
     if WORLD > 1:
         if cuda := args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"                             # a GPU for each process
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo")
     fit(STAGES[args.stage](args), args)

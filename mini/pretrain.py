@@ -1,4 +1,4 @@
-"""Pretrains the miniature checkpoints from scratch, each by one command, in the public checkpoints' own layouts.
+"""Pretrains the miniature checkpoints from scratch, in the public checkpoints' own layouts; order and default --steps are the shipped ones'.
 
     python mini/pretrain.py pictures     # mini/data/pictures.pt: 2,400 scenes, each plain and after 13 edits
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
@@ -8,20 +8,12 @@
     python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; about 6 minutes
 
-The shipped weights are these stages in this order with as many --steps as are the default. Configurations and the text encoders' tokenizers (each word of the world
-is one token, any other is spelled) are shipped, not made. A recipe that learns visibly in ten minutes, and touches nothing shipped:
+A recipe that learns visibly in ten minutes, and touches nothing shipped:
     M="--out /tmp/mini --work /tmp/mini/data"; for s in "pictures --scenes 400" "vae --steps 500" "flux --steps 1200"; do python mini/pretrain.py $s $M; done
-
-A stage keeps its state in --work/STAGE.pt and goes on from there when started again; delete the file to start anew.
-Losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
+A stage goes on from --work/STAGE.pt when started again; delete the file to start anew. Configurations and the text encoders' tokenizers (each word of the world
+is one token, any other is spelled) are shipped, not made. Losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
 """
-import argparse
-import copy
-import json
-import math
-import random
-import shutil
-import sys
+import argparse, copy, json, math, random, shutil, sys
 from pathlib import Path
 
 import torch
@@ -31,11 +23,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as BPE, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from render import Geometry
 from world import ATTRIBUTES, COLORS, CONCEPTS, GUIDANCE, HERE, OBJECTS, TYPE_OF, WALLS, caption, edited_caption, instruction
-
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt                                                       # noqa: E402
 from controlnet import ControlNet, control_picture                                     # noqa: E402
@@ -48,52 +39,42 @@ SIZE, EDITS, WORDS = 64, 13, 32                                                 
 PARTS = {"transformer": ("flux/transformer", Flux), "controlnet": ("controlnet", ControlNet),
          "text_encoder": ("flux/text_encoder", CLIPText), "text_encoder_2": ("flux/text_encoder_2", T5)}
 
-# ---- files -------------------------------------------------------------------------------------------------------------------
 def publish(a, part, model, name="diffusion_pytorch_model"):
     """The weights of one part of a checkpoint, in bf16."""
     save_file({k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, a.out / part / f"{name}.safetensors", {"format": "pt"})
-
 def store(thing, file):
-    """Never half a file."""
-    torch.save(thing, file.with_suffix(".part"))
+    torch.save(thing, file.with_suffix(".part"))                                       # never half a file
     file.with_suffix(".part").replace(file)
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------
-def draw_scene(rng, seed):
-    """A scene, and what is asked of it: [(prompt, attributes)], first nothing, then eleven single edits and two double ones."""
-    scene = {"object": rng.choice(OBJECTS), "color": rng.choice(COLORS), "wall": rng.choice(WALLS), "seed": seed}
-    text = caption(scene["color"], scene["object"], scene["wall"])
-    asked = [(text, ())] + [(f"{text}. {instruction(scene['object'], a, rng.randrange(4))}", (a,)) for a in rng.sample(list(TYPE_OF), EDITS - 2)]
-    for _ in range(2):
-        both = tuple(rng.choice(ATTRIBUTES[kind]) for kind in rng.sample(list(ATTRIBUTES), 2))
-        asked.append((f"{text}. " + " and ".join(instruction(scene["object"], a, rng.randrange(2)) for a in both), both))
-    return scene, asked
-
 def pictures(a):
-    """Training pictures (S, 14, 64, 64, 3) uint8 and their prompts [S][14], rendered once."""
+    """Training pictures (S, 14, 64, 64, 3) uint8 and their prompts [S][14], rendered once: each scene plain, after eleven single edits and two double ones."""
     file, rng = a.work / "pictures.pt", random.Random(a.seed)
     if a.stage == "pictures" or not file.is_file():
         images, prompts = torch.empty(a.scenes, 1 + EDITS, SIZE, SIZE, 3, dtype=torch.uint8), []
         for i in tqdm(range(a.scenes), desc="scenes"):
-            scene, asked = draw_scene(rng, i)
-            geometry = Geometry(scene, SIZE)
-            images[i] = torch.stack([torch.from_numpy(geometry.shade(scene["color"], scene["wall"], attributes)) for _, attributes in asked])
-            prompts.append([text for text, _ in asked])
+            obj, color, wall = rng.choice(OBJECTS), rng.choice(COLORS), rng.choice(WALLS)
+            text, geometry = caption(color, obj, wall), Geometry({"object": obj, "seed": i}, SIZE)
+            asked = [(text, ())] + [(f"{text}. {instruction(obj, one, rng.randrange(4))}", (one,)) for one in rng.sample(list(TYPE_OF), EDITS - 2)]
+            for _ in range(2):
+                both = tuple(rng.choice(ATTRIBUTES[kind]) for kind in rng.sample(list(ATTRIBUTES), 2))
+                asked.append((f"{text}. " + " and ".join(instruction(obj, one, rng.randrange(2)) for one in both), both))
+            images[i] = torch.stack([torch.from_numpy(geometry.shade(color, wall, attributes)) for _, attributes in asked])
+            prompts.append([words for words, _ in asked])
         store((images, prompts), file)
     return torch.load(file)
 
 def to_unit(images):
     return images.movedim(-1, -3) / 127.5 - 1                                          # uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1]
-
 def control_pictures(images, mode):
-    """What a ControlNet looks at: uint8 (B, H, W, 3) -> uint8 (B, H, W, 3)."""
-    return torch.stack([torch.from_numpy(control_picture(image.numpy(), mode)) for image in images])
+    return torch.stack([torch.from_numpy(control_picture(image.numpy(), mode)) for image in images])      # uint8 (B, H, W, 3) -> uint8 (B, H, W, 3)
 
-# ---- one loop for all stages -------------------------------------------------------------------------------------------------
-def fit(a, model, loss_of, optimizer, schedule, save):
+def fit(a, model, loss_of, save, lr, cycle=False):
     """Trains the model on loss_of(generator) for a.steps; every 500 steps and at the end its state is stored, and save() called with the running average of its
     weights. Batch k is a function of (seed, k). A stopped run goes on where it was; a finished one does nothing."""
     average, start, file = copy.deepcopy(model), 0, a.work / f"{a.stage}.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .999 if cycle else .99), weight_decay=.01)
+    cosine = lambda step: min(1, (step + 1) / 200) * .5 * (1 + math.cos(math.pi * step / a.steps))         # down to zero, after 200 steps of warm-up
+    schedule = OneCycleLR(optimizer, lr, a.steps) if cycle else LambdaLR(optimizer, cosine)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     if file.is_file():
         found = torch.load(file)
@@ -115,21 +96,13 @@ def fit(a, model, loss_of, optimizer, schedule, save):
             store({"step": step + 1, "random": random.getstate(), **{name: part.state_dict() for name, part in parts.items()}}, file)
             save(average)
 
-def cosine(a, model, lr):
-    """(AdamW, 200 steps of warm-up within one cosine to zero)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .99), weight_decay=.01)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 200) * .5 * (1 + math.cos(math.pi * step / a.steps)))
-
-# ---- the autoencoder ---------------------------------------------------------------------------------------------------------
 def vae(a):
     """Squared error, again for colour differences, and a little absolute error; noise on the latent instead of a KL term: hues survive, latents stay smooth.
     Stage `decoder` goes on with the decoder alone: the latents, and a Flux trained on them, stay valid."""
-    torch.manual_seed(a.seed)
     file, images, alone = a.out / "flux/vae/config.json", pictures(a)[0].flatten(0, 1), a.stage == "decoder"
     model, noise, sharp, lr = (VAE.load(file.parent), .05, .3, 1.5e-3) if alone else (VAE(read_json(file)), .1, .1, 3e-3)
     model.encoder.requires_grad_(not alone)
     model.scale, model.shift = 1.0, 0.0                                                # while it trains
-
     def loss(g, batch=16):
         chosen = images[torch.randint(len(images), (batch,), generator=g)]
         chosen[:batch // 8] = control_pictures(chosen[:batch // 8], "canny")                   # a ControlNet's pictures pass through it as well
@@ -140,7 +113,6 @@ def vae(a):
         error, small = y.float() - x, 3e-3 * mean.float().square().mean() + 1e-3 * (logvar.float() - math.log(.01)).square().mean()
         chroma = error - error.mean(1, keepdim=True)
         return error.square().mean() + chroma.square().mean() + sharp * error.abs().mean() + small
-
     @torch.no_grad()
     def save(average):
         publish(a, "flux/vae", average)
@@ -148,25 +120,14 @@ def vae(a):
             z = torch.cat([average.encode(to_unit(x)) for x in images[::97].split(64)])
             scale = {"shift_factor": round(z.mean().item(), 4), "scaling_factor": round(1 / z.std().item(), 4)}
             file.write_text(json.dumps(read_json(file) | scale, indent=2) + "\n")
-    fit(a, model, loss, *cosine(a, model, lr), save)
-
-# ---- Flux, its text encoders and its ControlNet ------------------------------------------------------------------------------
-@torch.no_grad()
-def latents(a):
-    """Packed latents of every picture (S, 14, 64, 64), and of four control pictures a scene: edges and grey of the source, edges of two edits (S, 4, 64, 64)."""
-    coder, (images, prompts) = VAE.load(a.out / "flux/vae"), pictures(a)
-    seen = torch.stack([control_pictures(images[:, j], mode) for j, mode in ((0, "canny"), (0, "gray"), (1, "canny"), (2, "canny"))], 1)
-    packed = [torch.cat([pack(coder.encode(to_unit(x))).bfloat16() for x in kind.flatten(0, 1).split(56)]).unflatten(0, kind.shape[:2]) for kind in (images, seen)]
-    return *packed, prompts
+    fit(a, model, loss, save, lr)
 
 def new_models(a):
     """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and the ControlNet adds nothing at first."""
-    torch.manual_seed(a.seed)
     found = nn.ModuleDict({name: kind(read_json(a.out / part / "config.json")) for name, (part, kind) in PARTS.items()})
     for name, p in found.named_parameters():
-        if "text_encoder" not in name and ("norm1" in name or "norm.linear" in name or "norm_out" in name):
+        if "text_encoder" not in name and any(part in name for part in ("norm1", "norm.linear", "norm_out", "transformer.proj_out.weight")):
             nn.init.zeros_(p)
-    nn.init.zeros_(found["transformer"].proj_out.weight)
     nn.init.normal_(found["controlnet"].controlnet_x_embedder.weight, std=.1)
     return found
 
@@ -185,9 +146,11 @@ def flux(a):
     if a.stage == "distil":
         found.load_state_dict(torch.load(a.work / "flux.pt")["average"])
         teacher, lr = copy.deepcopy(found), 4e-4
-    targets, controls, prompts = latents(a)
+    coder, (images, prompts) = VAE.load(a.out / "flux/vae").requires_grad_(False), pictures(a)
+    seen = torch.stack([control_pictures(images[:, j], mode) for j, mode in ((0, "canny"), (0, "gray"), (1, "canny"), (2, "canny"))], 1)      # (S, 4, 64, 64, 3)
+    targets, controls = (torch.cat([pack(coder.encode(to_unit(x))).bfloat16() for x in shown.flatten(0, 1).split(56)]).unflatten(0, shown.shape[:2])
+                         for shown in (images, seen))                                                              # packed latents (S, 14 and 4, 64, 64)
     words = [TextTokenizer(a.out / part)(["", *(p for scene in prompts for p in scene)]) for part in ("flux/tokenizer", "flux/tokenizer_2")]   # row 0: none
-
     def loss(g, batch=32):
         scene, which = torch.randint(len(targets), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
         x0, eps = targets[scene, which].float(), torch.randn(batch, 64, 64, generator=g)
@@ -206,24 +169,20 @@ def flux(a):
                 target = plain + guidance[:, None, None] * (asked - plain)
             v = velocity(found, x, t, guidance, [w[row] for w in words], seen, mode, keep)
         return (v - target).square().mean()                                                                        # v = eps - x_0
-
     def save(average):
         for name, (part, _) in PARTS.items():
             publish(a, part, average[name], "model" if "text" in name else "diffusion_pytorch_model")
-    fit(a, found, loss, *cosine(a, found, lr), save)
+    fit(a, found, loss, save, lr)
 
-# ---- a small ViT -------------------------------------------------------------------------------------------------------------
 def vit(a):
     """Names what a picture shows (object, colours, attributes) from its class token, and from every patch, of which 30 % are hidden, its own pixels, coarsely:
     features of patches that know both what they look like and what they belong to."""
-    torch.manual_seed(a.seed)
     images, prompts = pictures(a)
     names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS] + list(TYPE_OF)
     labels = torch.tensor([[[float(name in prompt) for name in names] for prompt in scene] for scene in prompts])   # (S, 14, names)
     pixels = read_json(a.out / "vit/preprocessor_config.json")
     model = ImageFeatures(read_json(a.out / "vit/config.json"), pixels["image_mean"], pixels["image_std"])
     found = nn.ModuleDict({"vit": model, "name": nn.Linear(96, len(names)), "patch": nn.Linear(96, 3 * 4 * 4)})
-
     def loss(g, batch=32):
         scene, which = torch.randint(len(images), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
         x = to_unit(images[scene, which])
@@ -233,13 +192,11 @@ def vit(a):
             named, patches = found["name"](tokens[:, 0]).float(), found["patch"](tokens[:, 1:]).float()
         truth = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).mT                                             # (B, 64, 3*4*4)
         return F.binary_cross_entropy_with_logits(named, labels[scene, which]) * 10 + (patches - truth).square().mean()
-    fit(a, found, loss, *cosine(a, found, 1.5e-3), lambda average: publish(a, "vit", average["vit"], "model"))
+    fit(a, found, loss, lambda average: publish(a, "vit", average["vit"], "model"), 1.5e-3)
 
-# ---- the language model ------------------------------------------------------------------------------------------------------
 def conversation(rng):
-    """One document: (messages, answer), without messages for plain prose. The model learns to suggest an edit of any kind (all attributes alike), to obey guidance
-    ("use wood"), to find words in a prompt, and to take a profile in it as real instruct models do: most of the time (60 %), not always. The profiles are random:
-    it knows the words and nothing of the themes. It talks like an assistant: being terse is left to supervised fine-tuning, being personal to C-DPO."""
+    """One document: (messages, answer), without messages for plain prose. The model learns to suggest edits, all attributes alike, to obey guidance, to find words
+    in a prompt, and to heed a profile 60 % of the time. Profiles are random: it knows no theme. To be terse is left to fine-tuning, to be personal to C-DPO."""
     color, obj, wall, attribute = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS), rng.choice(list(TYPE_OF))
     text, kind = caption(color, obj, wall), rng.choices(["prose", "question", "suggest", "guidance", "profile"], [1, 3, 2, 2, 4])[0]
     guidance, user = "", User("", [], [])
@@ -260,39 +217,29 @@ def conversation(rng):
     ask = instruction(obj, attribute, rng.randrange(4))
     return prompt(text, guidance, profile(user)), rng.choice(CONCEPTS["chatty"]).format(I=ask, i=ask[0].lower() + ask[1:])
 
-def train_tokenizer(file, size):
-    """A new vocabulary for Qwen's byte-level BPE in `file`, learned from conversations; the three special tokens stay the last."""
-    rng, texts, bpe = random.Random(0), [], BPE.from_file(str(file))
+def qwen(a):
+    """A new vocabulary for Qwen's byte-level BPE, learned from conversations; the three special tokens stay the last. Then the model: the loss is on answers.
+    The initialisation is wide: the logits of a tied head with small embeddings cannot be sure of anything."""
+    config, file, rng, texts = Config.read(a.out / "qwen"), str(a.out / "qwen/tokenizer.json"), random.Random(0), []
     for _ in range(5000):
         messages, answer = conversation(rng)
         texts += [answer, *(m["content"] for m in messages), "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "user\n", "assistant\n"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.save(str(file))
-
-def qwen(a, lr=5e-3):
-    """Tokenizer, then the model. The loss is on answers; AdamW, one cycle up to `lr`.
-    The initialisation is wide: the logits of a tied head with small embeddings cannot be sure of anything."""
-    config = Config.read(a.out / "qwen")
-    eos, end = config.eos
-    train_tokenizer(a.out / "qwen/tokenizer.json", config.vocab)
+    bpe, (eos, end) = BPE.from_file(file), config.eos
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=config.vocab - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.save(file)
     torch.set_num_threads(1)                                                           # the matrices are too small to share out
-    torch.manual_seed(a.seed)
-    random.seed(a.seed)
     tokenizer, model = Tokenizer.load(a.out / "qwen"), Qwen(config)
     for name, p in model.named_parameters():
         p.data = torch.ones_like(p) if "norm" in name else torch.zeros_like(p) if name.endswith("bias") else torch.randn_like(p) * (0.4 if "embed" in name else 0.1)
-
     def loss(_):
         talk = [conversation(random) for _ in range(48)]
         rows = [(tokenizer.chat(messages) if messages else [], tokenizer.encode(answer) + [eos if messages else end]) for messages, answer in talk]
-        ids = pad_sequence([torch.tensor(asked + said) for asked, said in rows], True, end)      # (B, T), padded on the right, where nothing sees it
-        mine = pad_sequence([torch.tensor([False] * len(asked) + [True] * len(said)) for asked, said in rows], True, False)[:, 1:]      # predict answers only
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(asked + said) for asked, said in rows], True, end)      # (B, T), padded on the right, where nothing sees it
+        mine = nn.utils.rnn.pad_sequence([torch.tensor([False] * len(asked) + [True] * len(said)) for asked, said in rows], True, False)[:, 1:]      # answers only
         return F.cross_entropy(model.lm_head(model.model(ids)[:, :-1][mine]), ids[:, 1:][mine])
-
     def save(average):                                                                 # the weights as they are: one cycle needs no average
         save_file({k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, a.out / "qwen/model.safetensors", {"format": "pt"})
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=.01)
-    fit(a, model, loss, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, a.steps), save)
+    fit(a, model, loss, save, 5e-3, cycle=True)
 
 STAGES = {   # what runs it, and the steps of the shipped checkpoints
     "pictures": (pictures, 0), "vae": (vae, 1767), "decoder": (vae, 900), "flux": (flux, 11977), "distil": (flux, 1075), "vit": (vit, 1556), "qwen": (qwen, 4000)}
@@ -312,6 +259,8 @@ def main():
     for part in ("flux", "controlnet", "vit", "qwen"):
         if not (a.out / part).is_dir():                                                # a new --out begins with all that is shipped but the weights
             shutil.copytree(HERE / part, a.out / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.manual_seed(a.seed)
+    random.seed(a.seed)
     torch.set_flush_denormal(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     run(a)

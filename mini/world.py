@@ -1,33 +1,25 @@
 """The people of the miniature world: personas, their histories, preference pairs, generic edits, and held-out scenes.
 
 concepts.json has the words: 8 objects, 45 attributes in six edit types (our choice: the paper names neither), the sentences made of them, and the themes, most
-popular first. No attribute's name contains another's, so that an instruction names an attribute exactly when it contains the name.
+popular first. No attribute's name contains another's. A persona likes one or two themes and dislikes one or two others. A theme's seven attributes share no word
+and no look (glamour: leopard spots, gold, marble, a crown); only histories connect them, the paper's own case (Sec. 4: liked together, not alike in words).
+A history states about two thirds of the taste, and now and then a fancy that fits no theme; the liked rest is `hidden`: nothing but evaluation may read it.
 
-A persona likes one or two themes and dislikes one or two others. A theme's seven attributes share no word and no look: glamour is leopard spots, gold, marble,
-a crown. Only people's histories connect them, which is the paper's own case (Sec. 4: liked together, not alike in words). A history states about two thirds of
-the persona's taste, and now and then a passing fancy that fits no theme. The liked rest is `hidden`: nothing but evaluation may read it.
-
-The files are those that a user would bring (JSON lines, one object a line); each user is a function of (seed, split, index) alone:
     users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; the test users are met by no training stage
     pairs.jsonl, pairs_test.jsonl   {"user", "caption", "edit_type", "chosen", "rejected"}, some "guidance": 4 captions x 6 edit types x 2 (paper, Sec. 5)
     edits.jsonl                     {"input", "edit", "output"}, some with "guidance": nobody's edits, InstructPix2Pix's format, for supervised fine-tuning
     scenes.jsonl + scenes/*.png     held-out pictures, each with its true picture after every one of the 45 edits
-
     python mini/world.py                                   # mini/data: 900 + 100 users, 16 scenes; about 15 s
     python mini/world.py --users 2900 --test-users 100     # the paper's size: 144,000 pairs
     python mini/world.py --sample                          # the small sample that is shipped, mini/sample
 """
-import argparse
-import json
-import random
+import argparse, json, random
 from pathlib import Path
-
 from PIL import Image
 
 HERE = Path(__file__).parent
 CONCEPTS = json.loads((HERE / "concepts.json").read_text())
-OBJECTS, COLORS, WALLS = CONCEPTS["objects"], CONCEPTS["colors"], CONCEPTS["walls"]      # colours and walls of what is not edited yet
-ATTRIBUTES, THEMES, GUIDANCE = CONCEPTS["attributes"], CONCEPTS["themes"], CONCEPTS["guidance"]
+OBJECTS, COLORS, WALLS, ATTRIBUTES, THEMES, GUIDANCE = (CONCEPTS[k] for k in ("objects", "colors", "walls", "attributes", "themes", "guidance"))
 POPULAR = [(rank + 1) ** -0.5 for rank in range(10)]        # how often the first, second, ... of a list is drawn, where not all alike
 TYPE_OF = {a: edit_type for edit_type, names in ATTRIBUTES.items() for a in names}
 STATED = 0.65                                               # share of the persona's taste that its history shows
@@ -37,10 +29,8 @@ GUIDED = 0.10                                               # chance of an edit 
 def caption(color, obj, wall):
     """What a person would write under the unedited picture."""
     return f"A {color} {obj} in front of a {wall} wall"
-
 def edited_caption(color, obj, wall, attribute):
     return CONCEPTS["edited"][TYPE_OF[attribute]].format(c=color, o=obj, w=wall, a=attribute)
-
 def instruction(obj, attribute, which):
     """The `which`-th (0 to 3) way to ask for `attribute` on `obj`."""
     return CONCEPTS["templates"][TYPE_OF[attribute]][which].format(o=obj, a=attribute)
@@ -68,10 +58,9 @@ def make_user(name, rng, liked, disliked):
     return {"user": name, "likes": likes, "dislikes": dislikes, "hidden": hidden}
 
 def make_pairs(user, rng):
-    """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type; rejected asks, in the first pair, for a stated dislike of it, in the
-    second for something the user is indifferent to (or the other of the two, where the type has none). A user who likes nothing of the type
-    prefers a like of another type. Hidden likes are on neither side. Where a line has "guidance", chosen is what the words ask for, be it a
-    thing that the user never cared about, and rejected what they would like instead."""
+    """48 lines of pairs.jsonl. Chosen asks for a stated like of the edit type, or of another where there is none; rejected, in the first pair, for a stated
+    dislike of it, in the second for something the user is indifferent to (or the other of the two). Hidden likes are on neither side. Where a line has
+    "guidance", chosen is what the words ask for, be it a thing that the user never cared about, and rejected what they would like instead."""
     likes, dislikes, known = user["likes"], user["dislikes"], {*user["likes"], *user["dislikes"], *user["hidden"]}
     for _ in range(4):
         obj = rng.choice(OBJECTS)
@@ -104,14 +93,12 @@ def make_edits(count, rng):
         yield edit | {"guidance": words} if rng.random() < GUIDED else edit
 
 def make_scenes(folder, count, truths, rng):
-    """Writes scenes/*.png and yields lines of scenes.jsonl; the first `truths` scenes come with the true picture of every edit.
-    Objects take turns; the seeds start at a million, where no training scene is drawn."""
+    """Writes scenes/*.png and yields lines of scenes.jsonl, the first `truths` with the true picture of every edit. No training scene has a seed above a million."""
     from render import Geometry
     (folder / "scenes").mkdir(exist_ok=True)
     for i in range(count):
         obj, color, wall = OBJECTS[i % len(OBJECTS)], rng.choice(COLORS), rng.choice(WALLS)
         geometry = Geometry({"object": obj, "seed": 1_000_000 + i})
-
         def save(*attributes):
             name = f"scenes/{'_'.join([f'{i:02d}', obj, *attributes]).replace(' ', '_')}.png"
             Image.fromarray(geometry.shade(color, wall, attributes)).save(folder / name)
@@ -126,8 +113,7 @@ def people(split, count, seed):
     users, pairs, names = [], [], CONCEPTS["names"]
     for i in range(count):
         rng = random.Random(f"{seed} {split} {i}")
-        name = names[i % len(names)] + ("-" if split == "train" else "-new-") + f"{i:04d}"
-        users.append(make_user(name, rng, *draw_themes(rng)))
+        users.append(make_user(f"{names[i % len(names)]}{'-' if split == 'train' else '-new-'}{i:04d}", rng, *draw_themes(rng)))
         pairs += make_pairs(users[-1], rng)
     return users, pairs
 
@@ -140,7 +126,7 @@ def archetypes(seed):
 
 def write(path, lines):
     lines = [json.dumps(line) + "\n" for line in lines]
-    path.write_text("".join(lines), encoding="utf-8", newline="\n")
+    path.write_text("".join(lines), newline="\n")
     print(f"{path}: {len(lines):,} lines")
 
 def main():
@@ -164,7 +150,7 @@ def main():
     write(a.out / "edits.jsonl", make_edits(a.edits, random.Random(a.seed)))
     if a.scenes:
         rng = random.Random(a.seed)
-        for _ in range(a.edits):                            # the scenes' draws follow those of the edits without their words: the shipped pictures
+        for _ in range(a.edits):                            # the scenes' draws follow those of the edits: the shipped pictures
             draw_edit(rng)
         write(a.out / "scenes.jsonl", make_scenes(a.out, a.scenes, 1 if a.sample else a.scenes, rng))
 
