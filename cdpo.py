@@ -22,7 +22,6 @@ from qwen import check_fit, generate, linear, reading
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
 
-# ------------------------------------------------------------------------------------------------ losses
 def token_logprobs(hidden, head, labels, chunk=128):
     """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
     Only labelled positions meet the head, `chunk` of them at a time, and only once: the gradient with respect to h, (onehot(y) - softmax(W h)) W, is taken along."""

@@ -2,9 +2,8 @@
 
     picture --canny--> edges --VAE--> control --ControlNet--> residuals, added to the image stream of Flux's blocks while it denoises
 
-The net is a short Flux (5 double and 10 single blocks beside 19 and 38) that sees the control picture too. A Union net reads several
-kinds of control pictures; a learned token for the kind stands before its text. Sources: OpenCV for canny, diffusers and the InstantX and
-Shakker checkpoints for the net, the C-DPO paper for the use (canny, scale 0.4). Shapes as in flux.py. Try it: python controlnet.py
+The net is a short Flux (5 double and 10 single blocks beside 19 and 38) that sees the control picture too. A Union net reads several kinds of them; a learned
+token for the kind stands before its text. The C-DPO paper uses canny at scale 0.4. Shapes as in flux.py. Try it: python controlnet.py
 """
 import contextlib
 from pathlib import Path
@@ -19,7 +18,6 @@ from qwen import read_json, reading, read_tensors
 
 MODES = ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]       # InstantX's and Shakker's numbering; 7 to 9 are unused
 
-# ---- control pictures --------------------------------------------------------------------------------------------------------
 def canny(image, low=100, high=200):
     """Canny's edges of a picture: (H,W) or (H,W,3) uint8 -> (H,W) uint8 of 0 and 255. ValueError: another dtype or shape.
     Bit for bit what OpenCV's `Canny(image, low, high)` gives (3x3 Sobel, |dx| + |dy|, fixed point), the edge map that public ControlNets were trained on."""

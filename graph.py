@@ -4,8 +4,7 @@
     s(u,v) = |A(u) ^ A(v)| / max over all pairs u' != v' of |A(u') ^ A(v')|    "^" is intersection             (6)
 
 A SAGE layer:  out_i = W_l mean over the neighbours j of x_j + b + W_r x_i; its weights carry PyG's names and give PyG's numbers.
-The paper describes one set of edges, so its encoder cannot tell a like from a dislike. The default here (ours) is two relations,
-likes and dislikes, each with its reverse and its own weights; `signed=False` is the paper's reading.
+The paper describes one set of edges, so its encoder cannot tell a like from a dislike (`signed=False`). The default (ours): likes and dislikes have own weights.
 An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector. Try it: python graph.py
 """
 import json, warnings
@@ -56,7 +55,6 @@ def read_users(path):
         users[name] = User(name, likes, dislikes, row["hidden"])
     return list(users.values())
 
-# ------------------------------------------------------------------------------------------------ the graph
 class PreferenceGraph(nn.Module):
     """users and attributes are names; edges (3,E) int64 has the rows user, attribute, sign (+1 like, -1 dislike); features (A,F)."""
     def __init__(self, users, attributes, edges, features):

@@ -8,10 +8,7 @@
 
 l is a mean squared error of the predicted velocity; the papers write noise, and ||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs.
 f is an image encoder (DINOv2 or ViT); its self-supervised patch training is ours, because the paper's text of it is not public.
-Losses are pure functions, one number a sample. H, W count patches, h, w latent pixels, S patches of one picture, M references.
-
-    python patch_dpo.py                                                        # what a spoiled region does to the quality map
-    python patch_dpo.py REF.png GEN.png --features mini/vit --out heat.png     # reference, generated picture and quality, side by side
+Losses are pure functions, one number a sample. H, W count patches, h, w latent pixels, S patches of one picture, M references. Try it: python patch_dpo.py
 """
 import argparse, math
 from collections import namedtuple
@@ -242,7 +239,6 @@ def record(velocity, noise, item, steps=20, generator=None):
         xs.append(xs[-1] - vs[-1] / steps)
     return Trajectories(torch.stack(xs[:-1], 1), torch.stack(vs, 1), t, item)
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------
 def read_image(path):
     """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white, of an animation the first frame. 16 and 32 bits and
     floats come down to 8: white is 65535, or 1 or 255 in floats, or the largest value where that is larger. ValueError in one sentence when there is no picture."""

@@ -271,7 +271,7 @@ def flux_inputs(c, B=2, h=4, w=8, T=5, seed=0):
                 timestep=torch.rand(B), guidance=torch.rand(B) * 35 if c["guidance_embeds"] else None, img_ids=9 * image_ids(h, w), txt_ids=torch.zeros(T, 3))
 
 def test_full_size_models_have_the_published_names_and_counts():
-    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0 and T5-XXL have the public numbers of parameters, the peers' names and shapes."""
+    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0, T5-XXL have the public numbers of parameters, the peers' names and shapes."""
     qwens = ((152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, True, False), (151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1e6, True, True))
     dev, vae = flux_config(24, 128, (16, 56, 56), doubles=19, singles=38, txt=4096, pooled=768), vae_config((128, 256, 512, 512), 32, 2)
     t5 = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, relative_attention_num_buckets=32, layer_norm_epsilon=1e-6,
@@ -612,7 +612,7 @@ def test_train_neighbours_terms_are_defined_at_the_edges(tmp_path):
         assert s.loss(rows)[0].isfinite() and most / 2 < max(len(near) for _, near in rows) <= most
         assert all(s.owner[pair] == v != 1 and score > 0 and v != s.owner[own] for own, near in rows for v, pair, score in near)
     write(file)
-    for part, *flags in (("nothing to train on", *prepared()[0], "--pairs", file), ("nothing to train on", "sft", "--edits", file), ("no user", "graph", "--users", file)):
+    for part, *flags in (("nothing", *prepared()[0], "--pairs", file), ("nothing", "sft", "--edits", file), ("no user", "graph", "--users", file)):
         raises(f"pairs.jsonl holds {part}", train_here, *flags, "--out", tmp_path / "x")
 
 def test_train_refuses_two_runs_other_flags_and_lost_numbers():

@@ -9,9 +9,8 @@
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # the paper's Table 12 on real weights
 
 One loop serves every stage. What it promises:
-- The global batch is the same for any number of processes. Its rows and every random draw are functions of (seed, step), dropout also of the
-  micro-batch: there is no generator state to save, a resumed run is bit-equal to an uninterrupted one, and with the same --micro 1, 2 or 4
-  processes drop the same. Gradients of the small trainable set are summed by hand, without DDP.
+- The global batch is the same for any number of processes. Its rows and every random draw are functions of (seed, step), dropout also of the micro-batch:
+  no generator state to save, a resumed run is bit-equal to an unbroken one. Gradients of the small trainable set are summed by hand, without DDP.
 - A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the current step, saved; the same command goes on.
 - A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
 """
@@ -40,7 +39,7 @@ from qwen import Qwen, Tokenizer, check_fit, embed_texts, pick_device, read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# A preset is a dict of flag values for all stages and for each one, nothing more. "paper" is Table 12 where it speaks; its silence is filled as marked.
+# A preset is a dict of flag values for all stages and for each one, nothing more. "paper" is Table 12; ours: soft_hidden, beta, clip.
 PRESETS = {
     "mini": {
         "graph": dict(steps=300, weight_decay=1e-2, drop=0.9),
@@ -54,8 +53,7 @@ PRESETS = {
                     features="facebook/dinov2-base", dtype="bf16", checkpointing=True, size=512),
         "graph": dict(hidden=1024, out_dim=1024, steps=150, lr=3e-5, feature_norm=0.0),
         "sft": dict(steps=9375, batch=16, micro=4, lr=2e-6),
-        "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024,
-                     nll=0.0),                                   # ours: soft_hidden, beta, clip
+        "cdpo": dict(steps=3000, batch=12, micro=2, lr=2e-7, gnn_lr=2e-8, lam=0.15, similarity="shared", neighbours="exact", tokens=8, soft_hidden=1024, nll=0.0),
         # PatchDPO's and Diffusion-DRO's published runs, on Flux where theirs were on Stable Diffusion; ours: the features, dtype, cosine, LoRA, beta (Flow-GRPO's)
         "patch": dict(samples=1, steps=30000, micro=1, lr=3e-5, weight_decay=0.01, clip=0.0, beta=100.0),
         "dro": dict(steps=1600, batch=256, micro=4, buffer=256, lr=1e-4, weight_decay=0.01),
@@ -154,7 +152,6 @@ def parse(argv=None):
     args.device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else args.device)         # a GPU for each process
     return args
 
-# ------------------------------------------------------------------------------------------------ processes and random draws
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))       # torchrun sets them
 
 def together(operation, *tensors):
@@ -356,7 +353,6 @@ def fit(stage, args):
         publish(out, stage.export, "the result")
         print(f"{args.stage}: {out} " + " ".join(f"{k} {v:.4f}" for k, v in stage.report.items()))
 
-# ------------------------------------------------------------------------------------------------ stages
 def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
     model, tokenizer = Qwen.load(args.qwen, args.device, DTYPES[args.dtype]), Tokenizer.load(args.qwen)
