@@ -14,7 +14,7 @@ One loop serves every stage. What it promises:
 - A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the current step, saved; the same command goes on.
 - A loss or gradient that is not finite ends the run before the step is taken, with the batch named.
 """
-import argparse, copy, fcntl, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys
+import argparse, copy, datetime, fcntl, functools, hashlib, itertools, json, math, os, re, shutil, signal, sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +106,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("power", "patch", (1, 2), 2, "of the weight: 2 the paper's formula, 1 the authors' code"),
     ("samples", "patch", int, 2, "generated pictures for each prompt and reference"),
     ("refresh", "patch dro", int, 1, "Diffusion-DRO's M: steps between copies of the policy into the sampler, each with a new buffer"),
-    ("buffer", "patch dro", int, 16, "trajectories in the buffer"),
+    ("buffer", "patch dro", int, 16, "trajectories in the buffer; no batch of Diffusion-DRO is larger"),
     ("held-out", "patch dro", int, 4, "scenes at the end of the file that only evaluate"),
     ("size", "patch dro", int, 64, "side of the pictures in pixels"),
     ("paint-steps", "patch dro", int, 20, "Euler steps of a painted picture"),
@@ -144,8 +144,8 @@ def parse(argv=None):
                     group.add_argument(f"--{flag}", default=values.get(flag.replace("-", "_"), default), help=text, **how)
     args = top.parse_args(argv)
     for name, value in vars(args).items():
-        least = int(type(value) is int and name not in ("seed", "warmup"))
-        most = 1 if name in ("drop", "dropout") else 10 ** 30                            # beyond it AdamW's steps do not fit into fp32
+        least = 2 if name == "samples" and args.loss == "dpo" else int(type(value) is int and name not in ("seed", "warmup"))      # a winner and a loser
+        most = {"drop": 1, "dropout": 1, "seed": 10 ** 13}.get(name, 10 ** 30)           # beyond it AdamW's steps do not fit into fp32, nor seeds into 64 bits
         if type(value) in (int, float) and not least <= value <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be a number from {least} to {most:g}")
     several = WORLD > 1 and torch.cuda.is_available() and args.device in ("", "cuda")
@@ -257,10 +257,8 @@ def schedule(step, steps, warmup):
 
 def gradients(stage, args, step, stop):
     """Backward over this process's share of the batch, then sum over processes -> (rows, {metric: mean}, whether somebody wants to stop)."""
-    rows = stage.rows(step)
-    micro = getattr(args, "micro", 1)
+    rows, micro, totals = stage.rows(step), getattr(args, "micro", 1), Counter()
     parts = [(i, rows[at:at + micro], 1.0) for i, at in enumerate(range(0, len(rows), micro))]
-    totals = Counter()
     for p in stage.trained.values():
         p.grad = torch.zeros_like(p)
     for i, part, share in parts[RANK::WORLD] or [(0, parts[0][1], 0.0)]:         # nothing left to do: join with weight zero
@@ -319,15 +317,14 @@ def fit(stage, args):
     out, chief, stop = Path(args.out), RANK == 0, []
     if not stage.items:
         raise ValueError(f"{stage.inputs[0]} holds nothing to train on")
-    held, log = open_run(stage, args, out) if chief else None, out / "metrics.jsonl"         # locked as long as `held` lives
+    log, held = out / "metrics.jsonl", open_run(stage, args, out) if chief else None         # locked as long as `held` lives
     together(dist.barrier)
     optimizer = torch.optim.AdamW(stage.groups, lr=args.lr, weight_decay=args.weight_decay)
     peaks = [group["lr"] for group in optimizer.param_groups]
     step = load_state(stage, optimizer, out)
     if chief and log.exists():                                                       # a line a step: the first `step` stay, the others will be written again
         os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:step])))
-    before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    stopping = False
+    before, stopping = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}, False
     with tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief) as bar:
         while step < args.steps and not stopping:
             for group, peak in zip(optimizer.param_groups, peaks):
@@ -519,11 +516,13 @@ class Pictures(Stage):
         prompts, said = np.unique([e["prompt"] for e in self.items + self.held], return_inverse=True)
         self.scene, self.truth = torch.from_numpy(places).T                          # (N,) into pictures
         self.expert = self.truth                                                     # what Diffusion-DRO learns from
-        self.pictures = torch.stack([to_tensor(read_picture(file, args.size)) for file in files])                            # (P, 3, H, W)
+        self.pictures = torch.stack([to_tensor(read_picture(file, args.size)) for file in files.tolist()])                   # (P, 3, H, W)
         path, dtype = resolve(args.flux, controlnet.FLUX_PARTS), DTYPES[args.dtype]
         self.txt, self.pooled = (part[torch.from_numpy(said).to(args.device)] for part in encode_prompt(path, prompts.tolist(), args.device, dtype))
         self.flux = Flux.load(path / "transformer", args.device, dtype).requires_grad_(False)
         self.flux.checkpointing, self.vae = args.checkpointing, VAE.load(path / "vae", args.device).requires_grad_(False)
+        if args.size % (2 * self.vae.factor):
+            raise ValueError(f"--size is {args.size}; it must be a multiple of {2 * self.vae.factor}, the pixels of one token")
         self.features = ImageFeatures.load(args.features, args.device).requires_grad_(False)
         self.latent = self.encode(self.pictures)                                     # (P, L, 64)
         self.inputs, self.trajectories = (args.scenes, path / "transformer", args.features), None
@@ -636,7 +635,7 @@ class Patch(Pictures):
         self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
         self.policy, self.sampler = (list(self.prompts[who].parameters()) for who in ("policy", "sampler"))
         self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
-        self.groups, self.inputs = [{"params": self.policy}], self.inputs if start else (*self.inputs, args.image_prompt)
+        self.groups, self.inputs = [{"params": self.policy}], (*self.inputs, *([] if start else [args.image_prompt]))
         if args.loss in ("patch", "reconstruction", "dpo"):
             self.read_generated(Path(args.generated or f"{args.out}/generated"))
 
@@ -665,8 +664,8 @@ class Patch(Pictures):
             publish(folder, self.generate, "generated pictures")
         together(dist.barrier)
         rows, file = graph.read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list), folder / "quality.safetensors"
-        if [row["prompt"] for row in rows] != [e["prompt"] for e in self.items]:
-            raise ValueError(f"{folder} holds pictures of other prompts: give another --generated, or delete the folder")
+        if [(row["prompt"], len(row["generated"])) for row in rows] != [(e["prompt"], self.args.samples) for e in self.items]:
+            raise ValueError(f"{folder} holds pictures of other prompts, or more or fewer of each: give another --generated, or delete the folder")
         side, stored = math.isqrt(self.maps.shape[1]), read_tensors(file)
         shape = len(rows), len(rows[0]["generated"]), side, side
         check_fit(file, {key: torch.empty(shape) for key in ("generated", "reference")}, stored, finite=True)
@@ -769,8 +768,9 @@ class Evaluation:
         train = [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")]
         self.judge = Judge(self.users + graph.read_users(args.users), train)
         self.captions = [list(dict.fromkeys(p["caption"] for p in asked if p["user"] == u.name)) for u in self.users]
+        if not any(self.captions):
+            raise ValueError(f"{args.pairs_test} has no caption for anybody in {args.users_test}")
         self.model, self.tokenizer = load_policy(args, args.policy)
-        self.model.eval()
 
     @torch.no_grad()
     def answers(self, users, captions, policy, seed=0, profile=False, unknown="mean"):
@@ -807,19 +807,19 @@ STAGES = {"graph": Graph, "sft": SFT, "cdpo": CDPO, "patch": Patch, "dro": DRO, 
 def main(argv=None):
     args = parse(argv)
     if args.stage == "eval":
-        return print(Evaluation(args).table())
+        return print(Evaluation(args).table()) if RANK == 0 else None
     if WORLD > 1:
         if cuda := args.device.startswith("cuda"):
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))      # the others wait while process 0 paints
     fit(STAGES[args.stage](args), args)
     together(dist.barrier)                                                           # leave together: gloo aborts where one closes after another is gone
 
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: {e}")
+    except (ValueError, OSError, torch.OutOfMemoryError) as e:
+        sys.exit(f"train.py: {e}" + " (try --checkpointing, or a smaller --micro)" * isinstance(e, torch.OutOfMemoryError))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
