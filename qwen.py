@@ -45,7 +45,7 @@ def reading(file):
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and str(file) in str(error):
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, ValueError) and str(file) in str(error):
             raise
         raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
 
