@@ -70,7 +70,7 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
         ("strength", float, 0.8, "1 draws from noise, held by the edges alone; less starts from the noised photograph"),
         ("reference-scale", float, 1.5, "weight of each reference beside the text; several add up: give less"),
         ("control-mode", tuple(MODES), "canny", "what the ControlNet looks at"),
-        ("control-image", str, None, "a control picture that is ready, say a depth map"),
+        ("control-image", str, None, "for --image or the sample: a control picture that is ready, say a depth map"),
         ("control-scale", float, 1.0, "the ControlNet's weight; at 0 it is not even loaded"),
         ("control-start", float, 0.0, "fraction of the steps before which it rests"),
         ("control-end", float, 1.0, "fraction of the steps after which it rests"),
@@ -104,11 +104,11 @@ def parse(argv=None):
     if both := set(args.likes or []) & set(args.dislikes or []):
         raise ValueError(f"{sorted(both)[0]!r} is both liked and disliked")
     bounds = {"strength": (0, 1), "reference_scale": (0, 10), "control_start": (0, 1), "control_end": (args.control_start, 1), "steps": (1, 10_000),
-              "size": (16, 8192), "temperature": (0, 100)}
+              "size": (16, 8192), "temperature": (0, 100), "seed": (-10 ** 18, 10 ** 18), "guidance": (0, 1000), "control_scale": (-100, 100), "true_cfg": (0, 1000)}
     for name, (low, high) in bounds.items():
         if (value := getattr(args, name)) is not None and not low <= value <= high:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
-    if not args.out.endswith(".png"):
+    if Path(args.out).suffix != ".png":
         raise ValueError(f"--out is {args.out}; it must end in .png, which carries the settings as text")
     return args
 
