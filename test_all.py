@@ -1,4 +1,4 @@
-"""Every test, in one file: `python test_all.py`, or those whose name contains "canny": `python test_all.py canny`. No network, no GPU, no peer needed.
+"""Every test, in one file: `python test_all.py`, or those whose name contains "canny": `python test_all.py canny`. No network, no peer needed; a GPU is left alone.
 
 Each test is a sentence that could be false. Those against a peer (transformers, diffusers, peft, torch-geometric, opencv; `pip install -r bench/requirements.txt`)
 are skipped where it is missing. pytest runs this file too; `tmp_path` is an empty folder, here as there.
@@ -27,7 +27,7 @@ MINI, SAMPLE = ROOT / "mini", {name: f"mini/sample/{name}.jsonl" for name in ("u
 ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, mlp_ratio=4, hidden_act="gelu", layer_norm_eps=1e-6,
                qkv_bias=True)
 torch.set_num_threads(1)
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}        # for the scripts it runs, too: a GPU does not give the same bits
 
 def peer(name):
     """The peer library, or the test is skipped."""
@@ -73,7 +73,7 @@ def reload(theirs, kind):
 
 def shell(*args):
     """Run one of our scripts as a user would: shell("train.py", "graph", "--steps", 3)."""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=170, env=ONE_THREAD)
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 @contextlib.contextmanager
 def quiet():
@@ -556,7 +556,7 @@ def test_train_resume_is_bit_exact():
     """A run killed by SIGKILL and continued by the same command has the bytes of an uninterrupted one, metrics included."""
     flags, d = [*prepared()[0], "--steps", 16, "--out"], prepared()[1]
     train_here(*flags, d / "whole")
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((d / "torn").glob("step_*")):
         time.sleep(0.005)
     process.kill()
