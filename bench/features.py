@@ -12,12 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
-from PIL import Image
-
-from flux import to_tensor
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from safetensors.torch import save_file
 
+from flux import to_tensor
 from patch_dpo import ImageFeatures, correspondence, random_views, s_patch, self_supervised_loss, warp
 from qwen import resolve
 from train import generator, read_picture, read_scenes

@@ -6,13 +6,7 @@
 
 They begin with what `python mini/world.py && python train.py graph && python train.py sft` wrote. Other flags are `train.py eval`'s (--users, --pairs, --qwen, --answers ...).
 """
-import argparse
-import contextlib
-import functools
-import math
-import os
-import statistics
-import sys
+import argparse, contextlib, functools, math, os, statistics, sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -184,4 +178,7 @@ def main():
     print(getattr(Methods(args, more), args.what)())
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"methods.py: {error}")

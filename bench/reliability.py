@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch._dynamo          # what torch imports at the first optimizer, 3 s in every child otherwise
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import edit
 import train
