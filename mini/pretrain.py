@@ -248,7 +248,7 @@ def main():
     p = argparse.ArgumentParser(description="Pretrain the miniature checkpoints.")
     p.add_argument("stage", choices=list(STAGES))
     p.add_argument("--out", type=Path, default=HERE, help="where flux/, controlnet/, vit/ and qwen/ are written")
-    p.add_argument("--work", type=Path, default=HERE / "data", help="pictures, latents and resume points")
+    p.add_argument("--work", type=Path, default=HERE / "data", help="pictures and resume points")
     p.add_argument("--scenes", type=int, default=2400, help="scenes to render")
     p.add_argument("--steps", type=int, help="batches to train on (default: the shipped checkpoints')")
     p.add_argument("--seed", type=int, default=0)
