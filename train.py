@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # as in edit.py
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
     ("sft", "cdpo", str, "runs/sft", "SFT adapter: where the policy starts and what the reference stays"),
     ("graph", "cdpo", str, "runs/graph", "folder of the graph stage"),
     ("policy", "eval", str, "runs/cdpo", "folder that sft or cdpo wrote"),
-    ("image-prompt", "patch", str, "mini/image_prompt/image_prompt.safetensors", "image prompt to begin with; --loss start begins without"),
+    ("image-prompt", "patch", str, "", "image prompt to begin with; when not given the miniature's, and none for --loss start"),
     ("generated", "patch", str, "", "generated pictures and their patch quality, read when they are there, else written there; OUT/generated when not given"),
 ], "model": [
     ("qwen", "sft cdpo eval", str, "mini/qwen", "language model: folder or hub repository"),
@@ -113,7 +114,7 @@ FLAGS = {"files": [     # group -> (flag, stages, type or choices, default of th
 ], "optimisation": [
     ("steps", "graph sft cdpo patch dro", int, 150, "optimiser steps (graph: epochs)"),
     ("batch", "sft cdpo patch dro", int, 32, "global batch, whatever the number of processes"),
-    ("micro", "sft cdpo patch dro", int, 16, "rows of one forward pass; a batch of several is accumulated"),
+    ("micro", "sft cdpo patch dro", int, 16, "rows of one forward pass, pictures painted at once; a batch of several is accumulated"),
     ("lr", "graph sft cdpo patch dro", float, 5e-3, "peak learning rate (AdamW)"),
     ("gnn-lr", "cdpo", float, 1e-3, "of the graph encoder"),
     ("warmup", "sft cdpo patch dro", int, 0, "steps of linear warm-up before the cosine"),
@@ -232,7 +233,6 @@ def read_picture(file, size=None):
     """A picture file -> uint8 (H, W, 3), cut to a square of `size` where it is given."""
     return np.array(ImageOps.fit(read_image(file), (size, size)) if size else read_image(file))
 
-# ------------------------------------------------------------------------------------------------ the loop
 class Stage:
     """What the loop needs of a stage. `items` it is trained on, each a dict with its "line" in the first of `inputs`, the files that the result depends on;
     `trained` {name: Parameter} and AdamW's parameter groups; loss(rows) -> (sum over the rows, {metric: sum over the rows}). At the end export(folder)
@@ -314,7 +314,7 @@ def open_run(stage, args, out):
 
 def fit(stage, args):
     """Train `stage` to the end, or to a signal; every file of args.out is written here, by process 0."""
-    out, chief, stop = Path(args.out), RANK == 0, []
+    out, chief, stop, stopping = Path(args.out), RANK == 0, [], False
     if not stage.items:
         raise ValueError(f"{stage.inputs[0]} holds nothing to train on")
     log, held = out / "metrics.jsonl", open_run(stage, args, out) if chief else None         # locked as long as `held` lives
@@ -324,7 +324,7 @@ def fit(stage, args):
     step = load_state(stage, optimizer, out)
     if chief and log.exists():                                                       # a line a step: the first `step` stay, the others will be written again
         os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:step])))
-    before, stopping = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}, False
+    before = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
     with tqdm(total=args.steps, initial=step, desc=args.stage, disable=not chief) as bar:
         while step < args.steps and not stopping:
             for group, peak in zip(optimizer.param_groups, peaks):
@@ -390,8 +390,7 @@ class Graph(Stage):
         features = embed_texts(Qwen.load(args.embedder, args.device), Tokenizer.load(args.embedder), names).cpu()    # (A, F)
         if args.feature_norm:
             features = F.normalize(features - features.mean(0), dim=-1) * args.feature_norm
-        built = graph.PreferenceGraph.build(users, names, features)
-        built.edges, built.features = built.edges.to(args.device), built.features.to(args.device)
+        built = graph.PreferenceGraph.build(users, names, features).to(args.device)
         self.model = graph.EdgeModel(built, args.hidden, args.out_dim, not args.unsigned, args.drop, args.seed).to(args.device)
         self.items = [{"line": f"1 to {len(users)}"}]                                # one item, the whole graph
         self.trained = trainable("", self.model)
@@ -573,7 +572,9 @@ class Pictures(Stage):
         if not late or self.trajectories is None:
             item, g = torch.tensor(order(len(self.items), args.buffer, args.seed, period)), generator(args.seed, "buffer", period)
             noise = torch.randn(args.buffer, *self.latent.shape[1:], generator=g).to(args.device)
-            self.trajectories = patch_dpo.record(functools.partial(self.velocity, "sampler", item), noise, item, args.paint_steps, g)
+            parts = zip(item.split(args.micro), noise.split(args.micro))
+            parts = [patch_dpo.record(functools.partial(self.velocity, "sampler", i), x, i, args.paint_steps, g) for i, x in parts]
+            self.trajectories = patch_dpo.Trajectories(*map(torch.cat, zip(*parts)))
         *self.drawn, items = self.trajectories.draw(args.batch, generator(args.seed, "draw", step))
         return [(item, n, step) for n, item in enumerate(items.tolist())]
 
@@ -588,7 +589,7 @@ class Pictures(Stage):
     def paint(self, who, items, seed):
         """A picture of each item -> (n, 3, H, W); each starts from its own noise, so that the batch does not matter."""
         found, levels = [], sigmas(self.args.paint_steps, self.latent.shape[1])
-        for item in torch.tensor(items).split(32):
+        for item in torch.tensor(items).split(self.args.micro):
             noise = torch.stack([torch.randn(self.latent.shape[1:], generator=generator(seed, "picture", i)) for i in item.tolist()]).to(self.args.device)
             self.select(who, item)
             x = denoise(self.flux, noise, self.txt[item], self.pooled[item], self.ids, levels)
@@ -624,6 +625,7 @@ class Patch(Pictures):
 
     def __init__(self, args):
         start = args.loss == "start"
+        file = args.image_prompt or ("" if start else "mini/image_prompt/image_prompt.safetensors")
         wordings = ["{caption}. {instruction}", "{instruction}", "{instruction}"] if start else ["{instruction}"]
         super().__init__(args, self.keep + self.change if start else self.keep, wordings)
         maps = self.look(self.features, self.pictures)[1].flatten(1, 2)
@@ -631,11 +633,11 @@ class Patch(Pictures):
         self.references = self.beginnings() if start else self.scene[:, None]        # (N, M) into maps
         self.expert = self.scene
         torch.manual_seed(args.seed)
-        prompt = ImagePrompt(self.flux, maps.shape[-1]) if start else ImagePrompt.load(args.image_prompt, self.flux, maps.shape[-1])
+        prompt = ImagePrompt.load(file, self.flux, maps.shape[-1]) if file else ImagePrompt(self.flux, maps.shape[-1])
         self.prompts = {who: copy.deepcopy(prompt).to(args.device) for who in ("policy", "sampler", "reference")}
         self.policy, self.sampler = (list(self.prompts[who].parameters()) for who in ("policy", "sampler"))
         self.trained = trainable("", self.prompts["policy"]) | (trainable("sampler.", self.prompts["sampler"]) if args.loss == "dro" else {})
-        self.groups, self.inputs = [{"params": self.policy}], (*self.inputs, *([] if start else [args.image_prompt]))
+        self.groups, self.inputs = [{"params": self.policy}], (*self.inputs, *([file] if file else []))
         if args.loss in ("patch", "reconstruction", "dpo"):
             self.read_generated(Path(args.generated or f"{args.out}/generated"))
 
