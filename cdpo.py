@@ -142,7 +142,7 @@ class UserTokens(nn.Module):
         return self.sage(self.vectors * keep, self.graph.features, self.graph.edges)[0] if self.sage else self.vectors
 
     def new(self, users, unknown="mean"):
-        """h (N,out) of users who are not stored. A table of embeddings knows nothing about them: "id" gives them the mean user's,
+        """h (N,out) of users who are not stored. Kind "id", a table, knows nothing about them: they get the mean of all h,
         or, with unknown="nearest", that of the stored user who agrees most often with them and clashes least (ours)."""
         if self.sage is not None:
             states = self.sage(self.vectors, self.graph.features, self.graph.edges)[2]
@@ -165,11 +165,11 @@ class UserTokens(nn.Module):
             raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
         with reading(file), safe_open(file, "pt") as f:
             meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
-            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors.pop("graph.features"))
+            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors["graph.features"])
             if graph.signs().shape[1] != len(graph.features):                                           # signs() refuses edges to nowhere
                 raise ValueError(f"it names {len(graph.attributes)} attributes and has features of {len(graph.features)}")
             model = cls(graph, **meta["config"])
-            check_fit(file, dict(model.named_parameters()), tensors, finite=True)
+            check_fit(file, {**dict(model.named_parameters()), "graph.features": graph.features}, tensors, finite=True)
             model.load_state_dict(tensors, strict=False)
         return model.to(device)
 

@@ -117,7 +117,7 @@ class ControlNet(Flux):
         return taps[:len(self.transformer_blocks)], taps[len(self.transformer_blocks):]
 
 def active(steps, start, end):
-    """The steps, of `steps`, in which a net works that works from fraction `start` to fraction `end`."""
+    """Which of the steps 0 .. steps-1 lie between the fractions `start` and `end` of the way: in these a net works."""
     return [i for i in range(steps) if start <= i / steps and (i + 1) / steps <= end]
 
 def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scale=0.4, start=0.0, end=1.0):
@@ -158,7 +158,7 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
     """N prompts -> N uint8 pictures (H,W,3), shape = (H, W). flux, controlnet: folders; sources and controls: N pictures uint8 (H,W,3) each, or None.
     Each part is loaded, used for all N and freed before the next, but for the autoencoder (0.3 GB). sources are needed where strength < 1. The net is not loaded
     without controls, at scale 0 and where no step lies between start and end. seeds: one a picture; its noise depends on nothing else, and with batch 1 neither
-    does the picture. mode .. cfg: as in `steer` and `denoise`; look(model, ids): called once before the first step, hangs an image prompt
+    does the picture. mode: one of MODES; scale .. cfg: as in `steer` and `denoise`; look(model, ids): called once before the first step, hangs an image prompt
     (patch_dpo.ImagePrompt.look) into the model; stage(name): a context around each part, to measure it; progress: around the steps of each batch."""
     controlled = controls is not None and scale != 0 and active(steps - int(steps - steps * strength), start, end)
     with stage("text encoders"):
@@ -167,7 +167,7 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
         vae = VAE.load(Path(flux) / "vae", device)
         h, w = (side // vae.factor for side in shape)
         encode = lambda pictures: torch.cat([pack(vae.encode(to_tensor(picture)[None].to(device))) for picture in pictures])      # (N, L, 64)
-        source = encode(sources) if strength < 1 else None
+        source = encode(sources) if strength < 1 and sources is not None else None
         control = encode(controls).to(dtype) if controlled else None
     with stage("Flux + ControlNet" if controlled else "Flux"):
         model, net = load_pair(flux, controlnet if controlled else None, device, dtype, offload)
@@ -179,7 +179,7 @@ def render(flux, controlnet, prompts, seeds, shape, sources=None, controls=None,
         for rows in torch.arange(len(prompts)).split(batch):
             steering = net and steer(net, control[rows], txt[rows], pooled[rows], ids, levels, guidance, MODES.index(mode), scale, start, end)
             against = (txt[-1:].expand(len(rows), -1, -1), pooled[-1:].expand(len(rows), -1)) if cfg != 1 else None
-            out.append(denoise(model, pack(noise[rows]).to(device), txt[rows], pooled[rows], ids, levels, guidance, source[rows] if strength < 1 else None,
+            out.append(denoise(model, pack(noise[rows]).to(device), txt[rows], pooled[rows], ids, levels, guidance, None if source is None else source[rows],
                                strength, against, cfg, steering, progress))
         del model, net, steering
     with stage("autoencoder, out"):

@@ -123,7 +123,7 @@ class T5(Pretrained):
         self.encoder = nn.ModuleDict({"block": nn.ModuleList(map(block, range(config["num_layers"]))), "final_layer_norm": RMSNorm(width, eps)})
 
     def bias(self, length, device):
-        """What attention adds for the distance key - query: a number a head and bucket; exact when near, logarithmic when far, half of the buckets each way."""
+        """What attention adds for the distance key - query: a number for each head and bucket of distances; near ones exact, far ones logarithmic, half each way."""
         at, half = torch.arange(length, device=device), self.buckets // 2
         distance, exact = at[None, :] - at[:, None], half // 2
         far = distance.abs()
@@ -256,7 +256,7 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)     # norm * (1 + scale) + shift, in one kernel
 
 class Modulation(nn.Module):
-    """A layer that turns the embedding of timestep, guidance and pooled text (B, D) into `count` vectors of shifts, scales and gates (B, count * D)."""
+    """From the embedding of timestep, guidance and pooled text (B, D) to `count` vectors of shifts, scales and gates (B, count * D); Flux.modulation runs it."""
     def __init__(self, dim, count):
         super().__init__()
         self.linear = Linear(dim, count * dim)

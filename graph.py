@@ -4,7 +4,7 @@
     s(u,v) = |A(u) ^ A(v)| / max over all pairs u' != v' of |A(u') ^ A(v')|    "^" is intersection             (6)
 
 A SAGE layer:  out_i = W_l mean over the neighbours j of x_j + b + W_r x_i; its weights carry PyG's names and give PyG's numbers.
-The paper describes one set of edges, so its encoder cannot tell a like from a dislike (`signed=False`). The default (ours): likes and dislikes have own weights.
+The paper describes one set of edges, so its encoder cannot tell a like from a dislike (`signed=False`). The default (ours): likes and dislikes have weights of their own.
 An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector. Try it: python graph.py
 """
 import json, warnings
@@ -23,8 +23,8 @@ class User:
     hidden: list = ()          # what the persona would like but never said; only evaluation reads it
 
 def read_jsonl(path, optional=None, **fields):
-    """Rows (dict) of a JSON-lines file in which every row has `fields`, given as name=type; list means a list of strings. Of `optional`, given as
-    {name: default}, it has what it has, of the default's type. Blank lines are skipped; whatever else does not fit is a ValueError with file and line number."""
+    """Rows of a JSON-lines file: dicts, their line number under "line". Each must have `fields`, given as name=type (list: a list of strings), and may have
+    `optional`, given as {name: default}, of the default's type. Blank lines are skipped; what else does not fit is a ValueError with file and line number."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     optional, rows = optional or {}, []
@@ -102,10 +102,10 @@ def similar_users(likes_and_dislikes, k, kind="shared", chunk=2 ** 21):
     return torch.where(common > 0, (own + common * total - key) % total, own), common / common.max().clamp_min(1)     # (6)
 
 def keys_dense(x, k, rows):
-    """(U,A) -> the k largest keys of every user (U,k) int64, 0 where there are fewer: `rows` users at a time, multiplied with all."""
+    """(U,A) -> the k largest keys, common * U - (v - u) mod U, of every user u (U,k) int64, 0 where there are fewer: `rows` users at a time, multiplied with all."""
     total, x = len(x), x.to_dense().to(torch.float32 if x.numel() < 2 ** 24 else torch.float64)         # exact for the keys
-    ahead = F.pad(torch.arange(1, total).to(x), (1, 0), value=torch.inf)                                # nobody is a neighbour of himself
-    ahead = ahead.flip(0).repeat(2)[:-1].unfold(0, total, 1)                                            # a view (U, U): of u to v, v from the last to the first
+    ahead = F.pad(torch.arange(1, total).to(x), (1, 0), value=torch.inf)                                # of user 0 to each v; inf: nobody is a neighbour of himself
+    ahead = ahead.flip(0).repeat(2)[:-1].unfold(0, total, 1)                                            # a view (U, U): (v - u) mod U, v from the last to the first
     across, buffer, best = x.flip(0).T, x.new_empty(rows, total), x.new_zeros(total, k, dtype=torch.int64)
     for mine, far, found in zip(x.split(rows), ahead.split(rows), best.split(rows)):
         key = torch.addmm(far, mine, across, beta=-1, alpha=total, out=buffer[:len(mine)])              # (rows, U)
@@ -136,7 +136,7 @@ class SAGEConv(nn.Module):
     def forward(self, x_src, x_dst, edge_index):
         """x_src (S,F), x_dst (N,F), edge_index (2,E) = (source, destination) -> (N,out). No neighbour: a zero mean."""
         order = edge_index[1].argsort(stable=True)
-        first = torch.searchsorted(edge_index[1][order].contiguous(), torch.arange(len(x_dst), device=x_dst.device))
+        first = torch.searchsorted(edge_index[1][order].contiguous(), torch.arange(len(x_dst), device=x_dst.device))      # where each one's edges begin
         mean = F.embedding_bag(edge_index[0][order], x_src, first, mode="mean")                         # (N, F), no (E, F) tensor
         return self.lin_l(mean) + self.lin_r(x_dst)
 
@@ -223,7 +223,7 @@ def auc(score, positive):
 
 def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9, weight_decay=1e-2, seed=0):
     """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). train.py runs the same loss with checkpoints; this is the whole of it."""
-    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop, seed)
+    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop, seed).to(graph.features.device)
     net = [*model.sage.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.Adam([{"params": net}, {"params": [model.vectors], "weight_decay": weight_decay}], lr=lr)
     for epoch in range(epochs):

@@ -80,10 +80,10 @@ def merge(model, adapter="policy"):
         model.set_submodule(name, plain)
 
 # ---- files in PEFT's format --------------------------------------------------------------------------------------------------
-READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}
+READ = {"r", "lora_alpha", "lora_dropout", "use_rslora"}                                         # settings in adapter_config.json that are honoured
 IGNORED = {"base_model_name_or_path", "task_type", "revision", "auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size",
            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}         # which layers: the tensors' names say it
-FIXED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}
+FIXED = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian")}      # and the values that are allowed
 
 def tensors(model, adapter):
     """The adapter's parameters under the names they have on disk."""
@@ -102,7 +102,7 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
 @torch.no_grad()
 def load_adapter(model, folder, adapter="policy"):
     """Read a LoRA adapter in PEFT's format into `adapter`; a model without adapters is injected as adapter_config.json says.
-    ValueError names every setting that is not written here (DoRA, rank patterns, ...) and every missing, unexpected or misshapen tensor."""
+    ValueError names every setting that is not implemented (DoRA, rank patterns, ...) and every missing, unexpected or misshapen tensor."""
     folder = Path(folder)
     config, stored = read_json(folder / "adapter_config.json"), read_tensors(folder / "adapter_model.safetensors")
     if refused := [f"{k} = {v!r}" for k, v in config.items() if v and (v not in FIXED[k] if k in FIXED else k not in READ | IGNORED)]:
@@ -113,10 +113,10 @@ def load_adapter(model, folder, adapter="policy"):
         alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)      # rank-stabilised: alpha / sqrt(rank)
         if not any(isinstance(m, LoRALinear) for m in model.modules()):
             inject(model, rank, alpha, dropout, names)
-    own = tensors(model, adapter)
-    check_fit(folder, own, stored, finite=True)
-    if (scale := next(iter(layers(model).values())).scale) != alpha / rank:
-        raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {scale}")
+        own = tensors(model, adapter)
+        check_fit(folder, own, stored, finite=True)
+        if (scale := next(iter(layers(model).values())).scale) != alpha / rank:
+            raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {scale}")
     for name, p in own.items():
         p.copy_(stored[name])
 

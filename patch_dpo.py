@@ -224,7 +224,7 @@ class ImagePrompt(nn.Module):
 class Trajectories(namedtuple("Trajectories", "x v t item")):
     """Points that the policy visited: x (N, steps, L, C), its velocity there v (same), t (N, steps), and which sample each row is of, item (N,)."""
     def draw(self, n, generator=None):
-        """n random trajectories, one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
+        """n random trajectories (at most all of them), one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
         row = torch.randperm(len(self.t), generator=generator)[:n]
         step = torch.randint(self.t.shape[1], row.shape, generator=generator)
         return self.x[row, step], self.v[row, step], self.t[row, step], self.item[row]
@@ -274,7 +274,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         picture, quality = heat_map(ImageFeatures.load(args.features), read_image(args.reference), read_image(args.generated))
+        args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)
     print(f"{args.out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")

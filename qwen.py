@@ -4,7 +4,7 @@ Reads Qwen2 and Mistral checkpoints as they are published; every size comes from
 Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
 attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
 """
-import contextlib, json
+import contextlib, json, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,14 @@ def pick_device(name):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device is {name}, which cannot be used here: {str(error).partition('. ')[0].splitlines()[0]}") from None
     return name
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------------------
 def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
-    path, name = Path(path_or_repo).expanduser(), str(path_or_repo)
+    path, name = Path(os.path.expanduser(path_or_repo)), str(path_or_repo)
     if path.is_dir():
         return path
     if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
@@ -41,7 +41,7 @@ def resolve(path_or_repo, patterns=None):
 
 @contextlib.contextmanager
 def reading(file):
-    """Whatever goes wrong inside is the fault of `file`: a ValueError that names it (of a spoiled file, each reader trips over something else)."""
+    """Whatever goes wrong inside, but for a full GPU, is the fault of `file`: a ValueError that names it (each reader trips over something else)."""
     try:
         yield
     except Exception as error:
@@ -78,7 +78,7 @@ def check_fit(what, expected, stored, finite=False):
     faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
     faults += [f"{name} has shape {tuple(t.shape)}, expected {tuple(expected[name].shape)}" for name, t in stored.items()
                if name in expected and t.shape != expected[name].shape]
-    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.isfinite().all()]
+    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.float().isfinite().all()]
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
@@ -179,7 +179,8 @@ class FrozenProduct(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """x W^T + b. In fp32 on a CPU a large frozen W goes to oneDNN: F.linear uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long."""
     frozen = not (weight.requires_grad and torch.is_grad_enabled()) and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return (FrozenProduct.apply if frozen and weight.numel() > 2 ** 18 and torch.backends.mkldnn.is_available() else F.linear)(x, weight, bias)
+    large = weight.numel() > 2 ** 18 and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()      # torch.compile chooses by itself
+    return (FrozenProduct.apply if frozen and large else F.linear)(x, weight, bias)
 
 class Linear(nn.Linear):
     def forward(self, x):
@@ -209,7 +210,7 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask, past, new):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))   # (B, H or G, T, d)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:                                                                     # (2, B, G, S, d): of all tokens, the new ones go to `new`
+        if past is not None:                                                                     # (2, B, G, S, d), of all tokens so far: the new ones go to places `new`
             k, v = past.index_copy_(3, new, torch.stack([k, v]))                                 # (B, G, S, d)
         if q.shape[2] == 1:             # one token: the heads that share a key become its queries, so no key is repeated (in bf16 on a CPU 10 times faster)
             y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, self.head_dim), k, v, mask).reshape(q.shape)
@@ -253,7 +254,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
         """Token ids (B, T) or vectors (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens. Padding on the right needs none.
-        A mask (B, 1, T, T) says which keys each token sees, and its position is their number but itself: so several continuations of a prompt share a row."""
+        A mask (B, 1, T, T) says which tokens each one sees, and how many others these are is its position: so several continuations of a prompt share a row."""
         x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
         new, S = torch.arange(x.shape[1], device=x.device), cache.kv.shape[-2] if cache else x.shape[1]
         if c.window and S > c.window:
@@ -318,7 +319,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        outside = p.cumsum(-1) - p >= top_p                                                      # the tokens before it are enough
+        outside = p.cumsum(-1) - p >= max(top_p, 1e-9)                                           # the tokens before it are enough; the first stays
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
@@ -337,8 +338,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     new, eos = torch.empty(B, 0, dtype=torch.long, device=device), torch.tensor(model.config.eos, device=device)
     cache = Cache(model.config, B, T + max_new_tokens, device, x.dtype)
     while new.shape[1] < max_new_tokens and not torch.isin(new, eos).any(-1).all():
-        hidden = model.model(embeds=x, attention_mask=mask, cache=cache)                         # (B, T, D), then (B, 1, D)
-        logits = model.lm_head(hidden[last]).float()                                             # (B, V)
+        logits = model.lm_head(model.model(embeds=x, attention_mask=mask, cache=cache)[last]).float()            # (B, V), of each row's newest token
         if not logits.isfinite().all():
             raise ValueError("the language model's logits are not finite: a spoiled checkpoint or adapter, or numbers too large for its type")
         if repetition_penalty != 1:
