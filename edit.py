@@ -82,7 +82,7 @@ FLAGS = {       # group -> (flag, type or choices, default, help)
     ],
 }
 KINDS = {bool: dict(action="store_true"), "names": dict(nargs="+", metavar="NAME"), "files": dict(nargs="+", metavar="FILE"),
-         "list": dict(type=lambda text: [word.strip() for word in text.split(",") if word.strip()], metavar="A,B")}
+         "list": dict(type=lambda text: list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip())), metavar="A,B")}
 
 def parse(argv=None):
     """The flags as a namespace; ValueError for values that make no sense, or none together."""
