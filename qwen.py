@@ -29,7 +29,7 @@ def pick_device(name):
 def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
     path, name = Path(os.path.expanduser(path_or_repo)), str(path_or_repo)
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
         raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")

@@ -304,7 +304,7 @@ def open_run(stage, args, out):
     held, file, config = lock(out), out / "config.json", {**vars(args), "inputs": digest(*stage.inputs)}
     for rest in out.glob(".tmp_*"):                                                  # of a run that was killed while saving
         shutil.rmtree(rest, ignore_errors=True)
-    before = read_json(file, config) if any(out.glob("step_*")) else config
+    before = read_json(file) if any(out.glob("step_*")) else config
     for name in sorted({*before, *config} - {"device", "save_every", "out", "checkpointing"}):
         if before.get(name) != config.get(name):
             raise ValueError(f"{out} holds a run with {name} = {before.get(name)!r}, now it is {config.get(name)!r}: give another --out, or delete the folder")
