@@ -10,7 +10,7 @@ l is a mean squared error of the predicted velocity; the papers write noise, and
 f is an image encoder (DINOv2 or ViT); its self-supervised patch training is ours, because the paper's text of it is not public.
 Losses are pure functions, one number a sample. H, W count patches, h, w latent pixels, S patches of one picture, M references. Try it: python patch_dpo.py
 """
-import argparse, math
+import math, sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -255,26 +255,21 @@ def read_image(path):
     return image.convert("RGB")
 
 @torch.no_grad()
-def heat_map(features, reference, generated):
-    """Two PIL pictures, RGB -> (one PIL picture: reference, generated, the quality of its patches from blue, the worst, to red, the best; quality (H, W))."""
-    f_ref, f_gen = (features(to_tensor(image)[None]) for image in (reference, generated))
+def heat_map(reference, generated, features="mini/vit", out="out/heat.png"):
+    """Of two picture files, writes `out`: reference, generated, and the quality of its patches from blue, the worst, to red, the best."""
+    f, pictures = ImageFeatures.load(features), [read_image(file) for file in (reference, generated)]
+    f_ref, f_gen = (f(to_tensor(picture)[None]) for picture in pictures)
     quality = patch_quality(f_gen, f_ref)
-    size = [n * max(1, 256 // generated.width) for n in generated.size]                 # small pictures are enlarged
     q = patch_weights(quality, quality.shape[1:])[0]                                    # (H, W) in [0, 1]
     colours = Image.fromarray((255 * torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)).byte().numpy())
-    panels = [np.array(image.resize(size, Image.NEAREST)) for image in (reference, generated, colours)]
-    return Image.fromarray(np.concatenate(panels, axis=1)), quality[0]
+    size = [n * max(1, 256 // pictures[1].width) for n in pictures[1].size]             # small pictures are enlarged
+    panels = [np.array(picture.resize(size, Image.NEAREST)) for picture in (*pictures, colours)]
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(panels, axis=1)).save(out)
+    print(f"{out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Which patches of a generated picture are unlike anything in its reference?")
-    parser.add_argument("reference", nargs="?", default="mini/sample/scenes/00_apple.png", help="picture of what was asked for (default: %(default)s)")
-    parser.add_argument("generated", nargs="?", default="mini/sample/scenes/00_apple_stripes.png", help="picture to judge (default: %(default)s)")
-    parser.add_argument("--features", default="mini/vit", help="folder or hub name of a DINOv2 or ViT")
-    parser.add_argument("--out", type=Path, default=Path("out/heat.png"), help="picture to write: reference, generated, quality")
-    args = parser.parse_args()
     try:
-        picture, quality = heat_map(ImageFeatures.load(args.features), read_image(args.reference), read_image(args.generated))
-        args.out.parent.mkdir(parents=True, exist_ok=True), picture.save(args.out)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    print(f"{args.out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")
+        heat_map(*(sys.argv[1:] or ["mini/sample/scenes/00_apple.png", "mini/sample/scenes/00_apple_stripes.png"]))
+    except (TypeError, ValueError, OSError) as error:
+        sys.exit(f"{error}\nusage: python patch_dpo.py REFERENCE.png GENERATED.png [folder or hub name of a DINOv2 or ViT [OUT.png]]")
