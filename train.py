@@ -352,6 +352,8 @@ def fit(stage, args):
 
 def load_policy(args, adapter=None):
     """(model, tokenizer) with LoRA; from an adapter's folder both policy and reference are that adapter."""
+    if adapter and not Path(adapter).is_dir():
+        raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, `python train.py cdpo` runs/cdpo")
     model, tokenizer = Qwen.load(args.qwen, args.device, DTYPES[args.dtype]), Tokenizer.load(args.qwen)
     if adapter:
         lora.load_adapter(model, adapter)
