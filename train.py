@@ -817,7 +817,10 @@ def main(argv=None):
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=7))      # the others wait while process 0 paints
     fit(STAGES[args.stage](args), args)
-    together(dist.barrier)                                                           # leave together: gloo aborts where one closes after another is gone
+    if WORLD > 1:
+        together(dist.barrier)                                                       # leave together: gloo aborts where one closes after another is gone,
+        sys.stdout.flush()
+        os._exit(0)                                                                  # and now and then while the interpreter takes its threads down
 
 if __name__ == "__main__":
     try:
