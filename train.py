@@ -419,13 +419,12 @@ class CDPO(Stage):
                 raise ValueError(f"{args.pairs}:{pair['line']}: user {pair['user']!r} is not in {args.users}")
             self.of_user[index[pair["user"]]].append(i)
         self.owner = [index[pair["user"]] for pair in self.pairs]
-        self.model, self.tokenizer = load_policy(args, args.sft)
-        self.model.eval()                                                            # no dropout in DPO, as in TRL
+        self.model, self.tokenizer = load_policy(args, args.sft)                     # in eval mode: no dropout in DPO, as in TRL
         self.tokens = self.user_tokens() if args.user != "none" else None            # the trainable way from a user to soft tokens
         signs = graph.PreferenceGraph.build(self.users, graph.attribute_names(self.users), None).signs()
+        signs = signs if args.user == "graph" and args.lam else torch.zeros_like(signs)      # no neighbours' term: nothing in common, and nothing to search
         self.neighbours, similarity = graph.similar_users(signs, args.k, args.similarity)                                    # (U, K), (U, K)
-        asked = [float(args.user == "graph" and args.lam > 0 and v in self.of_user) for v in range(len(self.users))]          # whose pairs have a say
-        self.similarity = similarity * torch.tensor(asked)[self.neighbours]
+        self.similarity = similarity * torch.tensor([float(v in self.of_user) for v in range(len(self.users))])[self.neighbours]
         self.encode = functools.lru_cache(None)(lambda caption, *texts, guidance="": cdpo.encode(self.tokenizer, cdpo.prompt(caption, guidance), *texts))
         self.inputs = args.pairs, args.qwen, f"{args.sft}/adapter_model.safetensors", args.users, f"{args.graph}/collaborative.safetensors"
         self.reference = self.reference_logprobs()                                   # (P, 2) chosen, rejected
@@ -755,8 +754,7 @@ class Judge:
     def pairs(self, caption, text):
         own = set(caption.lower().split()) & self.rare
         words = self.names.sub(lambda m: m[0].replace(" ", "_"), text).split()
-        words = ["<start>", *("<caption>" if w.lower() in own else w for w in words), "<end>"]
-        return set(itertools.pairwise(words))
+        return set(itertools.pairwise(["<start>", *("<caption>" if w.lower() in own else w for w in words), "<end>"]))
 
     def __call__(self, user, caption, text, ended):
         found = set(self.names.findall(text))
@@ -767,11 +765,13 @@ class Judge:
 class Evaluation:
     """A policy's instructions for the captions of held-out users, judged by their words."""
     def __init__(self, args):
-        self.args, self.users, asked = args, graph.read_users(args.users_test), graph.read_jsonl(args.pairs_test, user=str, caption=str)
+        self.args, self.users, captions = args, graph.read_users(args.users_test), defaultdict(dict)
         edits, pairs = graph.read_jsonl(args.edits, input=str, edit=str), graph.read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
         train = [(e["input"], e["edit"]) for e in edits] + [(p["caption"], p[side]) for p in pairs for side in ("chosen", "rejected")]
         self.judge = Judge(self.users + graph.read_users(args.users), train)
-        self.captions = [list(dict.fromkeys(p["caption"] for p in asked if p["user"] == u.name)) for u in self.users]
+        for p in graph.read_jsonl(args.pairs_test, user=str, caption=str):
+            captions[p["user"]][p["caption"]] = None                                 # each once, in the file's order
+        self.captions = [list(captions[u.name]) for u in self.users]
         if not any(self.captions):
             raise ValueError(f"{args.pairs_test} has no caption for anybody in {args.users_test}")
         self.model, self.tokenizer = load_policy(args, args.policy)
