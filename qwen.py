@@ -4,97 +4,23 @@ Reads Qwen2 and Mistral checkpoints as they are published; every size comes from
 Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
 attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
 """
-import contextlib, json, os
-from dataclasses import dataclass
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-def pick_device(name):
-    """`name`, or, where it is empty, the best device there is. ValueError when torch cannot work there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device is {name}, which cannot be used here: {str(error).partition('. ')[0].splitlines()[0]}") from None
-    return name
-
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------
-def resolve(path_or_repo, patterns=None):
-    """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
-    path, name = Path(os.path.expanduser(path_or_repo)), str(path_or_repo)
-    if name and path.is_dir():
-        return path
-    if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
-        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except OSError as error:                              # the hub's refusals, and a hub out of reach, are all OSErrors
-        advice = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or name a local folder with its files"
-        raise ValueError(f"cannot download {name} ({type(error).__name__}): {advice}") from error
-
-@contextlib.contextmanager
-def reading(file):
-    """Whatever goes wrong inside, but for a full GPU, is the fault of `file`: a ValueError that names it (each reader trips over something else)."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, ValueError) and str(file) in str(error):
-            raise
-        raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
-
-def read_json(file, default=None):
-    """The JSON object in `file`, `default` where there is no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
-    if default is not None and not Path(file).is_file():
-        return default
-    with reading(file):
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
-        if vast := [f"{name} is {n}" for name, n in value.items() if "layers" in name and isinstance(n, int) and n > 1000]:
-            raise ValueError(f"{vast[0]}, allowed are at most 1000")
-        return value
-
-def read_tensors(path):
-    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor}, memory-mapped (the file never changes)."""
-    path, tensors = Path(path), {}
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of shards; found: {[f.name for f in files] or 'none'}")
-    if files[0].suffix == ".json":
-        with reading(files[0]):
-            files = [path / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
-    for file in files:
-        with reading(file):
-            tensors |= load_file(file)
-    return tensors
-
-def check_fit(what, expected, stored, finite=False):
-    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other way round, of another shape, of integers, or (finite) nan or inf."""
-    faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
-    faults += [f"{name} has shape {tuple(t.shape)}, expected {tuple(expected[name].shape)}" for name, t in stored.items()
-               if name in expected and t.shape != expected[name].shape]
-    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.float().isfinite().all()]
-    if faults:
-        raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
-
-class Unfilled(torch.overrides.TorchFunctionMode):
-    """In this context new modules, whose weights are about to be loaded, are not drawn at random: on the meta device torch imports its compiler (3 s) to do so."""
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
-def load_checkpoint(module, path, rename=lambda name: name):
-    """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
-    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough. ValueError as in check_fit."""
-    own, first = module.state_dict(keep_vars=True), {}
-    main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
-    stored = {main.get(new, new): nn.Parameter(t, False) for name, t in read_tensors(path).items() if (new := rename(name))}
-    check_fit(path, {name: own[name] for name in first.values()}, stored)
-    module.load_state_dict({name: stored[main[name]] for name in own}, assign=any(t.is_meta for t in own.values()))
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------------------------
 class Tokenizer:
@@ -348,6 +274,211 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         seen.scatter_(1, token, 1.0)
         x, last = model.model.embed_tokens(token), (slice(None), 0)
     return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in new.tolist()]
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------------------
+def resolve(path_or_repo, patterns=None):
+    """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
+    path, name = Path(os.path.expanduser(path_or_repo)), str(path_or_repo)
+    if name and path.is_dir():
+        return path
+    if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
+        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:                              # the hub's refusals, and a hub out of reach, are all OSErrors
+        advice = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or name a local folder with its files"
+        raise ValueError(f"cannot download {name} ({type(error).__name__}): {advice}") from error
+
+@contextlib.contextmanager
+def reading(file):
+    """Whatever goes wrong inside, but for a full GPU, is the fault of `file`: a ValueError that names it (each reader trips over something else)."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, ValueError) and str(file) in str(error):
+            raise
+        raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
+
+def read_json(file, default=None):
+    """The JSON object in `file`, `default` where there is no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
+    if default is not None and not Path(file).is_file():
+        return default
+    with reading(file):
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        if vast := [f"{name} is {n}" for name, n in value.items() if "layers" in name and isinstance(n, int) and n > 1000]:
+            raise ValueError(f"{vast[0]}, allowed are at most 1000")
+        return value
+
+def read_tensors(path):
+    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor}, memory-mapped (the file never changes)."""
+    path, tensors = Path(path), {}
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of shards; found: {[f.name for f in files] or 'none'}")
+    if files[0].suffix == ".json":
+        with reading(files[0]):
+            files = [path / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
+    for file in files:
+        with reading(file):
+            tensors |= load_file(file)
+    return tensors
+
+def check_fit(what, expected, stored, finite=False):
+    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other way round, of another shape, of integers, or (finite) nan or inf."""
+    faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
+    faults += [f"{name} has shape {tuple(t.shape)}, expected {tuple(expected[name].shape)}" for name, t in stored.items()
+               if name in expected and t.shape != expected[name].shape]
+    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.float().isfinite().all()]
+    if faults:
+        raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
+
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """In this context new modules, whose weights are about to be loaded, are not drawn at random: on the meta device torch imports its compiler (3 s) to do so."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
+
+def load_checkpoint(module, path, rename=lambda name: name):
+    """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
+    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough. ValueError as in check_fit."""
+    own, first = module.state_dict(keep_vars=True), {}
+    main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
+    stored = {main.get(new, new): nn.Parameter(t, False) for name, t in read_tensors(path).items() if (new := rename(name))}
+    check_fit(path, {name: own[name] for name in first.values()}, stored)
+    module.load_state_dict({name: stored[main[name]] for name in own}, assign=any(t.is_meta for t in own.values()))
+
+
+@contextlib.contextmanager
+def on_meta():
+    """New modules have no memory here, and their weights, about to be loaded, are not drawn."""
+    with torch.device("meta"), Unfilled():
+        yield
+
+
+def choose(name, value, allowed):
+    """allowed[value], or a ValueError that names the setting, its value and what can be read."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; only {', '.join(map(repr, allowed))} can be read")
+    return allowed[value]
+
+
+# ---- what every stage of training and every script shares --------------------------------------
+
+def flag(mini, paper, about, **how):
+    """A row of a table of settings, as the field of a dataclass: the miniature's value, the
+    paper's, and what it is. `how`: of argparse's add_argument (choices, nargs, ...), and
+    `bounds` = (low, high) for a number; see `check_settings` for those that have none."""
+    return field(default=mini, metadata={"mini": mini, "paper": paper, "about": about, "how": how})
+
+
+def add_flags(parser, settings, preset="mini"):
+    """One --flag for each field of the dataclass `settings`, with the preset's column as default."""
+    for row in fields(settings):
+        value = row.metadata[preset]
+        how = {"type": row.type, **row.metadata["how"]}
+        how.pop("bounds", None)
+        if row.type is bool:
+            how = {"action": "store_true"}
+        shown = "" if value in (None, "") or row.type is bool else f" (default: {value})"
+        name = "--" + row.name.replace("_", "-")
+        parser.add_argument(name, default=value, help=row.metadata["about"] + shown, **how)
+
+
+def check_settings(settings):
+    """ValueError for a number out of its bounds. Without bounds of its own an int is at least 1, a
+    float at least 0, and neither is beyond 1e13: AdamW's steps and seeds must fit."""
+    for row in fields(settings):
+        value = getattr(settings, row.name)
+        if row.type not in (int, float) or value is None:
+            continue
+        usual = (1 if row.type is int else 0, 10 ** 13)
+        low, high = row.metadata["how"].get("bounds", usual)
+        if not low <= value <= high:
+            name = "--" + row.name.replace("_", "-")
+            raise ValueError(f"{name} is {value}; it must lie in {low} .. {high}")
+    return settings
+
+
+def settings_from(args, settings):
+    """The fields of the dataclass `settings` out of parsed flags, checked."""
+    return check_settings(settings(**{row.name: getattr(args, row.name) for row in fields(settings)}))
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name):
+    """`name`, or, where it is empty, the best device there is: under torchrun a GPU for each
+    process. ValueError when torch cannot work there."""
+    several = WORLD > 1 and name in ("", "cuda") and torch.cuda.is_available()
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if several else name or best
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition(". ")[0].splitlines()[0]
+        raise ValueError(f"--device is {name}, which cannot be used here: {reason}") from None
+    return name
+
+
+def seed_for(*what):
+    """A seed that depends on `what` (the run's seed, the step, ...) and on nothing else."""
+    return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:7])
+
+
+def generator_for(*what):
+    return torch.Generator().manual_seed(seed_for(*what))
+
+
+RANK = int(os.environ.get("RANK", 0))                     # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def collective(operation, *tensors):
+    """A collective operation of torch.distributed, where there are several processes. ValueError
+    when one of them is gone."""
+    if WORLD == 1:
+        return
+    try:
+        operation(*tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(f"another process of this run is gone ({reason}); the same command "
+                         "continues from the last checkpoint") from None
+
+
+def all_reduce(tensor):
+    """Sum of the processes' tensors, in place."""
+    collective(dist.all_reduce, tensor)
+
+
+def barrier():
+    """Wait for all processes."""
+    collective(dist.barrier)
+
+
+def write_whole(folder, write, what):
+    """`write(temporary folder)`, then move the result to `folder` (new), or its files into it:
+    a reader sees all of it or nothing, also when this process is killed. ValueError when the
+    disk refuses; `what` names it then."""
+    temporary = (folder if folder.is_dir() else folder.parent) / f".tmp_{os.getpid()}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for file in temporary.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        if not folder.exists():
+            os.replace(temporary, folder)
+            return
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+        temporary.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(f"could not write {what} to {folder}: {error}; "
+                         "what was saved before is intact") from None
+
 
 if __name__ == "__main__":
     qwen, tokenizer = Qwen.load("mini/qwen"), Tokenizer.load("mini/qwen")
