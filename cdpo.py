@@ -1,179 +1,697 @@
-"""Collaborative DPO: log-probabilities, DPO, the neighbours' term, and soft tokens that tell the policy who is asking.
+"""Collaborative DPO, from the first equation to the trained policy and what people get from it.
 
-    x = (u, I_c, t)   user, caption, the fixed request; y+ preferred to y-; pi_theta the policy, pi_ref the frozen SFT adapter
-    L_DPO = -log sigmoid( beta * (D_theta - D_ref) )                                                           (1)
-    D_theta = log pi_theta(y+|x) - log pi_theta(y-|x),   D_ref the same of pi_ref                              (2) (3)
-    pi_theta(y | u, I_c, t): h_u -> MLP -> 8 soft tokens in front of the text; pi_ref never sees a user        (4)
-    L_C-DPO = L_DPO(u) + lambda * sum_v s(u,v) L_DPO(v) / sum_v s(u,v),   v in N_k(u)                          (7)
+    x = (u, I_c, t)    user, caption, the fixed request; y+ is preferred to y-
+    L_DPO   = -log sigmoid( beta * (D_theta - D_ref) )                                         (1)
+    D_theta = log pi_theta(y+|x) - log pi_theta(y-|x)     of the policy                        (2)
+    D_ref   = log pi_ref(y+|x)   - log pi_ref(y-|x)       of the frozen SFT adapter            (3)
+    pi_theta(y | u, I_c, t)    h_u -> MLP -> soft tokens in front of the text                  (4)
+    L_C-DPO = L_DPO(u) + lambda * sum_v s(u,v) L_DPO(v) / sum_v s(u,v),   v in N_k(u)          (7)
 
-"cDPO" also names *conservative* DPO (label smoothing); nothing here is that: this is collaborative DPO, C-DPO.
-Log-probabilities are sums over the answer's tokens and <|im_end|>, in fp32. Prompt, soft tokens and padding never count. Try it: python cdpo.py
+(C-DPO, arXiv 2511.05616; Eq. 5 and 6, the graph and who is similar to whom, are in graph.py.)
+The reference is the frozen SFT adapter, not the base model, and never sees a user: only the policy
+has soft tokens. Log-probabilities are sums over the answer's tokens and <|im_end|>, in fp32;
+prompt, soft tokens and padding never count. "cDPO" also names *conservative* DPO (label
+smoothing); nothing here is that: this is collaborative DPO, C-DPO.
+
+Shapes: B rows, N pairs, T tokens, S soft tokens, D width, V vocabulary, K neighbours, U users.
+Read on in this order: the losses, the user in front of the prompt, log-probabilities of answers,
+SFT and C-DPO as train.py trains them, evaluation on held-out users.  Try it: python cdpo.py
 """
-import json
+import re
+from collections import defaultdict, namedtuple
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
-from graph import GraphSAGE, PreferenceGraph, embed_new_user
-from qwen import check_fit, generate, linear, reading
+from torch.nn.utils.rnn import pad_sequence
 
-REQUEST = "Suggest a single, cohesive image-editing instruction"     # t, the same in SFT and C-DPO (the authors' figure)
+import lora
+from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
+                   read_jsonl, read_users, save_graph, similar_users)
+from qwen import (DTYPES, Qwen, Tokenizer, check_fit, flag, generate, linear, pick_device, reading,
+                  seed_for)
 
-def token_logprobs(hidden, head, labels, chunk=128):
-    """Sum of the log-probabilities of `labels` (B,T), already shifted, -100 ignored; hidden (B,T,D), frozen head (V,D) -> (B,) fp32.
-    Only labelled positions meet the head, `chunk` of them at a time, and only once: the gradient with respect to h, (onehot(y) - softmax(W h)) W, is taken along."""
-    if head.requires_grad:
-        raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
-    row, column = (labels != -100).nonzero(as_tuple=True)                                               # (N,), (N,)
-    h, head, scores, slopes = hidden[row, column], head.to(hidden.dtype), [], []                        # (N, D), (V, D)
-    with torch.no_grad():
-        for part, y in zip(h.split(chunk), labels[row, column, None].split(chunk)):
-            logp = linear(part, head).float().log_softmax(-1)                                           # (chunk, V)
-            scores.append(logp.gather(-1, y)[:, 0])
-            if h.requires_grad:
-                error = logp.exp_().neg_().scatter_add_(-1, y, torch.ones_like(logp[:, :1]))            # onehot(y) - softmax
-                slopes.append(linear(error.to(part.dtype), head.T))                                     # (chunk, D)
-    logp = torch.cat(scores)                                                                            # (N,)
-    if h.requires_grad:
-        logp = logp + ((h - h.detach()).float() * torch.cat(slopes)).sum(-1)                            # adds 0, and the gradient
-    return torch.zeros(len(labels), device=hidden.device).index_add(0, row, logp)
+
+# ---- the losses ----------------------------------------------------------------------------------
+
+def token_logprobs_plain(hidden, head, labels):
+    """Sum of the log-probabilities of `labels` (B, T), already shifted, -100 ignored; hidden
+    (B, T, D), head (V, D) -> (B,) fp32. `token_logprobs` is the same without the (B, T, V)."""
+    logp = F.linear(hidden, head).float().log_softmax(-1)                   # (B, T, V)
+    each = logp.gather(-1, labels.clamp_min(0)[:, :, None])[:, :, 0]        # (B, T)
+    return (each * (labels != -100)).sum(1)
+
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Log-probabilities, each (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,); the rewards carry no gradient."""
-    d_theta = policy_chosen - policy_rejected                                                           # (2)
-    d_ref = ref_chosen - ref_rejected                                                                   # (3)
+    """Log-probabilities, each (B,) -> (losses, chosen_rewards, rejected_rewards), each (B,); the
+    rewards carry no gradient."""
+    d_theta = policy_chosen - policy_rejected                               # (2)
+    d_ref = ref_chosen - ref_rejected                                       # (3)
     chosen_rewards = beta * (policy_chosen - ref_chosen).detach()
     rejected_rewards = beta * (policy_rejected - ref_rejected).detach()
-    return -F.logsigmoid(beta * (d_theta - d_ref)), chosen_rewards, rejected_rewards                    # (1)
+    losses = -F.logsigmoid(beta * (d_theta - d_ref))                        # (1)
+    return losses, chosen_rewards, rejected_rewards
+
 
 def cdpo_loss(own, neighbour, similarity, lam=0.15):
-    """own (B,) the user's DPO losses, neighbour and similarity (B,K) -> (B,). A user without similar users: the own term alone."""
-    total = similarity.sum(-1)                                                                          # (B,)
-    weight = similarity / total.clamp_min(torch.finfo(similarity.dtype).tiny)[:, None]                  # (B, K)
-    return own + lam * (weight * neighbour).sum(-1)                                                     # (7)
+    """own (B,): losses of the users' pairs; neighbour and similarity (B, K) -> (B,). For a user
+    without similar users the own term stands alone."""
+    total = similarity.sum(-1, keepdim=True)                                # (B, 1)
+    tiny = torch.finfo(similarity.dtype).tiny
+    weight = similarity / total.clamp_min(tiny)                             # (B, K)
+    return own + lam * (weight * neighbour).sum(-1)                         # (7)
+
 
 def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
     """Each (B,) -> sums over the batch, under TRL's names."""
-    each = {"rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards, "rewards/margins": chosen_rewards - rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(), "logps/chosen": policy_chosen.detach(), "logps/rejected": policy_rejected.detach()}
-    return {name: x.sum() for name, x in each.items()}
+    margins = chosen_rewards - rejected_rewards
+    return {
+        "rewards/chosen": chosen_rewards.sum(),
+        "rewards/rejected": rejected_rewards.sum(),
+        "rewards/margins": margins.sum(),
+        "rewards/accuracies": (margins > 0).float().sum(),
+        "logps/chosen": policy_chosen.detach().sum(),
+        "logps/rejected": policy_rejected.detach().sum(),
+    }
 
-# ------------------------------------------------------------------------------------------------ text
-def prompt(caption, guidance="", profile=""):
-    """Chat messages that ask for an edit of a picture: the fixed request and the caption; `guidance`: what this user adds in words.
-    With a profile it is the paper's prompt-engineering baseline instead: the user in words, for a policy that knows no users."""
-    text = f"Given this user's profile {profile}, suggest an edit for the following image: {caption}" if profile else f"{REQUEST}\nCaption: {caption}"
-    return [{"role": "user", "content": f"{text}\nGuidance: {guidance}" if guidance else text}]
 
-def profile(user):
-    """The user in words, for the prompt-engineering baseline."""
-    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)) if names)
-
-def encode(tokenizer, messages, *answers):
-    """(prompt ids, [ids of each answer]) in Qwen's template; an answer is closed by <|im_end|>."""
-    return tokenizer.chat(messages), [tokenizer.encode(f"{answer}<|im_end|>") for answer in answers]
-
-def pack(rows, soft_tokens=0):
-    """B rows of `encode`, each with up to n answers, one sequence each: the prompt is computed once for all its answers.
-
-        soft tokens | prompt but for its last token | that token, answer 1 | that token, answer 2 | ...       each block padded on the right
-    -> ids (B, P+n*L) without the soft tokens, labels (B*n, L), and the mask (B,1,T,T): a token sees the prompt and its own answer so far."""
-    B, n = len(rows), max(len(answers) for _, answers in rows)
-    P, L = max(len(p) - 1 for p, _ in rows), max(len(a) for _, answers in rows for a in answers)
-    ids, labels = torch.full((B, P + n * L), -1), torch.full((B * n, L), -100)
-    for i, (p, answers) in enumerate(rows):
-        ids[i, :len(p) - 1] = torch.tensor(p[:-1])
-        for j, answer in enumerate(answers):
-            ids[i, P + j * L:][:len(answer)] = torch.tensor(p[-1:] + answer[:-1])
-            labels[i * n + j, :len(answer)] = torch.tensor(answer)
-    real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                                                # (B, T)
-    block = torch.cat([torch.zeros(soft_tokens + P, dtype=torch.int64), torch.arange(1, n + 1).repeat_interleave(L)])
-    k = torch.arange(len(block))
-    path = (k <= k[:, None]) & ((block == 0) | (block == block[:, None]))                               # (T, T)
-    return ids.clamp_min(0), labels, (path & (real[:, None] | (k == k[:, None])))[:, None]              # padding sees itself: no empty row
-
-def behind(soft, embeds):
-    """The users' tokens (B,S,D), or None, and then the text (B,T,D)."""
-    return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
-
-def answer_logprobs(model, rows, soft=None, chunk=128):
-    """log pi(answer | prompt) (B,n) fp32 of B rows of `encode`; soft (B,S,D) are the users' tokens, or None.     (4)"""
-    ids, labels, mask = (x.to(model.lm_head.weight.device) for x in pack(rows, 0 if soft is None else soft.shape[1]))
-    hidden = model.model(embeds=behind(soft, model.model.embed_tokens(ids)), attention_mask=mask)       # (B, T, D)
-    n, L = len(labels) // len(rows), labels.shape[1]
-    return token_logprobs(hidden[:, -n * L:].reshape(len(labels), L, -1), model.lm_head.weight, labels, chunk).view(-1, n)
-
-def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
-    """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer ended by itself)]; soft (N,S,D) or None."""
-    rows = [torch.tensor(tokenizer.chat(p)) for p in prompts]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(model.lm_head.weight.device)       # (N, T)
-    embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))                                   # (N, S+T, D)
-    mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
-    answers = generate(model, embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens, **sampling)
-    return [(tokenizer.decode(a).strip(), len(a) < max_new_tokens) for a in answers]
+# ---- the user in front of the prompt (4) ---------------------------------------------------------
 
 class SoftPrompt(nn.Module):
-    """h (B,in) -> soft tokens (B,tokens,out): a two-layer MLP (paper). Ours: LayerNorm before it, GELU, and tokens about twice as long as
-    ordinary embeddings, whose standard deviation is `std`: a small model then sees the user from the first step."""
+    """h (B, in) -> soft tokens (B, tokens, out): a two-layer MLP (paper). Ours: LayerNorm before
+    it, GELU, and tokens about twice as long as ordinary embeddings, whose standard deviation is
+    `std`: a small model then sees the user from the first step."""
+
     def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
         super().__init__()
-        self.norm, self.fc1, self.fc2, self.tokens = nn.LayerNorm(in_dim), nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, tokens * out_dim), tokens
+        self.tokens = tokens
+        self.norm = nn.LayerNorm(in_dim)
+        self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, tokens * out_dim)
         nn.init.normal_(self.fc2.weight, std=2 * std / hidden_dim ** 0.5)
 
     def forward(self, h):
-        return self.fc2(F.gelu(self.fc1(self.norm(h)))).unflatten(-1, (self.tokens, -1))                # (B, tokens, out)
+        x = F.gelu(self.fc1(self.norm(h)))                                  # (B, hidden)
+        return self.fc2(x).unflatten(-1, (self.tokens, -1))                 # (B, tokens, out)
+
 
 class UserTokens(nn.Module):
-    """From a user to soft tokens. kind "graph": node vector -> GraphSAGE over the stored graph -> h_u (C-DPO);
+    """From a user to soft tokens.
+
+    kind "graph": node vector -> GraphSAGE over the stored graph -> h_u -> SoftPrompt (C-DPO);
     kind "id": a learned h_u for each training user and nothing else (the baseline DPO-User)."""
+
     def __init__(self, graph, kind="graph", hidden_dim=64, out_dim=64, signed=True, soft=None):
         super().__init__()
-        self.graph, self.config = graph, {"kind": kind, "hidden_dim": hidden_dim, "out_dim": out_dim, "signed": signed, "soft": soft}
-        width = graph.features.shape[1] if kind == "graph" else out_dim
-        self.vectors = nn.Parameter(torch.randn(len(graph.users), width) * (0.01 if kind == "graph" else 1.0))
-        self.sage = GraphSAGE(width, hidden_dim, out_dim, signed) if kind == "graph" else None
+        self.graph = graph
+        self.config = {"kind": kind, "hidden_dim": hidden_dim, "out_dim": out_dim,
+                       "signed": signed, "soft": soft}
+        users = len(graph.users)
+        if kind == "graph":
+            width = graph.features.shape[1]
+            self.vectors = nn.Parameter(torch.randn(users, width) * 0.01)
+            self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
+        else:
+            self.vectors = nn.Parameter(torch.randn(users, out_dim))
+            self.sage = None
         self.soft = SoftPrompt(out_dim, **soft) if soft else None
 
-    def embeddings(self, keep=1):
-        """h of every stored user (U,out); keep (U,1), 0 or 1, says whose node vector is left out."""
-        return self.sage(self.vectors * keep, self.graph.features, self.graph.edges)[0] if self.sage else self.vectors
+    def embeddings(self, stay=1):
+        """h of every stored user (U, out); where stay (U, 1) is 0, the node vector is left out."""
+        if self.sage is None:
+            return self.vectors
+        return self.sage(self.vectors * stay, self.graph.features, self.graph.edges)[0]
 
     def new(self, users, unknown="mean"):
-        """h (N,out) of users who are not stored. Kind "id", a table, knows nothing about them: they get the mean of all h,
-        or, with unknown="nearest", that of the stored user who agrees most often with them and clashes least (ours)."""
+        """h (N, out) of users who are not stored. Kind "id", a table, knows nothing about them:
+        they get the mean of all h, or, with unknown="nearest", that of the stored user who agrees
+        most often with them and clashes least (ours)."""
+        graph = self.graph
         if self.sage is not None:
-            states = self.sage(self.vectors, self.graph.features, self.graph.edges)[2]
-            return embed_new_user(self.sage, states, users, self.graph.attributes)
+            states = self.sage(self.vectors, graph.features, graph.edges)[2]
+            return embed_new_user(self.sage, states, users, graph.attributes)
         if unknown == "mean":
             return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
-        asked = PreferenceGraph.build(users, self.graph.attributes, None).signs().to(self.vectors.device).to_dense()       # (N, A)
-        return self.vectors[(self.graph.signs() @ asked.T).argmax(0)]
+        asked = PreferenceGraph.build(users, graph.attributes, None).signs().to_dense()    # (N, A)
+        agreement = graph.signs() @ asked.to(self.vectors).T                # (U, N)
+        return self.vectors[agreement.argmax(0)]
 
     def save(self, file):
-        """Everything needed to embed a new user: weights, node vectors, attribute features, edges; names and sizes as metadata."""
-        tensors = {name: t.cpu().contiguous() for name, t in {**self.state_dict(), "graph.edges": self.graph.edges.int()}.items()}
-        meta = {"users": self.graph.users, "attributes": self.graph.attributes, "config": self.config}
-        save_file(tensors, file, {"collaborative": json.dumps(meta)})                                   # one key: safetensors writes several in any order
+        save_graph(file, self.graph, self.state_dict(), self.config)
 
     @classmethod
     def load(cls, file, device="cpu"):
-        """From collaborative.safetensors. ValueError when the file is none, or its tensors do not fit its own sizes."""
-        if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file; `python train.py graph`, then `python train.py cdpo`, write it")
-        with reading(file), safe_open(file, "pt") as f:
-            meta, tensors = json.loads(f.metadata()["collaborative"]), {name: f.get_tensor(name) for name in f.keys()}
-            graph = PreferenceGraph(meta["users"], meta["attributes"], tensors.pop("graph.edges").long(), tensors["graph.features"])
-            if graph.signs().shape[1] != len(graph.features):                                           # signs() refuses edges to nowhere
-                raise ValueError(f"it names {len(graph.attributes)} attributes and has features of {len(graph.features)}")
-            model = cls(graph, **meta["config"])
-            check_fit(file, {**dict(model.named_parameters()), "graph.features": graph.features}, tensors, finite=True)
+        """From collaborative.safetensors. ValueError when its tensors do not fit its own sizes."""
+        graph, tensors, config = load_graph(file)
+        with reading(file):
+            model = cls(graph, **config)
+            own = {**dict(model.named_parameters()), "graph.features": graph.features}
+            check_fit(file, own, tensors, finite=True)
             model.load_state_dict(tensors, strict=False)
         return model.to(device)
 
+
+# ---- what the policy reads and writes ------------------------------------------------------------
+
+REQUEST = "Suggest a single, cohesive image-editing instruction"            # t (authors' figure)
+
+
+def prompt(caption, guidance="", profile=""):
+    """Chat messages that ask for an edit of a picture: the fixed request and the caption;
+    `guidance`: what this user adds in words. With a profile it is the paper's evaluation prompt
+    instead: the user in words, here for a policy that knows no users."""
+    text = f"{REQUEST}\nCaption: {caption}"
+    if profile:
+        text = (f"Given this user's profile {profile}, "
+                f"suggest an edit for the following image: {caption}")
+    if guidance:
+        text = f"{text}\nGuidance: {guidance}"
+    return [{"role": "user", "content": text}]
+
+
+def profile(user):
+    """The user in words."""
+    said = []
+    for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)):
+        if names:
+            said.append(f"{verb} {', '.join(names)}")
+    return "; ".join(said)
+
+
+def encode(tokenizer, messages, *answers):
+    """(prompt ids, [ids of each answer]) in Qwen's template; <|im_end|> closes an answer."""
+    return tokenizer.chat(messages), [tokenizer.encode(f"{text}<|im_end|>") for text in answers]
+
+
+def behind(soft, embeds):
+    """The users' tokens (B, S, D), or None, and then the text (B, T, D)."""
+    return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
+
+
+def pack(rows, soft_tokens=0, device="cpu"):
+    """B rows of `encode`, up to n answers each: one sequence a row, so that the prompt is computed
+    once for all its answers. Each block is padded on the right:
+
+        soft tokens | prompt without its last token | that token, answer 1 | that token, answer 2
+
+    -> ids (B, P + n*L) without the soft tokens, labels (B*n, L), and the mask (B, 1, T, T): a
+    token sees the prompt and its own answer so far. Prompts take P places, answers L each."""
+    B = len(rows)
+    n = max(len(answers) for _, answers in rows)
+    P = max(len(asked) for asked, _ in rows) - 1
+    L = max(len(answer) for _, answers in rows for answer in answers)
+    ids = torch.full((B, P + n * L), -1)
+    labels = torch.full((B * n, L), -100)
+    for i, (asked, answers) in enumerate(rows):
+        ids[i, :len(asked) - 1] = torch.tensor(asked[:-1])
+        for j, answer in enumerate(answers):
+            place = P + j * L
+            ids[i, place:place + len(answer)] = torch.tensor(asked[-1:] + answer[:-1])
+            labels[i * n + j, :len(answer)] = torch.tensor(answer)
+    real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
+    numbers = torch.arange(1, n + 1).repeat_interleave(L)
+    block = F.pad(numbers, (soft_tokens + P, 0))                            # (T,) 0: prompt
+    place = torch.arange(len(block))
+    before = place <= place[:, None]                                        # (T, T)
+    itself = place == place[:, None]
+    path = before & ((block == 0) | (block == block[:, None]))
+    mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
+    return ids.clamp_min(0).to(device), labels.to(device), mask[:, None].to(device)
+
+
+class AnswerLogprob(torch.autograd.Function):
+    """log-probabilities (N,) of tokens y (N, 1) after hidden states h (N, D), `chunk` at a time."""
+
+    @staticmethod
+    def forward(ctx, h, head, y, chunk):
+        scores = []
+        slopes = []
+        for part, target in zip(h.split(chunk), y.split(chunk)):
+            logp = linear(part, head).float().log_softmax(-1)               # (chunk, V)
+            scores.append(logp.gather(-1, target)[:, 0])
+            if ctx.needs_input_grad[0]:
+                error = logp.exp_().neg_()                                  # in place: it is large
+                error.scatter_add_(-1, target, torch.ones_like(logp[:, :1]))
+                slopes.append(linear(error.to(part.dtype), head.T))         # (chunk, D)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(scores)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slopes,) = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+
+
+def token_logprobs(hidden, head, labels, chunk=128):
+    """As `token_logprobs_plain`, for a frozen head, without the (B, T, V): only labelled places
+    meet the head, `chunk` of them at a time, and only once, since the gradient with respect to
+    h, (onehot(y) - softmax(W h)) W, is taken along. At 0.5B, with 150,000 words, this is half of
+    a DPO step's time and most of its memory saved."""
+    if head.requires_grad:
+        raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
+    counts = labels != -100                                                 # (B, T)
+    h = hidden[counts]                                                      # (N, D)
+    logp = AnswerLogprob.apply(h, head.to(hidden.dtype), labels[counts][:, None], chunk)
+    each = torch.zeros(labels.shape, device=hidden.device)
+    return each.masked_scatter(counts, logp).sum(1)
+
+
+def answer_logprobs(model, rows, soft=None, chunk=128):
+    """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
+    tokens, or None."""
+    soft_tokens = 0 if soft is None else soft.shape[1]
+    head = model.lm_head.weight
+    ids, labels, mask = pack(rows, soft_tokens, head.device)
+    embeds = behind(soft, model.model.embed_tokens(ids))                    # (4) (B, T, D)
+    hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
+    answers, length = labels.shape
+    n = answers // len(rows)
+    hidden = hidden[:, -n * length:].reshape(answers, length, -1)           # (B*n, L, D)
+    return token_logprobs(hidden, head, labels, chunk).view(-1, n)
+
+
+def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
+    """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
+    ended by itself)]; soft (N, S, D) or None."""
+    device = model.lm_head.weight.device
+    rows = [torch.tensor(tokenizer.chat(messages)) for messages in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)         # (N, T)
+    embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))               # (N, S+T, D)
+    mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
+    answers = generate(model, embeds=embeds, attention_mask=mask,
+                       max_new_tokens=max_new_tokens, **sampling)
+    return [(tokenizer.decode(ids).strip(), len(ids) < max_new_tokens) for ids in answers]
+
+
+# ---- supervised fine-tuning: where the policy starts, and what the reference stays ---------------
+
+@dataclass
+class SFTSettings:
+    """Supervised fine-tuning.    miniature, paper (Table 12), what it is"""
+    edits:         str   = flag("mini/data/edits.jsonl", "gpt-generated-prompts.jsonl",
+                                "generic edits, InstructPix2Pix's format")
+    qwen:          str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                                "language model: folder or hub repository")
+    dtype:         str   = flag("fp32", "bf16", "of the frozen weights; LoRA is always fp32",
+                                choices=list(DTYPES))
+    checkpointing: bool  = flag(False, True, "recompute layers: less memory, a third more time")
+    rank:          int   = flag(16, 16, "LoRA rank")
+    alpha:         int   = flag(32, 32, "LoRA alpha: the adapter's output times alpha / rank")
+    dropout:       float = flag(0.05, 0.05, "LoRA dropout", bounds=(0, 1))
+    steps:         int   = flag(400, 9375, "optimiser steps")
+    batch:         int   = flag(32, 16, "global batch, whatever the number of processes")
+    micro:         int   = flag(16, 4, "rows of one forward pass (ours)")
+    lr:            float = flag(5e-3, 2e-6, "peak learning rate")
+    warmup:        int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
+    weight_decay:  float = flag(0.0, 0.0, "AdamW's (ours)")
+    clip:          float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
+    seed:          int   = flag(0, 0, "of everything random")
+    device:        str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+
+
+def lines_of(file, items):
+    """Where a batch comes from, for an error."""
+    return f"{file}, lines {', '.join(str(item['line']) for item in items)}"
+
+
+def count_items(file, items):
+    if not items:
+        raise ValueError(f"{file} holds nothing to train on")
+    return len(items)
+
+
+def trainable(module, prefix=""):
+    """[(name, Parameter)] of what has a gradient."""
+    return [(prefix + n, p) for n, p in module.named_parameters() if p.requires_grad]
+
+
+class SFT:
+    """`python train.py sft`: next-token loss on the instruction alone; each example counts the
+    same, however long (ours)."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.edits = read_jsonl(settings.edits, {"guidance": ""}, input=str, edit=str)
+        self.items = count_items(settings.edits, self.edits)
+        device = pick_device(settings.device)
+        self.tokenizer = Tokenizer.load(settings.qwen)
+        self.model = Qwen.load(settings.qwen, device, DTYPES[settings.dtype])
+        self.model.model.checkpointing = settings.checkpointing
+        torch.manual_seed(settings.seed)
+        lora.inject(self.model, settings.rank, settings.alpha, settings.dropout)
+        self.model.train()                                                  # LoRA dropout
+
+    def parameter_groups(self):
+        return [{"params": trainable(self.model)}]
+
+    def draw(self, indices, generator):
+        return [self.edits[i] for i in indices]
+
+    def loss(self, rows):
+        texts = []
+        for edit in rows:
+            asked = prompt(edit["input"], edit["guidance"])
+            texts.append(encode(self.tokenizer, asked, edit["edit"]))
+        logp = answer_logprobs(self.model, texts)[:, 0]                     # (B,)
+        length = torch.tensor([len(answer) for _, (answer,) in texts]).to(logp)
+        return -(logp / length).sum(), {}
+
+    def describe(self, rows):
+        return lines_of(self.settings.edits, rows)
+
+    def save(self, folder):
+        lora.save_adapter(self.model, folder, base_model=self.settings.qwen)
+
+
+# ---- C-DPO ---------------------------------------------------------------------------------------
+
+@dataclass
+class CDPOSettings:
+    """C-DPO and its baselines.    miniature, paper (Table 12), what it is"""
+    users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
+    pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
+    sft:            str   = flag("runs/sft", "runs/sft", "adapter to start from; the reference")
+    graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage")
+    qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                                 "language model: folder or hub repository")
+    dtype:          str   = flag("fp32", "bf16", "of the frozen weights; the rest is fp32",
+                                 choices=list(DTYPES))
+    checkpointing:  bool  = flag(False, True, "recompute layers: less memory, a third more time")
+    user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
+                                 " baseline DPO-User, none DPO-Vanilla",
+                                 choices=["graph", "id", "none"])
+    lam:            float = flag(0.5, 0.15, "lambda, weight of the neighbours in Eq. 7")
+    k:              int   = flag(3, 3, "similar users")
+    similarity:     str   = flag("likes", "shared", "what they share: anything named (Eq. 6 to the"
+                                 " letter), agreements less clashes, likes (both ours)",
+                                 choices=["shared", "signed", "likes"])
+    neighbour_user: str   = flag("target", "target", "whose soft tokens read a neighbour's pair"
+                                 " (the paper leaves it open)", choices=["target", "neighbour"])
+    neighbours:     str   = flag("sampled", "exact", "all k a step, or (ours) one drawn in"
+                                 " proportion to similarity", choices=["exact", "sampled"])
+    beta:           float = flag(0.2, 0.1, "DPO's temperature (not in the paper; TRL: 0.1)")
+    nll:            float = flag(8.0, 0.0, "weight of the chosen answer's mean token loss, added to"
+                                 " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr")
+    drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)",
+                                 bounds=(0, 1))
+    tokens:         int   = flag(4, 8, "soft tokens")
+    soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)")
+    steps:          int   = flag(1200, 3000, "optimiser steps")
+    batch:          int   = flag(32, 12, "global batch, whatever the number of processes")
+    micro:          int   = flag(16, 2, "rows of one forward pass (ours)")
+    lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP")
+    gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder")
+    warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
+    weight_decay:   float = flag(0.0, 0.0, "AdamW's (ours)")
+    clip:           float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
+    seed:           int   = flag(0, 0, "of everything random")
+    device:         str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+
+
+Row = namedtuple("Row", "pair near stay")                # a pair's number, list[Near], (U, 1)
+Near = namedtuple("Near", "user pair similarity")        # a similar user, one of their pairs, s(u,v)
+
+
+def load_policy(settings, adapter):
+    """(model, tokenizer): policy and reference are both the adapter in this folder."""
+    if not Path(adapter).is_dir():
+        raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
+                         "`python train.py cdpo` runs/cdpo")
+    device = pick_device(settings.device)
+    model = Qwen.load(settings.qwen, device, DTYPES[settings.dtype])
+    lora.load_adapter(model, adapter)
+    lora.copy_adapter(model)
+    return model, Tokenizer.load(settings.qwen)
+
+
+class CDPO:
+    """`python train.py cdpo`: Eq. 7, and its baselines."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.users = read_users(settings.users)
+        self.pairs = read_jsonl(settings.pairs, {"guidance": ""}, user=str, caption=str,
+                                chosen=str, rejected=str)
+        self.items = count_items(settings.pairs, self.pairs)
+        self.owner, self.pairs_of = self.owners()
+        self.model, self.tokenizer = load_policy(settings, settings.sft)    # in eval mode: DPO
+        self.model.model.checkpointing = settings.checkpointing             # has no dropout (TRL)
+        self.tokens = self.user_tokens() if settings.user != "none" else None
+        self.neighbours, self.similarity = self.similar()
+
+    def owners(self):
+        """[user of each pair], {user: [pairs]}."""
+        index = {user.name: i for i, user in enumerate(self.users)}
+        owner = []
+        pairs_of = defaultdict(list)
+        for i, pair in enumerate(self.pairs):
+            if pair["user"] not in index:
+                raise ValueError(f"{self.settings.pairs}:{pair['line']}: user {pair['user']!r} "
+                                 f"is not in {self.settings.users}")
+            owner.append(index[pair["user"]])
+            pairs_of[owner[i]].append(i)
+        return owner, pairs_of
+
+    def user_tokens(self):
+        """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
+        settings = self.settings
+        stored = UserTokens.load(Path(settings.graph) / "collaborative.safetensors")
+        if stored.graph.users != [user.name for user in self.users]:
+            raise ValueError(f"{settings.graph} was trained on other users than {settings.users} "
+                             "holds: run the graph stage again")
+        table = self.model.model.embed_tokens.weight
+        soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
+                "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
+        torch.manual_seed(settings.seed)
+        config = {**stored.config, "kind": settings.user, "soft": soft}
+        tokens = UserTokens(stored.graph, **config)
+        if settings.user == "graph":
+            tokens.load_state_dict(stored.state_dict(), strict=False)
+        return tokens.to(table.device)
+
+    def similar(self):
+        """N_k(u) and s(u, v): (U, K) each; K is 0 without a neighbours' term. Who has no pairs
+        is nobody's neighbour."""
+        settings = self.settings
+        k = settings.k if settings.user == "graph" and settings.lam else 0
+        names = attribute_names(self.users)
+        signs = PreferenceGraph.build(self.users, names, None).signs()
+        index, score = similar_users(signs, k, settings.similarity)
+        speaks = torch.tensor([float(v in self.pairs_of) for v in range(len(self.users))])
+        return index, score * speaks[index]
+
+    def parameter_groups(self):
+        fast = trainable(self.model)
+        slow = []
+        for name, p in trainable(self.tokens, "collaborative.") if self.tokens else []:
+            encoder = self.settings.user == "graph" and ".soft." not in name
+            (slow if encoder else fast).append((name, p))
+        groups = [{"params": fast}]
+        if slow:
+            groups.append({"params": slow, "lr": self.settings.gnn_lr})
+        return groups
+
+    def draw(self, indices, generator):
+        """For each pair its neighbours' pairs, and, for all alike, whose node vectors stay."""
+        chance = torch.rand(len(self.users), 1, generator=generator)
+        stay = (chance >= self.settings.drop).float()
+        return [Row(i, self.draw_neighbours(i, generator), stay) for i in indices]
+
+    def draw_neighbours(self, pair, generator):
+        """Of each similar user, or of one of them, a random pair."""
+        user = self.owner[pair]
+        similarity = self.similarity[user]                                  # (K,)
+        columns = range(len(similarity))
+        if self.settings.neighbours == "sampled" and similarity.any():
+            columns = torch.multinomial(similarity, 1, generator=generator).tolist()
+        near = []
+        for column in columns:
+            s = similarity[column].item()
+            if s > 0:
+                v = self.neighbours[user, column].item()
+                theirs = self.pairs_of[v]
+                which = torch.randint(len(theirs), (1,), generator=generator).item()
+                near.append(Near(v, theirs[which], s))
+        return near
+
+    def loss(self, rows):
+        """Eq. 7, summed over the rows."""
+        settings = self.settings
+        own = [row.pair for row in rows]
+        near = [near for row in rows for near in row.near]
+        readers = [self.owner[pair] for pair in own]                        # whose tokens read it
+        for row in rows:
+            for v in row.near:
+                to_target = settings.neighbour_user == "target"
+                readers.append(self.owner[row.pair] if to_target else v.user)
+        pairs = own + [v.pair for v in near]
+        losses, metrics = self.pair_losses(pairs, readers, rows[0].stay, len(own))
+
+        counts = [len(row.near) for row in rows]
+        neighbour = pad_sequence(losses[len(own):].split(counts), batch_first=True)    # (B, K)
+        scores = losses.new_tensor([v.similarity for v in near])
+        similarity = pad_sequence(scores.split(counts), batch_first=True)              # (B, K)
+        losses = cdpo_loss(losses[:len(own)], neighbour, similarity, settings.lam)     # (7)
+        return losses.sum(), metrics
+
+    def pair_losses(self, pairs, readers, stay, own):
+        """L_DPO of N pairs (numbers), each read with the soft tokens of a user (`readers`), plus
+        nll times the chosen answer's mean token loss -> (N,), and metrics of the first `own`."""
+        settings = self.settings
+        texts = [self.encode(self.pairs[pair]) for pair in pairs]
+        soft = None
+        if self.tokens is not None:
+            h = self.tokens.embeddings(stay.to(self.tokens.vectors.device))  # (U, out): graph
+            soft = self.tokens.soft(h[readers])                             # (N, S, D)
+        with torch.no_grad():                                               # first: checkpointing
+            lora.use(self.model, "reference")                               # runs the policy again
+            reference = answer_logprobs(self.model, texts)                  # (N, 2), no user
+            lora.use(self.model, "policy")
+        policy = answer_logprobs(self.model, texts, soft)                   # (N, 2)
+        losses, *rewards = dpo_loss(*policy.T, *reference.T, settings.beta)
+        length = torch.tensor([len(chosen) for _, (chosen, _) in texts]).to(policy)
+        losses = losses - settings.nll * policy[:, 0] / length
+        return losses, dpo_metrics(*(x[:own] for x in (*policy.T, *rewards)))
+
+    def encode(self, pair):
+        asked = prompt(pair["caption"], pair["guidance"])
+        return encode(self.tokenizer, asked, pair["chosen"], pair["rejected"])
+
+    def describe(self, rows):
+        return lines_of(self.settings.pairs, [self.pairs[row.pair] for row in rows])
+
+    def save(self, folder):
+        lora.save_adapter(self.model, folder, base_model=self.settings.qwen)
+        if self.tokens is not None:
+            self.tokens.save(folder / "collaborative.safetensors")
+
+
+# ---- what held-out users get from a policy (the conditions of Table 2) ---------------------------
+
+@dataclass
+class EvalSettings:
+    """Evaluation of a policy.    miniature, paper, what it is"""
+    policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
+    users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
+    users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl", "held-out users")
+    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl",
+                           "their pairs; only the captions are read")
+    qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                           "language model: folder or hub repository")
+    dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
+    answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
+    seed:       int = flag(0, 0, "of sampling")
+    device:     str = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+
+
+CONDITIONS = {                                                  # what the history shows (Table 2)
+    "likes + dislikes": {},
+    "likes only": {"dislikes": []},
+    "dislikes only": {"likes": []},
+}
+RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
+
+
+class Evaluation:
+    """A policy's instructions for the captions of held-out users, and which of their likes and
+    dislikes are found in them by name."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.users = read_users(settings.users_test)
+        captions = defaultdict(dict)                            # each once, in the file's order
+        for pair in read_jsonl(settings.pairs_test, user=str, caption=str):
+            captions[pair["user"]][pair["caption"]] = None
+        self.captions = [list(captions[user.name]) for user in self.users]
+        if not any(self.captions):
+            raise ValueError(f"{settings.pairs_test} has no caption for anybody in "
+                             f"{settings.users_test}")
+        self.names = find_names([*self.users, *read_users(settings.users)])
+        self.model, self.tokenizer = load_policy(settings, settings.policy)
+
+    @torch.no_grad()
+    def answers(self, users, captions, policy, seed=0, profile=False, unknown="mean"):
+        """Instructions of the policy in a folder for each user's captions -> [(user's number,
+        caption, text, ended)]; `users` say all that it may know. profile: the prompt tells the
+        user in words; unknown: as in UserTokens.new."""
+        device = self.model.lm_head.weight.device
+        generator = torch.Generator(device).manual_seed(seed_for("answers", seed))
+        lora.load_adapter(self.model, policy)
+        file = Path(policy) / "collaborative.safetensors"
+        soft = None
+        if file.exists():
+            tokens = UserTokens.load(file, device)
+            soft = tokens.soft(tokens.new(users, unknown))                  # (N, S, D)
+        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
+        found = []
+        for at in range(0, len(asked), 400):
+            part = asked[at:at + 400]
+            who = [i for i, _ in part]
+            prompts = [self.question(users[i], text, profile) for i, text in part]
+            theirs = None if soft is None else soft[who]
+            answers = suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
+                              generator=generator)
+            found += [(*question, *answer) for question, answer in zip(part, answers)]
+        return found
+
+    def question(self, user, caption, with_profile):
+        return prompt(caption, profile=profile(user) if with_profile else "")
+
+    def rates(self, shown, policy, **how):
+        """{"likes": share of the answers that name a stated like, ...} where of each user's
+        history only what `shown`, a value of CONDITIONS, leaves is known."""
+        repeats = range(self.settings.answers)
+        captions = [[text for text in texts for _ in repeats] for texts in self.captions]
+        known = [replace(user, **shown) for user in self.users]
+        totals = dict.fromkeys(RATES, 0)
+        answers = self.answers(known, captions, policy, **how)
+        for i, _, text, ended in answers:
+            for name, value in self.verdict(self.users[i], text, ended).items():
+                totals[name] += value / len(answers)
+        return totals
+
+    def verdict(self, user, text, ended):
+        """{rate: whether this answer counts}. A hit names what is liked or would be liked."""
+        found = lower(self.names.findall(text))
+        likes = bool(found & lower(user.likes))
+        hidden = bool(found & lower(user.hidden))
+        dislikes = bool(found & lower(user.dislikes))
+        return dict(zip(RATES, (likes, hidden, likes or hidden, dislikes, not found, not ended)))
+
+    def table(self):
+        rows = []
+        for name, shown in CONDITIONS.items():
+            rates = self.rates(shown, self.settings.policy, seed=self.settings.seed)
+            rows.append([name, *(f"{rate:.3f}" for rate in rates.values())])
+        return markdown_table(["what the history shows", *RATES], rows)
+
+
+def lower(names):
+    return {name.lower() for name in names}
+
+
+def find_names(users):
+    """A pattern for every attribute that somebody likes, would like or dislikes, as whole words
+    in either case; the longest first."""
+    names = set(attribute_names(users))
+    for user in users:
+        names.update(user.hidden)
+    longest = sorted(names, key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(map(re.escape, longest))})\b", re.IGNORECASE)
+
+
+def markdown_table(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 if __name__ == "__main__":
-    more, none = torch.tensor([0.0, 10.0]), torch.zeros(2)
-    print("DPO where the policy is the reference (ln 2), and where it prefers y+ by 10 nats more:", dpo_loss(more, none, none, none)[0].tolist())
-    print("Eq. 7, and a user without similar users:", cdpo_loss(none + 1, none[:, None] + 3, torch.tensor([[0.5], [0.0]])).tolist())
+    more = torch.tensor([0.0, 10.0])
+    none = torch.zeros(2)
+    print("DPO where the policy is the reference (ln 2), and where it prefers y+ by 10 nats more:",
+          dpo_loss(more, none, none, none)[0].tolist())
+    print("Eq. 7, and a user without similar users:",
+          cdpo_loss(none + 1, none[:, None] + 3, torch.tensor([[0.5], [0.0]])).tolist())

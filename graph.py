@@ -1,243 +1,439 @@
-"""The preference graph: users, attributes, who resembles whom, and GraphSAGE over likes and dislikes.  (C-DPO, 4.1.1 and App. B)
+"""The preference graph: users, attributes, similar users, and GraphSAGE over likes and dislikes.
 
-    G = (U, A, E)    E in U x A, each edge a like (+1) or a dislike (-1)                                       (5)
-    s(u,v) = |A(u) ^ A(v)| / max over all pairs u' != v' of |A(u') ^ A(v')|    "^" is intersection             (6)
+    G = (U, A, E)        users, attributes; each edge in E is a like (+1) or a dislike (-1)    (5)
+    s(u,v) = |A(u) ^ A(v)|  /  max over all pairs u' != v' of |A(u') ^ A(v')|                   (6)
+             A(u): the attributes that u has an edge to;  ^: intersection
 
-A SAGE layer:  out_i = W_l mean over the neighbours j of x_j + b + W_r x_i; its weights carry PyG's names and give PyG's numbers.
-The paper describes one set of edges, so its encoder cannot tell a like from a dislike (`signed=False`). The default (ours): likes and dislikes have weights of their own.
-An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new user as the zero vector. Try it: python graph.py
+From C-DPO (arXiv 2511.05616), 4.1.1 and App. B. A SAGE layer takes the mean of its neighbours:
+
+    out_i = W_l mean over the neighbours j of i of x_j + b + W_r x_i
+
+An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new
+user as the zero vector: see `embed_new_user`. The paper describes one set of edges, so its encoder
+cannot tell a like from a dislike (`signed=False`); by default each has weights of its own (ours).
+
+Shapes: U users, A attributes, E edges, F width of a node's features, k similar users.
+Try it: python graph.py
 """
-import json, warnings
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qwen import Qwen, Tokenizer, embed_texts, flag, generator_for, pick_device, reading
+
 
 @dataclass
 class User:
     name: str
     likes: list
     dislikes: list
-    hidden: list = ()          # what the persona would like but never said; only evaluation reads it
+    hidden: list = ()          # what the persona would like but never said: for evaluation only
 
-def read_jsonl(path, optional=None, **fields):
-    """Rows of a JSON-lines file: dicts, their line number under "line". Each must have `fields`, given as name=type (list: a list of strings), and may have
-    `optional`, given as {name: default}, of the default's type. Blank lines are skipped; what else does not fit is a ValueError with file and line number."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    optional, rows = optional or {}, []
-    fields |= {name: type(default) for name, default in optional.items()}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = {**optional, **json.loads(line), "line": number}
-            json.dumps(row, ensure_ascii=False).encode()                                                # half of a surrogate pair is no text
-        except (ValueError, TypeError, RecursionError) as e:
-            raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object ({e})") from None
-        for name, kind in fields.items():
-            value = row.get(name)
-            if not isinstance(value, kind) or (kind is list and not all(isinstance(v, str) for v in value)):
-                raise ValueError(f"{path}:{number}: \"{name}\" must be {'a list of strings' if kind is list else 'a string'}, got {json.dumps(value)[:60]}")
-        rows.append(row)
-    return rows
-
-def read_users(path):
-    """users.jsonl -> list[User], in file order. Names must be unique; nothing may be liked and disliked at once."""
-    users = {}
-    for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
-        name, likes, dislikes = row["user"], list(dict.fromkeys(row["likes"])), list(dict.fromkeys(row["dislikes"]))
-        both = sorted(set(likes) & set(dislikes))
-        if both or name in users:
-            raise ValueError(f"{path}:{row['line']}: user {name!r} {f'likes and dislikes {both[0]!r}' if both else 'appears twice'}")
-        users[name] = User(name, likes, dislikes, row["hidden"])
-    return list(users.values())
 
 class PreferenceGraph(nn.Module):
-    """users and attributes are names; edges (3,E) int64 has the rows user, attribute, sign (+1 like, -1 dislike); features (A,F)."""
+    """G of Eq. 5. users and attributes are names; edges (3, E) int64 has the rows user, attribute,
+    sign (+1 like, -1 dislike); features (A, F) are the embeddings of the attributes' names."""
+
     def __init__(self, users, attributes, edges, features):
         super().__init__()
-        self.users, self.attributes = users, attributes
+        self.users = users
+        self.attributes = attributes
         self.register_buffer("edges", edges)
         self.register_buffer("features", features)
 
     @classmethod
     def build(cls, users, attributes, features):
-        return cls([u.name for u in users], list(attributes), edges_of(users, attributes), features)
+        """From list[User]."""
+        names = [user.name for user in users]
+        return cls(names, list(attributes), edges_of(users, attributes), features)
 
     def signs(self):
-        """(U,A) sparse: +1 liked, -1 disliked, 0 nothing said. An edge to nowhere is a RuntimeError."""
-        return torch.sparse_coo_tensor(self.edges[:2], self.edges[2].float(), (len(self.users), len(self.attributes)), check_invariants=True)
+        """(U, A) sparse: +1 liked, -1 disliked, 0 nothing said. RuntimeError: edges to nowhere."""
+        size = len(self.users), len(self.attributes)
+        values = self.edges[2].float()
+        return torch.sparse_coo_tensor(self.edges[:2], values, size, check_invariants=True)
+
 
 def attribute_names(users):
-    """Every attribute somebody likes or dislikes, sorted."""
-    return sorted({a for u in users for a in [*u.likes, *u.dislikes]})
+    """Every attribute that somebody likes or dislikes, sorted."""
+    names = set()
+    for user in users:
+        names.update(user.likes, user.dislikes)
+    return sorted(names)
+
 
 def edges_of(users, attributes):
-    """(3,E) int64: user, attribute, sign. An attribute the graph does not know is a ValueError."""
-    index = {a: i for i, a in enumerate(attributes)}
-    if unknown := [a for a in attribute_names(users) if a not in index]:
-        raise ValueError(f"unknown attribute {unknown[0]!r}; the graph knows {', '.join(list(attributes)[:60])}")
-    edges = [(i, index[a], sign) for i, u in enumerate(users) for names, sign in ((u.likes, 1), (u.dislikes, -1)) for a in names]
+    """(3, E) int64: user, attribute, sign. ValueError for an attribute that is not among them."""
+    index = {name: i for i, name in enumerate(attributes)}
+    edges = []
+    for i, user in enumerate(users):
+        for names, sign in ((user.likes, 1), (user.dislikes, -1)):
+            for name in names:
+                if name not in index:
+                    known = ", ".join(list(attributes)[:60])
+                    raise ValueError(f"unknown attribute {name!r}; the graph knows {known}")
+                edges.append((i, index[name], sign))
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
-def similar_users(likes_and_dislikes, k, kind="shared", chunk=2 ** 21):
-    """The k most similar other users: (index (U,k) int64, score (U,k) in [0,1]), best first; exact.
 
-    likes_and_dislikes (U,A), dense or sparse: +1, -1, 0. kind "shared" counts what two users both spoke about, the letter of Eq. 6; "signed"
-    takes away what one likes and the other dislikes; "likes" counts what both like (both ours). A tie goes to the next user, from u on and around:
-    nobody is everybody's neighbour for standing first in the file. Where fewer than k others have anything in common with u, the rest of the row
-    is u itself with score 0. Some `chunk` pairs of users are held at a time, never U x U."""
-    x, total = likes_and_dislikes.to_sparse().float().coalesce(), len(likes_and_dislikes)
-    x = {"shared": x.abs(), "signed": x, "likes": x.relu()}[kind]                                       # (U, A)
-    own = torch.arange(total, device=x.device)[:, None].expand(total, k)
-    if own.numel() == 0:
-        return own, own * 0.0
-    shared = x.indices()[1].bincount().double().square().sum()                                          # (u, attribute, v) that meet
-    few = 1000 * shared < total * x.numel()                                                             # one costs about 1,000 multiplications
-    key = keys_sparse(x, k, int(chunk * total / (shared + 1)) + 1) if few else keys_dense(x, k, chunk // total + 1)                # (U, k)
-    common = -(-key // total)                                                                           # key = common * U - how far v is ahead of u
-    return torch.where(common > 0, (own + common * total - key) % total, own), common / common.max().clamp_min(1)     # (6)
+def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
+    """The k most similar other users: (index (U, k) int64, score (U, k) in [0, 1]), best first.
 
-def keys_dense(x, k, rows):
-    """(U,A) -> the k largest keys, common * U - (v - u) mod U, of every user u (U,k) int64, 0 where there are fewer: `rows` users at a time, multiplied with all."""
-    total, x = len(x), x.to_dense().to(torch.float32 if x.numel() < 2 ** 24 else torch.float64)         # exact for the keys
-    ahead = F.pad(torch.arange(1, total).to(x), (1, 0), value=torch.inf)                                # of user 0 to each v; inf: nobody is a neighbour of himself
-    ahead = ahead.flip(0).repeat(2)[:-1].unfold(0, total, 1)                                            # a view (U, U): (v - u) mod U, v from the last to the first
-    across, buffer, best = x.flip(0).T, x.new_empty(rows, total), x.new_zeros(total, k, dtype=torch.int64)
-    for mine, far, found in zip(x.split(rows), ahead.split(rows), best.split(rows)):
-        key = torch.addmm(far, mine, across, beta=-1, alpha=total, out=buffer[:len(mine)])              # (rows, U)
-        found[:, :total] = key.topk(min(k, total)).values.clamp_min(0)
-    return best
+    likes_and_dislikes (U, A): +1, -1, 0. `kind` says what two users have in common: "shared" is
+    what both spoke about, the letter of Eq. 6; "signed" takes away what one likes and the other
+    dislikes; "likes" is what both like (both ours). Where fewer than k others have anything in
+    common with u, the rest of the row is u itself with score 0. `rows` users are compared with all
+    others at a time, never U x U. Ties fall as topk leaves them; it meets the others in the order
+    that begins with these rows, so nobody is everybody's neighbour for standing first."""
+    x = likes_and_dislikes.to_dense().float()
+    x = {"shared": x.abs(), "signed": x, "likes": x.relu()}[kind]           # (U, A)
+    users = torch.arange(len(x), device=x.device)
+    index = users[:, None].repeat(1, k)                                     # (U, k)
+    count = torch.zeros(len(x), k, device=x.device)
+    if count.numel() == 0:
+        return index, count
+    for mine in users.split(rows):
+        others = users.roll(-mine[0].item())                                # mine stand first
+        common = x[mine] @ x[others].T                                      # (rows, U)
+        common.fill_diagonal_(0)                                            # not oneself
+        most, place = common.topk(min(k, len(users)))                       # (rows, k)
+        index[mine, :most.shape[1]] = torch.where(most > 0, others[place], mine[:, None])
+        count[mine, :most.shape[1]] = most.clamp_min(0)
+    return index, count / count.max().clamp_min(1)                          # (6)
 
-def keys_sparse(x, k, rows):
-    """The same with sparse products, which hold only pairs that have something in common."""
-    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")                           # torch's own detour
-    total, across, best = len(x), x.T.coalesce(), torch.zeros(len(x), k, dtype=torch.int64, device=x.device)
-    for mine, found in zip(torch.arange(total, device=x.device).split(rows), best.split(rows)):
-        common = x.index_select(0, mine) @ across                                                       # (rows, U)
-        row, other = common.indices()
-        key = (common.values().long() * total - (other - mine[row]) % total) * (other != mine[row])
-        for place in range(k):                                                                          # the largest of every row, then without it
-            found[:, place] = torch.zeros_like(mine).scatter_reduce(0, row, key, "amax")
-            key = key.where(key < found[row, place], 0)
-    return best
 
-# ------------------------------------------------------------------------------------------------ GraphSAGE
+# ---- GraphSAGE -----------------------------------------------------------------------------------
+
 class SAGEConv(nn.Module):
-    """PyG's SAGEConv with mean aggregation; lin_r has no bias."""
+    """One SAGE layer with mean aggregation; PyG's names and numbers: lin_r has no bias."""
+
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.lin_l = nn.Linear(in_dim, out_dim)
         self.lin_r = nn.Linear(in_dim, out_dim, bias=False)
 
     def forward(self, x_src, x_dst, edge_index):
-        """x_src (S,F), x_dst (N,F), edge_index (2,E) = (source, destination) -> (N,out). No neighbour: a zero mean."""
-        order = edge_index[1].argsort(stable=True)
-        first = torch.searchsorted(edge_index[1][order].contiguous(), torch.arange(len(x_dst), device=x_dst.device))      # where each one's edges begin
-        mean = F.embedding_bag(edge_index[0][order], x_src, first, mode="mean")                         # (N, F), no (E, F) tensor
+        """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination) -> (N, out).
+        A node without neighbours has a zero mean. No (E, F) tensor is built, and the sums have the
+        same order, so the same bits, on any number of threads."""
+        source, destination = edge_index
+        order = destination.argsort(stable=True)
+        nodes = torch.arange(len(x_dst), device=x_dst.device)
+        first = torch.searchsorted(destination[order], nodes)               # of each one's edges
+        mean = F.embedding_bag(source[order], x_src, first, mode="mean")    # (N, F)
         return self.lin_l(mean) + self.lin_r(x_dst)
 
+
 class Relations(nn.Module):
-    """One layer in one direction: the sum over the relations of a SAGEConv each, as in PyG's to_hetero."""
+    """A layer in one direction: the sum over the relations of a SAGEConv each (PyG's to_hetero)."""
+
     def __init__(self, in_dim, out_dim, signed):
         super().__init__()
-        self.convs = nn.ModuleDict({name: SAGEConv(in_dim, out_dim) for name in (("like", "dislike") if signed else ("any",))})
+        names = ("like", "dislike") if signed else ("any",)
+        self.convs = nn.ModuleDict({name: SAGEConv(in_dim, out_dim) for name in names})
 
     def forward(self, x_src, x_dst, edges):
-        """edges (3,E) = (source, destination, sign)."""
+        """edges (3, E) = (source, destination, sign) -> (N, out)."""
         which = {"any": slice(None), "like": edges[2] > 0, "dislike": edges[2] < 0}
-        return sum(conv(x_src, x_dst, edges[:2, which[name]]) for name, conv in self.convs.items())
+        total = 0
+        for name, conv in self.convs.items():
+            total = total + conv(x_src, x_dst, edges[:2, which[name]])
+        return total
+
 
 class GraphSAGE(nn.Module):
     """Two layers over the bipartite graph, ReLU after the first."""
+
     def __init__(self, in_dim, hidden_dim, out_dim, signed=True):
         super().__init__()
-        self.to_user = nn.ModuleList([Relations(in_dim, hidden_dim, signed), Relations(hidden_dim, out_dim, signed)])
-        self.to_attribute = nn.ModuleList([Relations(in_dim, hidden_dim, signed), Relations(hidden_dim, out_dim, signed)])
+        sizes = [(in_dim, hidden_dim), (hidden_dim, out_dim)]
+        self.to_user = nn.ModuleList([Relations(*size, signed) for size in sizes])
+        self.to_attribute = nn.ModuleList([Relations(*size, signed) for size in sizes])
 
     def forward(self, x_user, x_attr, edges):
-        """x_user (U,F), x_attr (A,F), edges (3,E) -> users (U,out), attributes (A,out), and the attributes' input to each layer."""
-        back = edges[[1, 0, 2]]                                                                         # attribute -> user
-        h_user, h_attr = F.relu(self.to_user[0](x_attr, x_user, back)), F.relu(self.to_attribute[0](x_user, x_attr, edges))        # (U, hidden), (A, hidden)
-        return self.to_user[1](h_attr, h_user, back), self.to_attribute[1](h_user, h_attr, edges), [x_attr, h_attr]
+        """x_user (U, F), x_attr (A, F), edges (3, E) -> users (U, out), attributes (A, out), and
+        the attributes' input to each layer, which is all that a new user needs."""
+        back = edges[[1, 0, 2]]                                             # attribute -> user
+        h_user = F.relu(self.to_user[0](x_attr, x_user, back))              # (U, hidden)
+        h_attr = F.relu(self.to_attribute[0](x_user, x_attr, edges))        # (A, hidden)
+        users = self.to_user[1](h_attr, h_user, back)                       # (U, out)
+        attributes = self.to_attribute[1](h_user, h_attr, edges)            # (A, out)
+        return users, attributes, [x_attr, h_attr]
+
+
+def embed_new_user(sage, states, users, attributes):
+    """Embeddings (N, out) of users the graph has never seen, from likes and dislikes alone,
+    without retraining.
+
+    users: list[User]; attributes: the graph's names; states: the third value of `sage(...)` on the
+    stored graph. Each starts as the zero vector (paper) and only listens: attributes do not hear
+    it, so nobody's embedding depends on who else asks (ours)."""
+    x_attr, h_attr = states
+    back = edges_of(users, attributes)[[1, 0, 2]].to(x_attr.device)
+    zero = x_attr.new_zeros(len(users), x_attr.shape[1])                    # (N, F)
+    h = F.relu(sage.to_user[0](x_attr, zero, back))                         # (N, hidden)
+    return sage.to_user[1](h_attr, h, back)                                 # (N, out)
+
+
+# ---- pretraining: like or dislike is a binary classification of edges (App. B) -------------------
 
 class EdgeDecoder(nn.Sequential):
     """Does u like a? Two linear layers on the pair of embeddings; dropped after pretraining."""
+
     def __init__(self, dim, hidden_dim):
         super().__init__(nn.Linear(2 * dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1))
 
     def forward(self, users, attributes):
-        return super().forward(torch.cat([users, attributes], -1)).squeeze(-1)                          # (E,)
+        return super().forward(torch.cat([users, attributes], -1)).squeeze(-1)     # (E,)
 
-def embed_new_user(sage, states, users, attributes):
-    """Embeddings (N,out) of users the graph has never seen, from likes and dislikes alone, without retraining.
-
-    users list[User]; attributes and states: the graph's attribute names and the third value of `sage(...)` on the stored graph.
-    Each starts as the zero vector (paper) and only listens: attributes do not hear it, so nobody's embedding depends on who else asks (ours)."""
-    back = edges_of(users, attributes)[[1, 0, 2]].to(states[0].device)
-    h = F.relu(sage.to_user[0](states[0], states[0].new_zeros(len(users), states[0].shape[1]), back))   # (N, hidden)
-    return sage.to_user[1](states[1], h, back)
 
 class EdgeModel(nn.Module):
-    """What pretraining trains: user vectors, encoder, decoder. Like or dislike is a binary classification of edges (App. B).
-    Ours: user vectors start at N(0, .01) and each row is dropped with probability `drop`, so that a new user's zero vector is nothing new."""
+    """What pretraining trains: user vectors, encoder, decoder. Ours: user vectors start at
+    N(0, .01), and each is dropped with probability `drop`: a new user's zero is nothing new."""
+
     def __init__(self, graph, hidden_dim=64, out_dim=64, signed=True, drop=0.9, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         width = graph.features.shape[1]
-        self.graph, self.drop, self.seed = graph, drop, seed
+        self.graph = graph
+        self.drop = drop
         self.vectors = nn.Parameter(torch.randn(len(graph.users), width) * 0.01)
         self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
         self.decoder = EdgeDecoder(out_dim, hidden_dim)
-        order = torch.randperm(graph.edges.shape[1], generator=torch.Generator().manual_seed(seed))
-        a, b = int(0.6 * len(order)), int(0.8 * len(order))                                             # 60/20/20
-        self.split = {"train": graph.edges[:, order[:a]], "val": graph.edges[:, order[a:b]], "test": graph.edges[:, order[b:]]}
+        count = graph.edges.shape[1]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        train, val, test = order.tensor_split([int(0.6 * count), int(0.8 * count)])    # 60/20/20
+        self.split = {"train": graph.edges[:, train], "val": graph.edges[:, val],
+                      "test": graph.edges[:, test]}
 
-    def logits(self, messages, edges, vectors):
+    def logits(self, messages, asked, vectors):
+        """Edges that carry `messages` (3, E'), edges `asked` about (3, E) -> (E,)."""
         users, attributes, _ = self.sage(vectors, self.graph.features, messages)
-        return self.decoder(F.embedding(edges[0], users), F.embedding(edges[1], attributes))            # (E,); users[edges[0]] has a gradient of random last bits
+        u = F.embedding(asked[0], users)            # users[asked[0]], but for its gradient's bits,
+        a = F.embedding(asked[1], attributes)       # which then differ from run to run
+        return self.decoder(u, a)
 
-    def loss(self, step):
-        """Scalar: in each epoch 70 % of the training edges carry messages and the other 30 % are asked about. Random draws depend on (seed, step) alone."""
-        edges, g = self.split["train"], torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        order = torch.randperm(edges.shape[1], generator=g)
+    def draw(self, generator):
+        """An epoch's random part: an order of the training edges (E,), which users stay (U, 1)."""
+        order = torch.randperm(self.split["train"].shape[1], generator=generator)
+        stay = torch.rand(len(self.vectors), 1, generator=generator) >= self.drop
+        return order, stay
+
+    def loss(self, order, stay):
+        """Scalar. 30 % of the training edges are asked about, the others carry messages."""
+        edges = self.split["train"]
         cut = max(1, int(0.3 * len(order)))
-        keep = (torch.rand(len(self.vectors), 1, generator=g) >= self.drop).to(self.vectors)
-        asked, messages = edges[:, order[:cut]], edges[:, order[cut:]]
-        return F.binary_cross_entropy_with_logits(self.logits(messages, asked, self.vectors * keep), (asked[2] > 0).float())
+        asked = edges[:, order[:cut]]
+        messages = edges[:, order[cut:]]
+        logits = self.logits(messages, asked, self.vectors * stay.to(self.vectors))
+        return F.binary_cross_entropy_with_logits(logits, (asked[2] > 0).float())
 
     @torch.no_grad()
-    def evaluate(self, name):
-        """{accuracy, auc} on the edges of one part ("val", "test"); only training edges carry messages."""
-        score, liked = self.logits(self.split["train"], self.split[name], self.vectors), self.split[name][2] > 0
-        return {"accuracy": ((score > 0) == liked).float().mean().item(), "auc": auc(score, liked)}
+    def evaluate(self, part):
+        """{accuracy, auc} on the edges of "val" or "test"; only training edges carry messages."""
+        edges = self.split[part]
+        liked = edges[2] > 0
+        score = self.logits(self.split["train"], edges, self.vectors)
+        accuracy = ((score > 0) == liked).float().mean().item()
+        return {"accuracy": accuracy, "auc": auc(score, liked)}
+
 
 def auc(score, positive):
-    """Chance that a positive scores above a negative, ties one half; nan where one of the two kinds is missing."""
-    high, low = score[positive], score[~positive].sort().values
-    twice = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)                   # negatives below, and below or equal
-    return (twice.double().sum() / (2 * len(high) * len(low))).item()
+    """Chance that a positive scores above a negative, a tie one half; nan without one of them."""
+    high = score[positive]
+    low = score[~positive].sort().values
+    below = torch.searchsorted(low, high)
+    not_above = torch.searchsorted(low, high, right=True)
+    return ((below + not_above).double().sum() / (2 * len(high) * len(low))).item()
 
-def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9, weight_decay=1e-2, seed=0):
-    """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). train.py runs the same loss with checkpoints; this is the whole of it."""
-    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop, seed).to(graph.features.device)
+
+def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9,
+             weight_decay=1e-2, seed=0):
+    """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). `python train.py graph` runs the same
+    loss with checkpoints and a schedule; this is the whole of it."""
+    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
+    model.to(graph.features.device)
     net = [*model.sage.parameters(), *model.decoder.parameters()]
-    optimizer = torch.optim.Adam([{"params": net}, {"params": [model.vectors], "weight_decay": weight_decay}], lr=lr)
+    vectors = {"params": [model.vectors], "weight_decay": weight_decay}
+    optimizer = torch.optim.Adam([{"params": net}, vectors], lr=lr)
     for epoch in range(epochs):
-        loss = model.loss(epoch)
+        loss = model.loss(*model.draw(generator_for(seed, epoch)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model, model.evaluate("test")
 
+
+@dataclass
+class GraphSettings:
+    """Pretraining of the graph encoder.    miniature, paper (Table 12), what it is"""
+    users:        str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
+    embedder:     str   = flag("mini/qwen", "Linq-AI-Research/Linq-Embed-Mistral",
+                               "Qwen or Mistral that embeds the attributes' names")
+    hidden:       int   = flag(64, 1024, "width of the first SAGE layer and of the edge decoder")
+    out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
+    unsigned:     bool  = flag(False, False, "one kind of edge, likes and dislikes alike (paper)")
+    feature_norm: float = flag(4.0, 0.0, "length that centred name embeddings get (ours); 0: as is")
+    drop:         float = flag(0.9, 0.0, "chance that a user's vector sits out an epoch (ours)",
+                               bounds=(0, 1))
+    steps:        int   = flag(300, 150, "epochs over the whole graph")
+    lr:           float = flag(5e-3, 3e-5, "peak learning rate")
+    weight_decay: float = flag(1e-2, 0.0, "AdamW's, of the user vectors only (ours)")
+    clip:         float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
+    seed:         int   = flag(0, 0, "of everything random")
+    device:       str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+    batch = micro = 1           # an item is the whole graph
+    warmup = 0
+
+
+class GraphPretraining:
+    """`python train.py graph`: pretraining as something that train.py can train."""
+    items = 1
+
+    def __init__(self, settings):
+        self.settings = settings
+        device = pick_device(settings.device)
+        users = read_users(settings.users)
+        names = attribute_names(users)
+        if not names:
+            raise ValueError(f"{settings.users} holds no user who likes or dislikes anything")
+        embedder = Qwen.load(settings.embedder, device)
+        features = embed_texts(embedder, Tokenizer.load(settings.embedder), names).cpu()   # (A, F)
+        if settings.feature_norm:
+            centred = features - features.mean(0)
+            features = F.normalize(centred, dim=-1) * settings.feature_norm
+        self.model = EdgeModel(
+            PreferenceGraph.build(users, names, features), settings.hidden, settings.out_dim,
+            signed=not settings.unsigned, drop=settings.drop, seed=settings.seed).to(device)
+        for part, edges in self.model.split.items():
+            self.model.split[part] = edges.to(device)
+
+    def parameter_groups(self):
+        net = [(n, p) for n, p in self.model.named_parameters() if n != "vectors"]
+        vectors = [("vectors", self.model.vectors)]
+        return [{"params": net, "weight_decay": 0.0}, {"params": vectors}]
+
+    def draw(self, indices, generator):
+        return [self.model.draw(generator) for _ in indices]
+
+    def loss(self, rows):
+        (epoch,) = rows
+        return self.model.loss(*epoch), {}
+
+    def describe(self, rows):
+        return f"{self.settings.users}, lines 1 to {len(self.model.graph.users)}"
+
+    def save(self, folder):
+        """collaborative.safetensors, and how well held-out edges are told apart: report.json."""
+        tensors = self.model.state_dict()
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
+        settings = self.settings
+        config = {"kind": "graph", "hidden_dim": settings.hidden, "out_dim": settings.out_dim,
+                  "signed": not settings.unsigned, "soft": None}
+        save_graph(folder / "collaborative.safetensors", self.model.graph, tensors, config)
+        self.report = {}
+        for part in ("val", "test"):
+            for name, value in self.model.evaluate(part).items():
+                self.report[f"{part} {name}"] = value
+        (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def read_jsonl(path, optional=None, **fields):
+    """Rows of a JSON-lines file: dicts, their line number under "line".
+
+    Each must have `fields`, given as name=type (list: a list of strings), and may have `optional`,
+    given as {name: default}, of the default's type. Blank lines are skipped; what else does not
+    fit is a ValueError with file and line number."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    optional = optional or {}
+    kinds = fields | {name: type(default) for name, default in optional.items()}
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = {**optional, **json.loads(line), "line": number}
+            json.dumps(row, ensure_ascii=False).encode()        # half a surrogate pair is no text
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
+                             f"({error})") from None
+        for name, kind in kinds.items():
+            check_field(f"{path}:{number}", name, row.get(name), kind)
+        rows.append(row)
+    return rows
+
+
+def check_field(where, name, value, kind):
+    """ValueError unless `value` is of `kind`; a list must hold strings."""
+    fits = isinstance(value, kind)
+    if fits and kind is list:
+        fits = all(isinstance(item, str) for item in value)
+    if not fits:
+        wanted = "a list of strings" if kind is list else "a string"
+        raise ValueError(f'{where}: "{name}" must be {wanted}, got {json.dumps(value)[:60]}')
+
+
+def read_users(path):
+    """users.jsonl -> list[User], in file order. A name stands once; nothing is liked and disliked
+    at once; what is said twice counts once."""
+    users = {}
+    for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
+        name = row["user"]
+        likes = list(dict.fromkeys(row["likes"]))
+        dislikes = list(dict.fromkeys(row["dislikes"]))
+        both = sorted(set(likes) & set(dislikes))
+        if both or name in users:
+            what = f"likes and dislikes {both[0]!r}" if both else "appears twice"
+            raise ValueError(f"{path}:{row['line']}: user {name!r} {what}")
+        users[name] = User(name, likes, dislikes, row["hidden"])
+    return list(users.values())
+
+
+def save_graph(file, graph, tensors, config):
+    """collaborative.safetensors: all that embeds a new user. Weights, node vectors, attribute
+    features and edges are tensors; names and sizes (`config`) stand in its metadata."""
+    about = {"users": graph.users, "attributes": graph.attributes, "config": config}
+    tensors = {**tensors, "graph.edges": graph.edges.int()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, file, {"collaborative": json.dumps(about)})      # one key: a fixed order
+
+
+def load_graph(file):
+    """-> (PreferenceGraph, {name: tensor} of the other weights, config). ValueError when there is
+    no such file, or its edges lead nowhere."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file; `python train.py graph`, then "
+                         "`python train.py cdpo`, write it")
+    with reading(file), safe_open(file, "pt") as stored:
+        about = json.loads(stored.metadata()["collaborative"])
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        edges = tensors.pop("graph.edges").long()
+        features = tensors["graph.features"]
+        graph = PreferenceGraph(about["users"], about["attributes"], edges, features)
+        if graph.signs().shape[1] != len(features):                 # signs() checks the edges, too
+            raise ValueError(f"it names {len(graph.attributes)} attributes and has features "
+                             f"of {len(features)}")
+    return graph, tensors, about["config"]
+
+
 if __name__ == "__main__":
-    names = ["neon", "chrome", "city", "wood", "forest", "leaf"]                                        # two tastes, three attributes each
-    people = [User(f"u{i}", names[:3], names[3:]) if i % 2 else User(f"u{i}", names[3:], names[:3]) for i in range(60)]
-    toy = PreferenceGraph.build(people, names, torch.randn(6, 16, generator=torch.Generator().manual_seed(0)))
+    tastes = [["neon", "chrome", "city"], ["wood", "forest", "leaf"]]
+    people = [User(f"u{i}", tastes[i % 2], tastes[1 - i % 2]) for i in range(60)]
+    names = [*tastes[0], *tastes[1]]
+    features = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    toy = PreferenceGraph.build(people, names, features)
     model, held_out = pretrain(toy, epochs=60)
-    new = embed_new_user(model.sage, model.sage(model.vectors, toy.features, toy.edges)[2], [User("new", ["wood"], ["neon"])], names)
-    print(f"like or dislike on held-out edges: accuracy {held_out['accuracy']:.3f}, AUC {held_out['auc']:.3f}")
-    print("u1 is most like", [toy.users[i] for i in similar_users(toy.signs(), 3, "signed")[0][1]], "| a new user is", tuple(new.shape))
+    states = model.sage(model.vectors, toy.features, toy.edges)[2]
+    new = embed_new_user(model.sage, states, [User("new", ["wood"], ["neon"])], names)
+    index, score = similar_users(toy.signs(), 3, "signed")
+    print("like or dislike on held-out edges:", held_out)
+    print("u1 is most like", [toy.users[i] for i in index[1]], "| a new user is", tuple(new.shape))

@@ -1,8 +1,21 @@
-"""Qwen2.5 in plain torch: the checked checkpoint loader, tokenizer and chat template, forward pass, KV cache, batched generation.
+"""Qwen2.5 in plain torch: the model, generation with a KV cache, tokenizer and chat template.
 
-Reads Qwen2 and Mistral checkpoints as they are published; every size comes from their config.json, every parameter has its name there.
-Conventions: B batch, T new tokens, S all tokens so far, D width, H heads, G key/value heads, d width of a head, V vocabulary.
-attention_mask is (B, S), 1 for a token and 0 for padding, which may stand on either side. Try it: python qwen.py
+Qwen2 and Mistral checkpoints are read as they are published: every size comes from config.json,
+and every parameter has its published name. The file goes from the model to its surroundings:
+
+    the model                  Config, RMSNorm, RoPE, Attention, MLP, Layer, Decoder, Qwen
+    embedding and generation   embed_texts, sample, generate
+    a faster matrix product    for frozen weights on a CPU; a first reading may skip it
+    tokenizer                  Tokenizer
+    reading of checkpoints     resolve, read_json, read_tensors, check_fit, load_checkpoint
+    what all stages share      settings and flags, devices, seeds, processes, writing of files
+
+Conventions. B batch, T new tokens, S all tokens so far (without a cache S = T), D width,
+H heads, G key/value heads, d width of a head, V vocabulary. A comment at the end of a line says
+the shape of what the line computes. `attention_mask` is (B, S), 1 for a token and 0 for padding,
+which may stand on either side.
+
+Try it:  python qwen.py
 """
 import contextlib
 import hashlib
@@ -22,25 +35,443 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---- tokenizer ---------------------------------------------------------------------------------------------------------------
+
+# ---- the model ---------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    """What config.json says, in the words of the code below."""
+    vocab: int                    # V
+    width: int                    # D
+    inner: int                    # width inside the MLP
+    layers: int
+    heads: int                    # H
+    kv_heads: int                 # G
+    head_dim: int                 # d
+    eps: float                    # of RMSNorm
+    theta: float                  # base of RoPE's frequencies
+    qkv_bias: bool                # Qwen2 has it, Mistral has not
+    tied: bool                    # the head is the embedding
+    headless: bool                # an embedding model, stored without head
+    window: int | None            # Mistral's sliding window; longer texts are refused
+    eos: tuple                    # ids that end an answer
+
+    @classmethod
+    def read(cls, path):
+        """From config.json and generation_config.json in the folder `path`. ValueError for a model
+        type, rope scaling, activation or attention that is not written here."""
+        file = Path(path) / "config.json"
+        c = read_json(file)
+        kind = c.get("model_type")
+        rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        qkv_bias = choose(f"{file}: model_type", kind, {"qwen2": True, "mistral": False})
+        choose(f"{file}: rope scaling", scaling, {"default": None})
+        choose(f"{file}: hidden_act", c.get("hidden_act", "silu"), {"silu": F.silu})
+        choose(f"{file}: use_sliding_window", c.get("use_sliding_window"), {None: 0, False: 0})
+
+        heads = c["num_attention_heads"]
+        generation = read_json(file.with_name("generation_config.json"), {})
+        eos = generation.get("eos_token_id", c.get("eos_token_id"))
+        if not isinstance(eos, list):
+            eos = [] if eos is None else [eos]
+        return cls(
+            vocab=c["vocab_size"],
+            width=c["hidden_size"],
+            inner=c["intermediate_size"],
+            layers=c["num_hidden_layers"],
+            heads=heads,
+            kv_heads=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            eps=float(c["rms_norm_eps"]),
+            theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)),
+            qkv_bias=qkv_bias,
+            tied=c.get("tie_word_embeddings", False),
+            headless=(c.get("architectures") or [""])[0].endswith("Model"),
+            window=c.get("sliding_window") if kind == "mistral" else None,
+            eos=tuple(map(int, eos)),
+        )
+
+
+class RMSNorm(nn.RMSNorm):
+    """weight * x / sqrt(mean(x^2) + eps): the mean in fp32, the weight after the cast back."""
+
+    def forward(self, x):
+        normal = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return self.weight * normal.to(x.dtype)
+
+
+def rope_tables(positions, head_dim, theta):
+    """Rotary position embedding: cos and sin (B, 1, T, d), in fp32, for positions (B, T).
+
+    Two dims of a query or key are a point in a plane; the token at position p has it turned by
+    p * frequency. So a query times a key depends on their distance alone. Which two dims? Qwen
+    couples dim i with i + d/2. For d = 8, where dims of one letter turn together:
+
+        dim               0   1   2   3   4   5   6   7
+        here              a   b   c   d   a   b   c   d        x1 = dims 0-3, x2 = dims 4-7
+        in flux.py        a   a   b   b   c   c   d   d        neighbours
+    """
+    dims = torch.arange(0, head_dim, 2, device=positions.device)
+    frequency = theta ** -(dims / head_dim)                                # (d/2,): a b c d
+    frequency = torch.cat([frequency, frequency])                          # (d,)
+    angle = positions[:, None, :, None].float() * frequency                # (B, 1, T, d)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]: queries or keys x (B, H or G, T, d)."""
+    x1, x2 = x.chunk(2, dim=-1)                                            # (B, H or G, T, d/2)
+    turned = torch.cat([-x2, x1], dim=-1)                                  # by 90 degrees
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
+
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is True for what a token
+    sees; None: every token up to itself.
+    """
+    if q.shape[2] != 1:
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    # One token: the heads that share a key become that key's queries. So no key is repeated, which
+    # in bf16 on a CPU is 10 times faster.
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[3])                      # (B, G, H/G, d)
+    return F.scaled_dot_product_attention(grouped, k, v, mask).reshape(q.shape)
+
+
+class Attention(nn.Module):
+    """Self-attention. `Linear` is nn.Linear, only faster on some CPUs (its section says how)."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        queries = c.heads * c.head_dim
+        keys = c.kv_heads * c.head_dim
+        self.q_proj = Linear(c.width, queries, bias=c.qkv_bias)
+        self.k_proj = Linear(c.width, keys, bias=c.qkv_bias)
+        self.v_proj = Linear(c.width, keys, bias=c.qkv_bias)
+        self.o_proj = Linear(queries, c.width, bias=False)
+
+    def split(self, x):
+        """(B, T, heads * d) -> (B, heads, T, d)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x, rope, mask, past, places):
+        """x (B, T, D) -> (B, T, D). `past` (2, B, G, S, d): keys and values of all tokens so far,
+        where the new ones go to `places` (T,); None: there is no cache."""
+        q = rotate(self.split(self.q_proj(x)), *rope)                      # (B, H, T, d)
+        k = rotate(self.split(self.k_proj(x)), *rope)                      # (B, G, T, d)
+        v = self.split(self.v_proj(x))                                     # (B, G, T, d)
+        if past is not None:
+            k, v = past.index_copy_(3, places, torch.stack([k, v]))        # (B, G, S, d)
+        y = attend(q, k, v, mask)                                          # (B, H, T, d)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                   # (B, T, D)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.width, c.inner, bias=False)
+        self.up_proj = Linear(c.width, c.inner, bias=False)
+        self.down_proj = Linear(c.inner, c.width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))      # (B, T, D)
+
+
+class Layer(nn.Module):
+    """Attention, then MLP, each on normalised states and added to what was there before."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.width, c.eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.width, c.eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, *context):
+        """x (B, T, D) -> (B, T, D); `context`: what Attention takes beside x."""
+        x = x + self.self_attn(self.input_layernorm(x), *context)          # (B, T, D)
+        return x + self.mlp(self.post_attention_layernorm(x))              # (B, T, D)
+
+
+class Cache:
+    """Keys and values of the tokens so far, in buffers for `length` tokens. Their shape never
+    changes, nor does a step of decoding: `model.model.compile()` makes it one graph."""
+
+    def __init__(self, c, batch, length, device, dtype):
+        shape = (c.layers, 2, batch, c.kv_heads, length, c.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.held = torch.zeros((), dtype=torch.long, device=device)       # how many tokens so far
+
+
+def mask_and_positions(attention_mask, places, total):
+    """What each new token sees, and its position in its row's text, where padding does not count.
+
+    `places` (T,): where the new tokens stand among the `total` S. attention_mask:
+        None            no padding, or none that stands before a token
+        (B, up to S)    0 for padding; what stands behind its end are tokens
+        (B, 1, T, S)    what each token sees, and how many others these are is its position: so
+                        several continuations of a prompt can share a row
+    -> mask (B, 1, T, S), True for what is seen, or None as in `attend`; positions (B, T).
+    """
+    if attention_mask is None:
+        return None, places[None]
+    if attention_mask.ndim == 4:
+        return attention_mask, attention_mask[:, 0].sum(-1) - 1
+    real = F.pad(attention_mask.bool(), (0, total - attention_mask.shape[1]), value=True)
+    query = places[:, None]                                                # (T, 1)
+    key = torch.arange(total, device=real.device)                          # (S,)
+    visible = real[:, None, None] | (key == query)    # padding sees itself: an empty row gives NaN
+    positions = (real.cumsum(-1) - 1).clamp(min=0)                         # (B, S)
+    return (key <= query) & visible, positions[:, places]
+
+
+class Decoder(nn.Module):
+    """The transformer without its head. `checkpointing = True` recomputes each layer in the
+    backward pass instead of storing what is inside."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.eps)
+
+    def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
+        """Token ids (B, T) or vectors (B, T, D) -> hidden states (B, T, D).
+
+        attention_mask as in mask_and_positions; with a cache it begins with the tokens held there.
+        ValueError for more tokens than the sliding window."""
+        c = self.config
+        x = self.embed_tokens(ids) if embeds is None else embeds           # (B, T, D)
+        T = x.shape[1]
+        S = cache.kv.shape[-2] if cache else T
+        if c.window and S > c.window:
+            raise ValueError(f"{S} tokens do not fit the model's sliding window of {c.window}")
+        places = torch.arange(T, device=x.device)
+        if cache:
+            places = places + cache.held
+            cache.held += T
+            if attention_mask is None:
+                attention_mask = torch.ones(1, S, device=x.device)
+        mask, positions = mask_and_positions(attention_mask, places, S)
+        rope = rope_tables(positions, c.head_dim, c.theta)
+        for i, layer in enumerate(self.layers):
+            context = (rope, mask, cache and cache.kv[i], places)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *context, use_reentrant=False)
+            else:
+                x = layer(x, *context)                                     # (B, T, D)
+        return self.norm(x)
+
+
+class Qwen(nn.Module):
+    """Decoder and head. `model.model` gives hidden states, and `model.lm_head` their logits; it is
+    None in an embedding model."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if config.headless:
+            self.lm_head = None
+
+    def forward(self, ids=None, attention_mask=None, embeds=None):
+        """Token ids (B, T) or vectors (B, T, D) -> logits (B, T, V)."""
+        return self.lm_head(self.model(ids, embeds, attention_mask))
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve,
+        Config.read and load_checkpoint."""
+        path = resolve(path, ["*.json", "*.safetensors"])
+        with reading(path), on_meta():
+            model = cls(Config.read(path))
+        load_checkpoint(model, path, cls.rename)
+        return model.to(device, dtype).eval().requires_grad_(False)
+
+    @staticmethod
+    def rename(stored):
+        """Embedding models are stored without the prefix "model."."""
+        return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
+
+
+# ---- embedding and generation ------------------------------------------------------------------
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, texts, batch_size=32):
+    """Last-token hidden states of `texts`, L2-normalised in fp32 -> (N, D). ValueError for a text
+    without tokens."""
+    vectors = []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start:start + batch_size]
+        rows = [torch.tensor(tokenizer.encode(text)) for text in part]
+        last = [len(row) - 1 for row in rows]
+        if -1 in last:
+            raise ValueError(f"a text without tokens has no embedding: {part}")
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)            # (B, T), pads at right
+        hidden = model.model(ids.to(model.model.embed_tokens.weight.device))    # (B, T, D)
+        vectors.append(hidden[torch.arange(len(rows)), last])              # (B, D)
+    return F.normalize(torch.cat(vectors).float(), dim=-1)
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """One token a row from logits (B, V) -> (B,). Temperature 0 takes the likeliest. Otherwise the
+    top_k likeliest stay (0: all), of these the fewest that together reach probability top_p, and
+    one of them is drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]                          # (B, 1)
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        p, token = logits.softmax(-1).sort(descending=True)                # (B, V), likeliest first
+        before = p.cumsum(-1) - p                                          # of all likelier ones
+        reached = before >= max(top_p, 1e-9)                               # never before the first
+        outside = reached.scatter(-1, token, reached)                      # (B, V), by token
+        logits = logits.masked_fill(outside, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def next_logits(model, x, mask, cache):
+    """Reads x (B, T, D) into the cache -> logits (B, V), in fp32, of the token that follows in each
+    row. At first x is the prompt (prefill), whose mask is (B, T), then one token a row (decode).
+    ValueError where the logits are not finite."""
+    T = x.shape[1]
+    hidden = model.model(embeds=x, attention_mask=mask, cache=cache)       # (B, T, D)
+    newest = T - 1 - mask[:, -T:].flip(1).argmax(1)                        # (B,): no padding there
+    hidden = hidden[torch.arange(len(x), device=x.device), newest]         # (B, D)
+    logits = model.lm_head(hidden).float()
+    if not logits.isfinite().all():
+        raise ValueError("the language model's logits are not finite: a spoiled checkpoint or "
+                         "adapter, or numbers too large for its type")
+    return logits
+
+
+def penalise(logits, seen, penalty):
+    """Repetition penalty (CTRL's, as in transformers): tokens that stand in the row already become
+    less likely. logits (B, V); seen (B, V), how often each stands there -> (B, V)."""
+    if penalty == 1:
+        return logits
+    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen > 0, lower, logits)
+
+
+def extend(answers, running, token, eos):
+    """Appends token (B,) to the `answers` (B lists of ids) of the rows that are still `running`.
+    An answer ends before its first end token."""
+    for row, new in enumerate(token.tolist()):
+        if new in eos:
+            running.discard(row)
+        if row in running:
+            answers[row].append(new)
+
+
+@torch.inference_mode()
+def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0,
+             top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+    """Continues prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> B lists
+    of new ids, each ending before its eos.
+
+    repetition_penalty counts the prompt's ids and the new ones, never padding or vectors. Sampling
+    draws from `generator` only."""
+    x = model.model.embed_tokens(ids) if embeds is None else embeds        # (B, T, D)
+    B, T, _ = x.shape
+    if attention_mask is None:
+        attention_mask = torch.ones(B, T, device=x.device)
+    mask = attention_mask.float()                                          # (B, T)
+    seen = torch.zeros(B, model.config.vocab, device=x.device)             # how often in the row
+    if ids is not None:
+        seen.scatter_add_(1, ids, mask)
+    cache = Cache(model.config, B, T + max_new_tokens, x.device, x.dtype)
+
+    answers = [[] for _ in range(B)]
+    running = set(range(B))                                                # rows without end so far
+    for _ in range(max_new_tokens):
+        logits = next_logits(model, x, mask, cache)                        # (B, V)
+        logits = penalise(logits, seen, repetition_penalty)
+        token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
+        extend(answers, running, token, model.config.eos)
+        if not running:
+            break
+        seen.scatter_(1, token[:, None], 1.0)
+        x = model.model.embed_tokens(token[:, None])                       # (B, 1, D)
+    return answers
+
+
+# ---- a faster matrix product for frozen weights on a CPU ----------------------------------------
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b by oneDNN, where W and b need no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, attr="none", scalars=[], algorithm="")
+
+    @staticmethod
+    def backward(ctx, grad):
+        return FrozenProduct.apply(grad, ctx.saved_tensors[0].T, None), None, None
+
+
+def linear(x, weight, bias=None):
+    """x W^T + b: F.linear. But in fp32 on a CPU a large frozen W goes to oneDNN, since F.linear
+    uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long. torch.compile
+    chooses by itself."""
+    fp32 = x.dtype == weight.dtype == torch.float32
+    frozen = not (weight.requires_grad and torch.is_grad_enabled())
+    slow = fp32 and frozen and weight.is_cpu and weight.numel() > 2 ** 18
+    if slow and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+        return FrozenProduct.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by way of `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------
+
+@dataclass
 class Tokenizer:
-    """tokenizer.json, with Qwen's chat template written out."""
-    def __init__(self, fast, end):
-        self.fast, self.end = fast, end                   # end: [the id that ends every text of an embedding model], or []
+    """tokenizer.json, with Qwen2.5's chat template written out."""
+    fast: FastTokenizer
+    end: list                     # [the id that ends every text of an embedding model], or []
 
     @classmethod
     def load(cls, path):
-        """From the folder or hub repository that holds tokenizer.json (and tokenizer_config.json, of which only add_eos_token counts)."""
+        """From the folder or hub repository that holds tokenizer.json. Of tokenizer_config.json
+        only add_eos_token counts: e5-mistral's tokenizer.json leaves that end token out, and it is
+        the last token whose state embeds a text."""
         path = resolve(path, ["tokenizer*.json"])
-        with reading(path / "tokenizer.json"):
-            fast = FastTokenizer.from_file(str(path / "tokenizer.json"))
-        fast.no_padding(), fast.no_truncation()
+        file = path / "tokenizer.json"
+        with reading(file):
+            fast = FastTokenizer.from_file(str(file))
+        fast.no_padding()
+        fast.no_truncation()
         config = read_json(path / "tokenizer_config.json", {})
-        eos = config.get("eos_token") if config.get("add_eos_token") else None      # e5-mistral's tokenizer.json leaves it out, and the last token is what counts
-        return cls(fast, [fast.token_to_id(eos["content"] if isinstance(eos, dict) else eos)] if eos else [])
+        eos = config.get("add_eos_token") and config.get("eos_token")
+        if isinstance(eos, dict):
+            eos = eos["content"]
+        return cls(fast, [fast.token_to_id(eos)] if eos else [])
 
     def encode(self, text):
-        """list[int]; special tokens written in the text count as such, and the tokenizer's own (Mistral's <s>) are added."""
+        """list[int]; special tokens written in the text count as such, and the tokenizer's own
+        (Mistral's <s>) are added."""
         ids = self.fast.encode(text).ids
         return ids if ids[-1:] == self.end else ids + self.end
 
@@ -48,303 +479,115 @@ class Tokenizer:
         return self.fast.decode(list(ids), skip_special_tokens=True)
 
     def chat(self, messages, add_generation_prompt=True):
-        """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in Qwen2.5's template."""
-        if unknown := {m["role"] for m in messages} - {"system", "user", "assistant"}:
-            raise ValueError(f"unknown role {unknown}: allowed are system, user, assistant")
+        """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in
+        Qwen2.5's template. ValueError for another role."""
+        text = ""
         if not messages or messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}, *messages]
-        text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-        return self.encode(text + "<|im_start|>assistant\n" * add_generation_prompt)
+            text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+                    "You are a helpful assistant.<|im_end|>\n")
+        for message in messages:
+            role = message["role"]
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"unknown role {role!r}: allowed are system, user, assistant")
+            text += f"<|im_start|>{role}\n{message['content']}<|im_end|>\n"
+        if add_generation_prompt:
+            text += "<|im_start|>assistant\n"
+        return self.encode(text)
 
-# ---- model -------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Config:
-    """What config.json says, in the words of the code below."""
-    vocab: int
-    width: int                    # D
-    inner: int                    # width inside the MLP
-    layers: int
-    heads: int                    # H
-    kv_heads: int                 # G
-    head_dim: int                 # d
-    eps: float
-    theta: float                  # base of RoPE's frequencies
-    qkv_bias: bool
-    tied: bool                    # the head is the embedding
-    headless: bool                # an embedding model, stored without head
-    window: int | None            # Mistral's sliding window; longer texts are refused, shorter ones never notice it
-    eos: tuple                    # ids that end an answer
 
-    @classmethod
-    def read(cls, path):
-        """From config.json and generation_config.json; ValueError for a model type, rope scaling or activation that is not written here."""
-        c = read_json(Path(path) / "config.json")
-        kind, rope = c.get("model_type"), c.get("rope_parameters") or c.get("rope_scaling") or {}
-        for name, value, allowed in (("model_type", kind, ("qwen2", "mistral")), ("rope scaling", rope.get("rope_type", rope.get("type", "default")), ("default",)),
-                                     ("hidden_act", c.get("hidden_act", "silu"), ("silu",)), ("use_sliding_window", c.get("use_sliding_window", False), (False, None))):
-            if value not in allowed:
-                raise ValueError(f"{path}/config.json: {name} {value!r}, allowed: {', '.join(map(repr, allowed))}")
-        eos = read_json(Path(path) / "generation_config.json", {}).get("eos_token_id", c.get("eos_token_id"))
-        return cls(vocab=c["vocab_size"], width=c["hidden_size"], inner=c["intermediate_size"], layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
-                   kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
-                   eps=float(c["rms_norm_eps"]), theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)), qkv_bias=kind == "qwen2",
-                   tied=c.get("tie_word_embeddings", False), headless=(c.get("architectures") or ["ForCausalLM"])[0].endswith("Model"),
-                   window=c.get("sliding_window") if kind == "mistral" else None, eos=tuple(map(int, eos if isinstance(eos, list) else [] if eos is None else [eos])))
+# ---- reading of checkpoints --------------------------------------------------------------------
 
-class FrozenProduct(torch.autograd.Function):
-    """x W^T + b for a frozen W, by oneDNN."""
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        return FrozenProduct.apply(grad, ctx.saved_tensors[0].T, None), None, None
-
-def linear(x, weight, bias=None):
-    """x W^T + b. In fp32 on a CPU a large frozen W goes to oneDNN: F.linear uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long."""
-    frozen = not (weight.requires_grad and torch.is_grad_enabled()) and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    large = weight.numel() > 2 ** 18 and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()      # torch.compile chooses by itself
-    return (FrozenProduct.apply if frozen and large else F.linear)(x, weight, bias)
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)       # cast first, then the weight
-
-def rope_tables(positions, head_dim, theta):
-    """cos, sin (B, 1, T, d) in fp32. Qwen couples dim i with i + d/2:  [x1 x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device) / head_dim)     # (d/2,)
-    angle = positions[:, None, :, None].float() * torch.cat([frequency, frequency])              # (B, 1, T, d)
-    return angle.cos(), angle.sin()
-
-def rotate(x, cos, sin):
-    x1, x2 = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-x2, x1], dim=-1) * sin).to(x.dtype)
-
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (Linear(c.width, n * c.head_dim, bias=c.qkv_bias) for n in (c.heads, c.kv_heads, c.kv_heads))
-        self.o_proj = Linear(c.heads * c.head_dim, c.width, bias=False)
-
-    def forward(self, x, cos, sin, mask, past, new):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))   # (B, H or G, T, d)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:                                                                     # (2, B, G, S, d), of all tokens so far: the new ones go to places `new`
-            k, v = past.index_copy_(3, new, torch.stack([k, v]))                                 # (B, G, S, d)
-        if q.shape[2] == 1:             # one token: the heads that share a key become its queries, so no key is repeated (in bf16 on a CPU 10 times faster)
-            y = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, self.head_dim), k, v, mask).reshape(q.shape)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(y.transpose(1, 2).flatten(2))                                         # (B, T, D)
-
-class MLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj, self.up_proj = (Linear(c.width, c.inner, bias=False) for _ in range(2))
-        self.down_proj = Linear(c.inner, c.width, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))                       # SwiGLU
-
-class Layer(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.input_layernorm, self.self_attn = RMSNorm(c.width, c.eps), Attention(c)
-        self.post_attention_layernorm, self.mlp = RMSNorm(c.width, c.eps), MLP(c)
-
-    def forward(self, x, cos, sin, mask, past, new):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, past, new)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-class Cache:
-    """Keys and values in buffers for `length` tokens. Their shape never changes, nor does a step of decoding: `model.model.compile()` makes it one graph."""
-    def __init__(self, c, batch, length, device, dtype):
-        self.kv = torch.zeros(c.layers, 2, batch, c.kv_heads, length, c.head_dim, device=device, dtype=dtype)
-        self.held = torch.zeros((), dtype=torch.long, device=device)                             # tokens so far; Decoder.forward advances it
-
-class Decoder(nn.Module):
-    """The transformer without its head. `checkpointing = True` recomputes each layer in the backward pass."""
-    def __init__(self, c):
-        super().__init__()
-        self.config, self.checkpointing = c, False
-        self.embed_tokens = nn.Embedding(c.vocab, c.width)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.norm = RMSNorm(c.width, c.eps)
-
-    def forward(self, ids=None, embeds=None, attention_mask=None, cache=None):
-        """Token ids (B, T) or vectors (B, T, D) -> hidden states (B, T, D). With a cache, attention_mask covers old and new tokens. Padding on the right needs none.
-        A mask (B, 1, T, T) says which tokens each one sees, and how many others these are is its position: so several continuations of a prompt share a row."""
-        x, c = self.embed_tokens(ids) if embeds is None else embeds, self.config                 # (B, T, D)
-        new, S = torch.arange(x.shape[1], device=x.device), cache.kv.shape[-2] if cache else x.shape[1]
-        if c.window and S > c.window:
-            raise ValueError(f"{S} tokens do not fit the model's sliding window of {c.window}")
-        if cache:
-            new = new + cache.held                                                               # (T,) where the new tokens stand
-            cache.held += len(new)
-            attention_mask = torch.ones(1, S, device=x.device) if attention_mask is None else attention_mask
-        if attention_mask is None:
-            mask, positions = None, new[None]                                                    # (B, 1, T, S) or None, (B, T)
-        elif attention_mask.ndim == 4:
-            mask, positions = attention_mask, attention_mask[:, 0].sum(-1) - 1
-        else:
-            real, q, k = F.pad(attention_mask.bool(), (0, S - attention_mask.shape[1])), new[:, None], torch.arange(S, device=x.device)
-            mask = (k <= q) & (real[:, None, None] | (k == q))                                   # padding sees itself: an empty row would be NaN
-            positions = (real.cumsum(-1) - 1).clamp(min=0)[:, new]
-        cos, sin = rope_tables(positions, c.head_dim, c.theta)
-        for i, layer in enumerate(self.layers):
-            args = (x, cos, sin, mask, cache and cache.kv[i], new)
-            x = checkpoint(layer, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(*args)
-        return self.norm(x)
-
-class Qwen(nn.Module):
-    """Decoder and head: model(ids) -> logits (B, T, V). `model.model` gives hidden states, `model.lm_head` (None in an embedding model) logits."""
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.model = config, Decoder(config)
-        self.lm_head = None if config.headless else Linear(config.width, config.vocab, bias=False)
-        if config.tied and not config.headless:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    def forward(self, ids=None, attention_mask=None, embeds=None):
-        return self.lm_head(self.model(ids, embeds, attention_mask))
-
-    @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve, Config.read and load_checkpoint."""
-        path = resolve(path, ["*.json", "*.safetensors"])
-        with reading(path), torch.device("meta"), Unfilled():
-            model = cls(Config.read(path))
-        load_checkpoint(model, path, lambda name: name if name.startswith(("model.", "lm_head.")) else "model." + name)      # embedding models omit "model."
-        return model.to(device, dtype).eval().requires_grad_(False)
-
-@torch.no_grad()
-def embed_texts(model, tokenizer, texts, batch_size=32):
-    """Last-token hidden states of `texts`, L2-normalised in fp32 -> (N, D)."""
-    out, device = [], model.model.embed_tokens.weight.device
-    for i in range(0, len(texts), batch_size):
-        rows = [torch.tensor(tokenizer.encode(text), dtype=torch.long) for text in texts[i:i + batch_size]]
-        if not all(map(len, rows)):
-            raise ValueError(f"a text without tokens has no embedding: {texts[i:i + batch_size]}")
-        hidden = model.model(nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device))       # (B, T, D), padded on the right
-        out.append(F.normalize(hidden[torch.arange(len(rows)), [len(row) - 1 for row in rows]].float(), dim=-1))
-    return torch.cat(out)
-
-def sample(logits, temperature, top_k, top_p, generator):
-    """One token a row from logits (B, V) -> (B,): temperature, then top_k, then top_p; temperature 0 is greedy."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        outside = p.cumsum(-1) - p >= max(top_p, 1e-9)                                           # the tokens before it are enough; the first stays
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-@torch.inference_mode()
-def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
-    """Continue prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> list of B lists of new ids, each ending before its eos.
-    repetition_penalty counts the prompt's ids and the new ones, never padding or vectors. Sampling draws from `generator` only."""
-    x = model.model.embed_tokens(ids) if embeds is None else embeds                              # (B, T, D)
-    (B, T, _), device = x.shape, x.device
-    real = torch.ones(B, T, device=device) if attention_mask is None else attention_mask.float()                 # (B, T)
-    mask = F.pad(real, (0, max_new_tokens), value=1.0)                                           # (B, S)
-    last = torch.arange(B, device=device), (real * torch.arange(T, device=device)).argmax(-1)    # where each row's newest token stands in x
-    seen = torch.zeros(B, model.config.vocab, device=device)                                     # how often each token stands in the row
-    if ids is not None:
-        seen.scatter_add_(1, ids, real)
-    new, eos = torch.empty(B, 0, dtype=torch.long, device=device), torch.tensor(model.config.eos, device=device)
-    cache = Cache(model.config, B, T + max_new_tokens, device, x.dtype)
-    while new.shape[1] < max_new_tokens and not torch.isin(new, eos).any(-1).all():
-        logits = model.lm_head(model.model(embeds=x, attention_mask=mask, cache=cache)[last]).float()            # (B, V), of each row's newest token
-        if not logits.isfinite().all():
-            raise ValueError("the language model's logits are not finite: a spoiled checkpoint or adapter, or numbers too large for its type")
-        if repetition_penalty != 1:
-            logits = torch.where(seen > 0, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
-        token = sample(logits, temperature, top_k, top_p, generator)[:, None]                    # (B, 1)
-        new = torch.cat([new, token], dim=1)                                                     # (B, so far)
-        seen.scatter_(1, token, 1.0)
-        x, last = model.model.embed_tokens(token), (slice(None), 0)
-    return [row[:next((i for i, t in enumerate(row) if t in model.config.eos), len(row))] for row in new.tolist()]
-
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------
 def resolve(path_or_repo, patterns=None):
-    """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files matching `patterns`) -> Path; ValueError when it is neither."""
-    path, name = Path(os.path.expanduser(path_or_repo)), str(path_or_repo)
+    """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files
+    matching `patterns`) -> Path. ValueError when it is neither."""
+    name = str(path_or_repo)
+    path = Path(name).expanduser()
     if name and path.is_dir():
         return path
     if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
-        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
+        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form "
+                         "'owner/name'")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except OSError as error:                              # the hub's refusals, and a hub out of reach, are all OSErrors
-        advice = f"accept its licence at https://huggingface.co/{name} and set HF_TOKEN, or name a local folder with its files"
-        raise ValueError(f"cannot download {name} ({type(error).__name__}): {advice}") from error
+    except OSError as error:                              # whatever the hub refuses is an OSError
+        raise ValueError(f"cannot download {name} ({type(error).__name__}): accept its licence at "
+                         f"https://huggingface.co/{name} and set HF_TOKEN, or name a local folder "
+                         "with its files") from error
+
 
 @contextlib.contextmanager
 def reading(file):
-    """Whatever goes wrong inside, but for a full GPU, is the fault of `file`: a ValueError that names it (each reader trips over something else)."""
+    """Whatever goes wrong inside, but for a full GPU, is the fault of `file`: a ValueError that
+    names it. (Each reader trips over something else.)"""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(error, ValueError) and str(file) in str(error):
+        if isinstance(error, ValueError) and str(file) in str(error):
             raise
-        raise ValueError(f"{file} is truncated, absent or not what is expected: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{file} is truncated, absent or not what is expected: "
+                         f"{type(error).__name__}: {error}") from error
+
 
 def read_json(file, default=None):
-    """The JSON object in `file`, `default` where there is no file. ValueError naming a file that holds none, or counts layers that would take hours to build."""
+    """The JSON object in `file`, `default` where there is no file. ValueError naming a file that
+    holds none, or counts layers that would take hours to build."""
     if default is not None and not Path(file).is_file():
         return default
     with reading(file):
         value = json.loads(Path(file).read_text(encoding="utf-8"))
-        if vast := [f"{name} is {n}" for name, n in value.items() if "layers" in name and isinstance(n, int) and n > 1000]:
-            raise ValueError(f"{vast[0]}, allowed are at most 1000")
+        for name, count in value.items():
+            if "layers" in name and isinstance(count, int) and count > 1000:
+                raise ValueError(f"{name} is {count}, allowed are at most 1000")
         return value
 
+
 def read_tensors(path):
-    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor}, memory-mapped (the file never changes)."""
-    path, tensors = Path(path), {}
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor},
+    memory-mapped (the file never changes). ValueError naming what is absent or truncated."""
+    path = Path(path)
+    files = [path]
+    if not path.is_file():
+        files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of shards; found: {[f.name for f in files] or 'none'}")
-    if files[0].suffix == ".json":
-        with reading(files[0]):
-            files = [path / name for name in sorted(set(read_json(files[0])["weight_map"].values()))]
+        raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of "
+                         f"shards; found: {[file.name for file in files] or 'none'}")
+    index = files[0]
+    if index.suffix == ".json":
+        with reading(index):
+            shards = set(read_json(index)["weight_map"].values())
+            files = [path / name for name in sorted(shards)]
+    tensors = {}
     for file in files:
         with reading(file):
             tensors |= load_file(file)
     return tensors
 
+
 def check_fit(what, expected, stored, finite=False):
-    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other way round, of another shape, of integers, or (finite) nan or inf."""
-    faults = [f"missing {name}" for name in expected if name not in stored] + [f"unexpected {name}" for name in stored if name not in expected]
-    faults += [f"{name} has shape {tuple(t.shape)}, expected {tuple(expected[name].shape)}" for name, t in stored.items()
-               if name in expected and t.shape != expected[name].shape]
-    faults += [f"{name} is {t.dtype}, or not finite" for name, t in stored.items() if not t.is_floating_point() or finite and not t.float().isfinite().all()]
+    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other
+    way round, of another shape, of integers, or (finite) with nan or inf."""
+    faults = [f"missing {name}" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        if name not in expected:
+            faults.append(f"unexpected {name}")
+        elif tensor.shape != expected[name].shape:
+            faults.append(f"{name} has shape {tuple(tensor.shape)}, "
+                          f"expected {tuple(expected[name].shape)}")
+        if not tensor.is_floating_point() or finite and not tensor.float().isfinite().all():
+            faults.append(f"{name} is {tensor.dtype}, or not finite")
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
-class Unfilled(torch.overrides.TorchFunctionMode):
-    """In this context new modules, whose weights are about to be loaded, are not drawn at random: on the meta device torch imports its compiler (3 s) to do so."""
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
-def load_checkpoint(module, path, rename=lambda name: name):
-    """Strict copy of the checkpoint at `path` into `module`; a module on the meta device takes the memory-mapped tensors themselves.
-    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied parameters one name is enough. ValueError as in check_fit."""
-    own, first = module.state_dict(keep_vars=True), {}
-    main = {name: first.setdefault(id(tensor), name) for name, tensor in own.items()}            # tied parameters go by their first name
-    stored = {main.get(new, new): nn.Parameter(t, False) for name, t in read_tensors(path).items() if (new := rename(name))}
-    check_fit(path, {name: own[name] for name in first.values()}, stored)
-    module.load_state_dict({name: stored[main[name]] for name in own}, assign=any(t.is_meta for t in own.values()))
+class Unfilled(torch.overrides.TorchFunctionMode):
+    """In this context embeddings are not drawn at random: on the meta device torch imports its
+    compiler (3 s) to do so."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -361,46 +604,70 @@ def choose(name, value, allowed):
     return allowed[value]
 
 
+def load_checkpoint(module, path, rename=lambda name: name):
+    """Strict copy of the checkpoint at `path` into `module`. A module on the meta device takes the
+    memory-mapped tensors themselves.
+
+    `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied
+    parameters one name is enough. ValueError as in read_tensors and check_fit."""
+    stored = {}
+    for name, tensor in read_tensors(path).items():
+        name = rename(name)
+        if name:
+            stored[name] = nn.Parameter(tensor, False)
+    own = module.state_dict(keep_vars=True)
+    found = {id(own[name]): tensor for name, tensor in stored.items() if name in own}
+    for name, parameter in own.items():
+        if id(parameter) in found:                        # of tied parameters all names get it
+            stored[name] = found[id(parameter)]
+    check_fit(path, own, stored)
+    module.load_state_dict(stored, assign=any(tensor.is_meta for tensor in own.values()))
+
+
 # ---- what every stage of training and every script shares --------------------------------------
 
-def flag(mini, paper, about, **how):
+def flag(mini, paper, about, bounds=None, **how):
     """A row of a table of settings, as the field of a dataclass: the miniature's value, the
-    paper's, and what it is. `how`: of argparse's add_argument (choices, nargs, ...), and
-    `bounds` = (low, high) for a number; see `check_settings` for those that have none."""
-    return field(default=mini, metadata={"mini": mini, "paper": paper, "about": about, "how": how})
+    paper's, and what it is. `bounds`: (low, high) of a number, see `check_settings`; `how`: of
+    argparse's add_argument (choices, nargs, ...)."""
+    about = {"mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how}
+    return field(default=mini, metadata=about)
 
 
 def add_flags(parser, settings, preset="mini"):
-    """One --flag for each field of the dataclass `settings`, with the preset's column as default."""
+    """One --flag for each field of the dataclass `settings`; the preset's column is the default."""
     for row in fields(settings):
         value = row.metadata[preset]
+        about = row.metadata["about"]
         how = {"type": row.type, **row.metadata["how"]}
-        how.pop("bounds", None)
         if row.type is bool:
             how = {"action": "store_true"}
-        shown = "" if value in (None, "") or row.type is bool else f" (default: {value})"
-        name = "--" + row.name.replace("_", "-")
-        parser.add_argument(name, default=value, help=row.metadata["about"] + shown, **how)
+        elif value not in (None, ""):
+            about += f" (default: {value})"
+        parser.add_argument(f"--{row.name.replace('_', '-')}", default=value, help=about, **how)
 
 
 def check_settings(settings):
-    """ValueError for a number out of its bounds. Without bounds of its own an int is at least 1, a
-    float at least 0, and neither is beyond 1e13: AdamW's steps and seeds must fit."""
+    """ValueError for a number out of its bounds. Without bounds of its own a number is at least 0,
+    an int that is 0 in neither preset at least 1, and none is beyond 1e13: AdamW's steps must fit
+    into fp32, seeds into 64 bits."""
     for row in fields(settings):
         value = getattr(settings, row.name)
         if row.type not in (int, float) or value is None:
             continue
-        usual = (1 if row.type is int else 0, 10 ** 13)
-        low, high = row.metadata["how"].get("bounds", usual)
+        may_be_0 = row.type is float or 0 in (row.metadata["mini"], row.metadata["paper"])
+        usual = (0 if may_be_0 else 1, 10 ** 13)
+        low, high = row.metadata["bounds"] or usual
         if not low <= value <= high:
-            name = "--" + row.name.replace("_", "-")
-            raise ValueError(f"{name} is {value}; it must lie in {low} .. {high}")
+            raise ValueError(f"--{row.name.replace('_', '-')} is {value}; "
+                             f"it must lie in {low} .. {high}")
     return settings
 
 
 def settings_from(args, settings):
     """The fields of the dataclass `settings` out of parsed flags, checked."""
-    return check_settings(settings(**{row.name: getattr(args, row.name) for row in fields(settings)}))
+    values = {row.name: getattr(args, row.name) for row in fields(settings)}
+    return check_settings(settings(**values))
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -409,9 +676,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def pick_device(name):
     """`name`, or, where it is empty, the best device there is: under torchrun a GPU for each
     process. ValueError when torch cannot work there."""
-    several = WORLD > 1 and name in ("", "cuda") and torch.cuda.is_available()
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if several else name or best
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -481,6 +749,9 @@ def write_whole(folder, write, what):
 
 
 if __name__ == "__main__":
-    qwen, tokenizer = Qwen.load("mini/qwen"), Tokenizer.load("mini/qwen")
-    prompt = tokenizer.chat([{"role": "user", "content": "Suggest a single, cohesive image-editing instruction\nCaption: A white bowl in front of a grey wall"}])
-    print(f"{len(prompt)} tokens, continued by {tokenizer.decode(generate(qwen, torch.tensor([prompt]))[0])!r}")
+    qwen = Qwen.load("mini/qwen")
+    tokenizer = Tokenizer.load("mini/qwen")
+    caption = "Caption: A white bowl in front of a grey wall"
+    prompt = torch.tensor([tokenizer.chat([{"role": "user", "content": caption}])])
+    answer = tokenizer.decode(generate(qwen, prompt)[0])
+    print(f"{prompt.shape[1]} tokens, continued by {answer!r}")

@@ -1,26 +1,44 @@
-"""C-DPO and its baselines, side by side: what held-out users get in words and, painted, in pictures. Markdown tables, mean and standard deviation over training runs.
+"""C-DPO and its baselines, side by side: what held-out users get in words and, drawn, in pictures.
+Markdown tables, mean and standard deviation over training runs.
 
-    python bench/methods.py text                       # 7 methods x 3 seeds, each trained now unless it stands in --out: about half an hour on two cores
-    python bench/methods.py sweep --sweep lam,k        # C-DPO with other values of a flag, and what each gains over lambda 0 with the same seed
-    python bench/methods.py pictures                   # every edit of every held-out scene, and one picture a held-out user of each method's own instruction
+    python bench/methods.py text                  # 7 methods x 3 seeds: half an hour on two cores
+    python bench/methods.py sweep --sweep lam,k   # C-DPO with other values of a flag, and what each
+                                                  # gains over lambda 0 with the same seed
+    python bench/methods.py pictures              # every edit of every held-out scene, and for each
+                                                  # user a picture of each method's instruction
 
-They begin with what `python mini/world.py && python train.py graph && python train.py sft` wrote. Other flags are `train.py eval`'s (--users, --pairs, --qwen, --answers ...).
+They begin with what `python mini/world.py && python train.py graph && python train.py sft` wrote.
+A method is trained now unless its run stands in --out. Unknown flags are `train.py eval`'s.
 """
-import argparse, contextlib, functools, math, os, statistics, sys
+import argparse
+import contextlib
+import functools
+import math
+import os
+import statistics
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # as in edit.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import disable_progress_bars
 
 import train
+from cdpo import CONDITIONS, Evaluation, markdown_table
 from controlnet import FLUX_PARTS, canny, control_picture, render
-from qwen import resolve
+from flux import read_image
+from graph import User, read_jsonl, read_users
+from mini.judge import Judge
+from patch_dpo import read_scenes
+from qwen import DTYPES, pick_device, resolve
 
-METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it stands
+METHODS = {                  # name -> flags of the cdpo stage; None: the SFT adapter as it stands
     "SFT": None,
     "profile in the prompt": None,
     "DPO-Vanilla": "--user none",
@@ -29,132 +47,299 @@ METHODS = {   # name -> flags of the cdpo stage; None is the SFT adapter as it s
     "C-DPO, lambda 0": "--lam 0",
     "C-DPO": "",
 }
-SWEEPS = {"lam": "0 0.15 0.5 1", "k": "1 2 3 5 12", "similarity": "shared signed likes", "neighbour-user": "target neighbour", "neighbours": "exact sampled"}
+PLAIN = "C-DPO, lambda 0"    # what a gain is measured against
+SWEEPS = {
+    "lam": "0 0.15 0.5 1",
+    "k": "1 2 3 5 12",
+    "similarity": "shared signed likes",
+    "neighbour-user": "target neighbour",
+    "neighbours": "exact sampled",
+}
+RATES = ["likes", "would like", "hit", "dislikes", "malformed"]
+MEASURES = ["asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike"]
+
 
 class Methods:
-    """Trains what is missing and asks `train.Evaluation` about each."""
+    """Trains what is missing, asks each method for instructions, counts what they are worth."""
 
     def __init__(self, args, more):
-        self.args, self.eval = args, train.Evaluation(train.parse(["eval", "--policy", args.sft, *more]))
+        self.args = args
+        preset = ["--preset", args.preset]
+        _, self.settings, _ = train.parse(["eval", "--policy", args.sft, *preset, *more])
+        self.shared = [*preset, "--pairs", args.pairs]    # flags of every training run
+        for name in ("users", "qwen", "dtype", "device"):
+            self.shared += [f"--{name}", getattr(self.settings, name)]
+        self.evaluation = Evaluation(self.settings)
+        self.users = self.evaluation.users
+        edits = read_jsonl(args.edits, input=str, edit=str)
+        pairs = read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
+        seen = [(edit["input"], edit["edit"]) for edit in edits]
+        seen += [(pair["caption"], pair["chosen"]) for pair in pairs]
+        seen += [(pair["caption"], pair["rejected"]) for pair in pairs]
+        self.judge = Judge(self.users + read_users(self.settings.users), seen)
 
     def trained(self, flags, seed):
-        """The folder of a cdpo run with these flags and this seed, trained now unless it stands already; the SFT adapter's for None."""
-        args, given = self.args, self.eval.args
+        """The folder of a cdpo run with these flags and this seed; the SFT adapter's for None."""
+        args = self.args
         if flags is None:
             return args.sft
-        words = [*flags.split(), *(["--steps", str(args.steps)] if args.steps else [])]
-        name = "-".join([*(w.strip("-") for w in words or ["default"]), f"seed{seed}"])
-        shared = [w for f in ("preset", "users", "pairs", "qwen", "dtype", "device") for w in (f"--{f}", str(getattr(given, f)))]
-        run = train.parse(["cdpo", *shared, "--sft", args.sft, "--graph", args.graph, *words, "--seed", str(seed), "--out", f"{args.out}/{name}"])
-        if not (Path(run.out) / f"step_{run.steps}").exists():
+        words = flags.split()
+        if args.steps:
+            words += ["--steps", str(args.steps)]
+        name = "-".join(word.strip("-") for word in words) or "default"
+        out = f"{args.out}/{name}-seed{seed}"
+        start = ["--sft", args.sft, "--graph", args.graph, "--seed", str(seed), "--out", out]
+        argv = ["cdpo", *self.shared, *start, *words]
+        _, settings, _ = train.parse(argv)
+        if not Path(out, f"step_{settings.steps}").exists():
             with contextlib.redirect_stdout(sys.stderr):
-                train.fit(train.CDPO(run), run)
-        return run.out
+                train.main(argv)
+        return out
 
-    def how(self, method, flags, seed):
-        """The arguments of Evaluation.answers and .rates for a method."""
-        return dict(policy=self.trained(flags, seed), seed=seed, profile="profile" in method, unknown="nearest" if "nearest" in method else "mean")
+    def answers(self, method, flags, seed, users, captions):
+        """A method's instructions -> [(user index, caption, text, ended)]."""
+        return self.evaluation.answers(
+            users, captions, self.trained(flags, seed), seed=seed,
+            profile="profile" in method,
+            unknown="nearest" if "nearest" in method else "mean",
+        )
 
     @functools.cache
     def rates(self, method, flags, shown="likes + dislikes"):
-        """[{"likes": rate, ...}], one for each seed."""
-        return [self.eval.rates(train.CONDITIONS[shown], **self.how(method, flags, seed)) for seed in range(self.args.seeds)]
+        """[{"likes": rate, ...}], one for each seed, where of each user's history only what
+        `shown`, a name in CONDITIONS, leaves is known."""
+        known = [replace(user, **CONDITIONS[shown]) for user in self.users]
+        times = self.settings.answers
+        captions = [np.repeat(texts, times).tolist() for texts in self.evaluation.captions]
+        found = []
+        for seed in range(self.args.seeds):
+            answers = self.answers(method, flags, seed, known, captions)
+            verdicts = [self.judge(self.users[i], *answer) for i, *answer in answers]
+            found.append({name: statistics.fmean(column(verdicts, name)) for name in RATES})
+        return found
 
     def rates_table(self, title, methods):
         """The last column is the gain over C-DPO without its neighbours' term, of the same seed."""
-        base, rows = self.rates("C-DPO, lambda 0", METHODS["C-DPO, lambda 0"]), []
+        plain = column(self.rates(PLAIN, METHODS[PLAIN]), "hit")
+        rows = []
         for method, flags in methods.items():
             runs = self.rates(method, flags)
-            rows.append([method, *(mean((r[name] for r in runs), True) for name in train.RATES), mean((r["hit"] - b["hit"] for r, b in zip(runs, base)), True)])
-        answers = sum(map(len, self.eval.captions)) * self.eval.args.answers
-        count = f"{len(self.eval.users)} held-out users, {answers} answers a seed at temperature 1, {self.args.seeds} seeds"
-        return table(f"{title} ({count})", ["method", *train.RATES, "hit less lambda 0's"], rows)
+            cells = [spread(column(runs, name)) for name in RATES]
+            gain = np.subtract(column(runs, "hit"), plain)
+            rows.append([method, *cells, spread(gain)])
+        answers = sum(map(len, self.evaluation.captions)) * self.settings.answers
+        title += f" ({len(self.users)} held-out users, {answers} answers a seed"
+        title += f" at temperature 1, {self.args.seeds} seeds)"
+        return table(title, ["method", *RATES, "hit less lambda 0's"], rows)
 
     def text(self):
-        rows = [[method, *(mean((r["hit"] for r in self.rates(method, flags, shown)), True) for shown in train.CONDITIONS)] for method, flags in METHODS.items()]
-        return self.rates_table("What the instruction asks for", METHODS) + table("Liked or would-be-liked, by what the history shows", ["method", *train.CONDITIONS], rows)
+        rows = []
+        for method, flags in METHODS.items():
+            runs = [self.rates(method, flags, shown) for shown in CONDITIONS]
+            rows.append([method, *(spread(column(run, "hit")) for run in runs)])
+        title = "Liked or would-be-liked, by what the history shows"
+        asked = self.rates_table("What the instruction asks for", METHODS)
+        return asked + table(title, ["method", *CONDITIONS], rows)
 
     def sweep(self):
-        usual, text = vars(train.parse(["cdpo", "--preset", self.eval.args.preset])), ""
+        _, usual, _ = train.parse(["cdpo", *self.shared])
+        text = ""
         for flag in self.args.sweep.split(","):
-            rows = {f"{flag} {v}": "" if v == str(usual[flag.replace("-", "_")]) else f"--{flag} {v}" for v in SWEEPS[flag].split()}
+            default = str(getattr(usual, flag.replace("-", "_")))
+            rows = {}
+            for value in SWEEPS[flag].split():
+                rows[f"{flag} {value}"] = "" if value == default else f"--{flag} {value}"
             text += self.rates_table(f"C-DPO, --{flag}", rows)
         return text
 
     def pictures(self):
-        """Every edit of every scene at strength 1 and at the default, beside the untouched source and the truth; then the methods' own instructions,
-        one picture a held-out user (the first seed's), left out where they name no attribute, several or an unknown one."""
-        args, users, scenes = self.args, self.eval.users, read_truth(self.args.scenes)
-        jobs = [(scene, name, text, None) for scene in scenes for name, (_, text, _) in scene[2].items()]
-        rows = {"the source, untouched": [measures(scene[1], scene, name) for scene, name, *_ in jobs], "the true picture": [measures(s[2][name][2], s, name) for s, name, *_ in jobs]}
-        rows |= {f"strength {strength:g}": self.paint(jobs, strength) for strength in sorted({1.0, args.strength}, reverse=True)}
-        kinds, own = sorted({r["kind"] for r in rows["the true picture"]}), {}
-        mine = [scenes[i % len(scenes)] for i in range(len(users))]
-        for method, flags in METHODS.items():
-            answers = self.eval.answers(users, [[scene[0]] for scene in mine], **self.how(method, flags, 0))
-            said = [(mine[i], self.eval.judge.names.findall(text), text, users[i]) for i, _, text, _ in answers]
-            own[method] = self.paint([(scene, names[0], text, user) for scene, names, text, user in said if len(names) == 1 and names[0] in scene[2]], args.strength)
-        by_kind = [[name, *(mean(r["asked visible"] for r in found if r["kind"] == kind) for kind in kinds)] for name, found in rows.items()]
-        return (picture_table("Every edit of every held-out scene", rows, MEASURES[:4]) + table("Asked visible, by edit type", ["", *kinds], by_kind)
-                + picture_table(f"The methods' own instructions, strength {args.strength:g}; the picture shows the attribute whose true picture is nearest of all", own, MEASURES))
+        """Every edit of every scene, at strength 1 and at the default, beside the untouched source
+        and the truth; then pictures of the methods' own instructions."""
+        scenes = read_truth(self.args.scenes)
+        jobs = []
+        for scene in scenes:
+            jobs += [Job(scene, name, edit.instruction) for name, edit in scene.edits.items()]
+        rows = {
+            "the source, untouched": [measure(job.scene.picture, job) for job in jobs],
+            "the true picture": [measure(job.truth.picture, job) for job in jobs],
+        }
+        for strength in sorted({1.0, self.args.strength}, reverse=True):
+            rows[f"strength {strength:g}"] = self.draw(jobs, strength)
+        own = {method: self.draw(self.own_jobs(method, scenes)) for method in METHODS}
+        text = picture_table("Every edit of every held-out scene", rows, MEASURES[:4])
+        text += kind_table(rows)
+        title = f"The methods' own instructions, strength {self.args.strength:g}; the picture "
+        title += "shows the attribute whose true picture is nearest of all"
+        return text + picture_table(title, own, MEASURES)
 
-    def paint(self, jobs, strength):
-        """The measures of pictures of (scene, attribute, instruction, user), each with the seed of its place in the list."""
-        args, sources = self.args, [scene[1] for scene, *_ in jobs]
+    def own_jobs(self, method, scenes):
+        """One instruction of the method (the first seed's) for each held-out user, left out where
+        it names no attribute, several, or one that has no true picture."""
+        mine = [scenes[i % len(scenes)] for i in range(len(self.users))]
+        captions = [[scene.caption] for scene in mine]
+        jobs = []
+        for i, _, text, _ in self.answers(method, METHODS[method], 0, self.users, captions):
+            names = self.judge.names.findall(text)
+            if len(names) == 1 and names[0] in mine[i].edits:
+                jobs.append(Job(mine[i], names[0], text, self.users[i]))
+        return jobs
+
+    def draw(self, jobs, strength=None):
+        """The measures of the jobs' pictures, each with the seed of its place in the list."""
+        args = self.args
         if not jobs:
             return []
-        drawn = render(resolve(args.flux, FLUX_PARTS), resolve(args.controlnet), [f"{scene[0]}. {text}" for scene, _, text, _ in jobs], range(len(jobs)), sources[0].shape[:2],
-                       sources, [control_picture(s) for s in sources], scale=args.control_scale, steps=args.picture_steps, guidance=args.guidance, strength=strength,
-                       device=self.eval.args.device, dtype=train.DTYPES[self.eval.args.dtype], batch=32)
-        return [measures(picture, scene, name, user) for picture, (scene, name, _, user) in zip(drawn, jobs)]
+        sources = [job.scene.picture for job in jobs]
+        drawn = render(
+            flux=resolve(args.flux, FLUX_PARTS),
+            controlnet=resolve(args.controlnet),
+            prompts=[f"{job.scene.caption}. {job.instruction}" for job in jobs],
+            seeds=range(len(jobs)),
+            shape=sources[0].shape[:2],
+            sources=sources,
+            controls=[control_picture(source) for source in sources],
+            scale=args.control_scale,
+            steps=args.picture_steps,
+            guidance=args.guidance,
+            strength=args.strength if strength is None else strength,
+            device=pick_device(self.settings.device),
+            dtype=DTYPES[self.settings.dtype],
+            batch=32,
+        )
+        return [measure(picture, job) for picture, job in zip(drawn, jobs)]
 
-# ---- tables ------------------------------------------------------------------------------------------------------------------
-def mean(values, deviation=False):
-    """As a Markdown cell, without the nans (nothing of the picture was to be kept)."""
-    values = [v for v in values if not math.isnan(v)]
-    spread = f" +- {statistics.stdev(values) if len(values) > 1 else 0:.3f}" if deviation else ""
-    return f"{statistics.fmean(values):.3f}{spread}" if values else "-"
 
-def table(title, columns, rows):
-    return f"\n\n**{title}**\n\n" + train.table(columns, rows)
+# ---- pictures ------------------------------------------------------------------------------------
 
-# ---- pictures ----------------------------------------------------------------------------------------------------------------
+class Edit(NamedTuple):
+    kind: str                # its edit type
+    instruction: str
+    picture: np.ndarray      # the true one, uint8 (H, W, 3)
+
+
+class Scene(NamedTuple):
+    caption: str
+    picture: np.ndarray      # the unedited one, uint8 (H, W, 3)
+    edits: dict              # {attribute: Edit}
+
+
+class Job(NamedTuple):
+    """A picture to draw: this attribute in this scene."""
+    scene: Scene
+    attribute: str
+    instruction: str
+    user: User | None = None
+
+    @property
+    def truth(self):
+        return self.scene.edits[self.attribute]
+
+
 def read_truth(path):
-    """scenes.jsonl -> [(caption, source, {attribute: (edit type, instruction, true picture)})] of the scenes that come with true pictures; uint8 (H,W,3)."""
-    rows = [row for row in train.read_scenes(path, "edit_type", "attribute", "instruction", "image") if row["edits"]]
-    if not rows:
+    """The scenes of scenes.jsonl that come with true pictures. ValueError when none does."""
+    scenes = []
+    for row in read_scenes(path, "edit_type", "attribute", "instruction", "image"):
+        edits = {}
+        for edit in row["edits"]:
+            picture = np.array(read_image(edit["image"]))
+            edits[edit["attribute"]] = Edit(edit["edit_type"], edit["instruction"], picture)
+        if edits:
+            scenes.append(Scene(row["caption"], np.array(read_image(row["image"])), edits))
+    if not scenes:
         raise ValueError(f"{path} holds no scene with true pictures of its edits")
-    read = train.read_picture
-    return [(r["caption"], read(r["image"]), {e["attribute"]: (e["edit_type"], e["instruction"], read(e["image"])) for e in r["edits"]}) for r in rows]
+    return scenes
+
 
 def edge_overlap(a, b):
-    """Intersection over union of two pictures' Canny edges, where an edge within one pixel counts as met."""
-    a, b = (torch.from_numpy(canny(x) > 0)[None] for x in (a, b))
-    met = sum((x & (F.max_pool2d(y.float(), 3, 1, 1) > 0)).sum().item() for x, y in ((a, b), (b, a))) / 2
+    """Intersection over union of two pictures' Canny edges; one pixel of distance is allowed."""
+    a, b = edges(a), edges(b)                             # (1, H, W)
+    near_a = F.max_pool2d(a, 3, stride=1, padding=1)
+    near_b = F.max_pool2d(b, 3, stride=1, padding=1)
+    met = ((a * near_b).sum() + (b * near_a).sum()).item() / 2
     return met / max(a.sum().item() + b.sum().item() - met, 1)
 
-def psnr(a, b, where=...):
-    error = (a[where].astype(np.float64) - b[where]) ** 2
-    return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9)) if error.size else math.nan
 
-MEASURES = ("asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike")
+def edges(picture):
+    return torch.from_numpy(canny(picture) > 0).float()[None]
 
-def measures(picture, scene, asked, user=None):
-    """What a picture of `asked` is worth. `asked visible`: its own true picture is the nearest (in squared error) of all attributes of that edit type; overlap of
-    its edges with the source's; PSNR against the true picture, everywhere and where that is the source (8 of 255 apart at most); what it shows is the nearest of all."""
-    _, source, truth = scene
-    kind, _, true = truth[asked]
-    far = {name: np.square(picture.astype(np.float64) - other).mean() for name, (*_, other) in truth.items()}
-    shown, kept = min(far, key=far.get), np.abs(true.astype(int) - source).max(-1) <= 8
-    visible = min((name for name in far if truth[name][0] == kind), key=far.get) == asked
-    taste = (shown in {*user.likes, *user.hidden}, shown in user.dislikes) if user else (math.nan, math.nan)
-    return {"kind": kind, **dict(zip(MEASURES, (visible, edge_overlap(picture, source), psnr(picture, true), psnr(picture, true, kept), *taste)))}
+
+def squared_error(a, b):
+    return np.square(a.astype(np.float64) - b)
+
+
+def psnr(error):
+    """In dB, of squared errors; nan when there are none."""
+    if not error.size:
+        return math.nan
+    return -10 * math.log10(max(error.mean() / 255 ** 2, 1e-9))
+
+
+def measure(picture, job):
+    """What a picture is worth. `asked visible`: of all attributes of that edit type its own true
+    picture is the nearest in squared error; `edges`: their overlap with the source's; PSNR to the
+    true picture, everywhere and where that is the source (8 of 255 apart at most); what it shows
+    is the nearest of all."""
+    source, edits, truth = job.scene.picture, job.scene.edits, job.truth
+    far = {name: squared_error(picture, edit.picture).mean() for name, edit in edits.items()}
+    same_kind = [name for name, edit in edits.items() if edit.kind == truth.kind]
+    shown = min(far, key=far.get)
+    unedited = np.abs(truth.picture.astype(int) - source).max(-1) <= 8        # (H, W)
+    error = squared_error(picture, truth.picture)
+    user = job.user
+    return {
+        "kind": truth.kind,
+        "asked visible": min(same_kind, key=far.get) == job.attribute,
+        "edges": edge_overlap(picture, source),
+        "PSNR": psnr(error),
+        "PSNR, unedited": psnr(error[unedited]),
+        "shows a like": shown in {*user.likes, *user.hidden} if user else math.nan,
+        "shows a dislike": shown in user.dislikes if user else math.nan,
+    }
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+def mean(values):
+    """As a cell, without the nans (nothing of the picture was to be kept)."""
+    values = [value for value in values if not math.isnan(value)]
+    return f"{statistics.fmean(values):.3f}" if values else "-"
+
+
+def spread(values):
+    """Mean and standard deviation as a cell."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{statistics.fmean(values):.3f} +- {deviation:.3f}"
+
+
+def table(title, columns, rows):
+    return f"\n\n**{title}**\n\n" + markdown_table(columns, rows)
+
 
 def picture_table(title, rows, names):
-    return table(title, ["", "pictures", *names], [[name, str(len(found)), *(mean(r[n] for r in found) for n in names)] for name, found in rows.items()])
+    cells = []
+    for row, found in rows.items():
+        cells.append([row, str(len(found)), *(mean(column(found, name)) for name in names)])
+    return table(title, ["", "pictures", *names], cells)
+
+
+def kind_table(rows):
+    kinds = sorted(set(column(rows["the true picture"], "kind")))
+    cells = []
+    for row, found in rows.items():
+        cells.append([row])
+        for kind in kinds:
+            same = [one for one in found if one["kind"] == kind]
+            cells[-1].append(mean(column(same, "asked visible")))
+    return table("Asked visible, by edit type", ["", *kinds], cells)
+
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["text", "sweep", "pictures"])
     p.add_argument("--sft", default="runs/sft", help="adapter that every method starts from")
     p.add_argument("--graph", default="runs/graph", help="folder of the graph stage")
@@ -162,8 +347,11 @@ def main():
     p.add_argument("--seeds", type=int, default=3, help="training runs of each method")
     p.add_argument("--steps", type=int, help="steps of each, where the preset's are too many")
     p.add_argument("--sweep", default="lam,k", help=f"some of {','.join(SWEEPS)}")
+    p.add_argument("--preset", default="mini", help="mini or paper")
+    p.add_argument("--pairs", default="mini/data/pairs.jsonl", help="of the training users")
+    p.add_argument("--edits", default="mini/data/edits.jsonl", help="what sft was trained on")
     group = p.add_argument_group("pictures")
-    group.add_argument("--scenes", default="mini/data/scenes.jsonl", help="held-out scenes with the true pictures of their edits")
+    group.add_argument("--scenes", default="mini/data/scenes.jsonl", help="with true pictures")
     group.add_argument("--flux", default="mini/flux")
     group.add_argument("--controlnet", default="mini/controlnet")
     group.add_argument("--control-scale", type=float, default=1.0)
@@ -171,11 +359,13 @@ def main():
     group.add_argument("--guidance", type=float, default=3.5)
     group.add_argument("--strength", type=float, default=0.8)
     args, more = p.parse_known_args()
-    if unknown := set(args.sweep.split(",")) - set(SWEEPS):
+    unknown = set(args.sweep.split(",")) - set(SWEEPS)
+    if unknown:
         p.error(f"--sweep {unknown.pop()}: allowed are {', '.join(SWEEPS)}")
     if not sys.stderr.isatty():
         disable_progress_bars()
     print(getattr(Methods(args, more), args.what)())
+
 
 if __name__ == "__main__":
     try:

@@ -1,269 +1,744 @@
-"""Pretrains the miniature checkpoints from scratch, in the public checkpoints' own layouts; order and default --steps are the shipped ones'.
+"""Pretrains the miniature checkpoints from scratch, in the public checkpoints' own layouts.
 
-    python mini/pretrain.py pictures     # mini/data/pictures.pt: 2,400 scenes, each plain and after 13 edits
+Each recipe trains one thing. The order, and the default --steps, are those of the shipped files:
+
+    python mini/pretrain.py pictures     # mini/data/pictures.pt: 2,400 scenes, each after 13 edits
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
-    python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder,text_encoder_2} and mini/controlnet, trained together; an hour on one core
-    python mini/pretrain.py decoder      # mini/flux/vae: the decoder alone goes on; may run beside the stage before
-    python mini/pretrain.py distil       # flux's files: classifier-free guidance moves into the guidance embedding, as in FLUX.1-dev
-    python mini/pretrain.py vit          # mini/vit: patch features (DINOv2's layout)
-    python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; about 6 minutes
+    python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder,text_encoder_2} and
+                                         # mini/controlnet, together; an hour on one core
+    python mini/pretrain.py decoder      # mini/flux/vae: its decoder goes on; may run beside flux
+    python mini/pretrain.py distil       # the guidance embedding, as FLUX.1-dev has it
+    python mini/pretrain.py vit          # mini/vit: patch features, in DINOv2's layout
+    python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
+    python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
-A recipe that learns visibly in ten minutes, and touches nothing shipped:
-    M="--out /tmp/mini --work /tmp/mini/data"; for s in "pictures --scenes 400" "vae --steps 500" "flux --steps 1200"; do python mini/pretrain.py $s $M; done
-A stage goes on from --work/STAGE.pt when started again; delete the file to start anew. Configurations and the text encoders' tokenizers (each word of the world
-is one token, any other is spelled) are shipped, not made. Losses and schedules are ours. Rectified flow: x_t = (1-t) x_0 + t eps, the target is eps - x_0.
+Something that learns visibly in ten minutes, and touches nothing shipped:
+
+    M="--out /tmp/mini --work /tmp/mini/data"
+    python mini/pretrain.py pictures --scenes 400 $M
+    python mini/pretrain.py vae --steps 500 $M
+    python mini/pretrain.py flux --steps 1200 $M
+
+A recipe goes on from --work/RECIPE.pt when started again; delete the file to start anew.
+Configurations and the text encoders' tokenizers (each word of the world is one token, any other is
+spelled) are shipped, not made. Losses and schedules are ours. Rectified flow as everywhere:
+x_t = (1-t) x_0 + t eps, and the network learns v = eps - x_0.
+
+A recipe is a class with `model`, `lr`, `loss(generator)` of one batch, and `save(average)`;
+`train_steps` trains it. S scenes, 14 pictures of each; B batch; a picture is 64 tokens of width 64.
 """
-import argparse, copy, json, math, random, shutil, sys
+import argparse
+import contextlib
+import copy
+import json
+import math
+import random
+import shutil
+import sys
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as BPE, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPE
+from tokenizers import pre_tokenizers, trainers
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from render import Geometry
-from world import ATTRIBUTES, COLORS, CONCEPTS, GUIDANCE, HERE, OBJECTS, TYPE_OF, WALLS, caption, edited_caption, instruction
+from render import ATTRIBUTES, CONCEPTS, HERE, TYPE_OF, Geometry
+from world import COLORS, GUIDANCE, OBJECTS, WALLS, caption, edited_caption, instruction
+
 sys.path.insert(0, str(HERE.parent))
-from cdpo import profile, prompt                                                       # noqa: E402
-from controlnet import ControlNet, control_picture                                     # noqa: E402
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack               # noqa: E402
-from graph import User                                                                 # noqa: E402
-from patch_dpo import ImageFeatures                                                    # noqa: E402
-from qwen import Config, Qwen, Tokenizer, read_json                                    # noqa: E402
+from cdpo import profile, prompt                          # noqa: E402
+from controlnet import ControlNet, control_picture        # noqa: E402
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack                   # noqa: E402
+from graph import User                                    # noqa: E402
+from patch_dpo import ImageFeatures, ImagePrompt          # noqa: E402
+from qwen import Config, Qwen, Tokenizer, read_json       # noqa: E402
 
-SIZE, EDITS, WORDS = 64, 13, 32                                                        # pixels; edited pictures a scene; tokens of a prompt
-PARTS = {"transformer": ("flux/transformer", Flux), "controlnet": ("controlnet", ControlNet),
-         "text_encoder": ("flux/text_encoder", CLIPText), "text_encoder_2": ("flux/text_encoder_2", T5)}
+SIZE = 64                                                 # pixels
+EDITS = 13                                                # edited pictures of each scene
+WORDS = 32                                                # tokens of a prompt
 
-def publish(a, part, model, name="diffusion_pytorch_model"):
-    """The weights of one part of a checkpoint, in bf16."""
-    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items()}, a.out / part / f"{name}.safetensors", {"format": "pt"})
-def store(thing, file):
-    torch.save(thing, file.with_suffix(".part"))                                       # never half a file
-    file.with_suffix(".part").replace(file)
 
-def pictures(a):
-    """Training pictures (S, 14, 64, 64, 3) uint8 and their prompts [S][14], rendered once: each scene plain, after eleven single edits and two double ones."""
-    file, rng = a.work / "pictures.pt", random.Random(a.seed)
-    if a.stage == "pictures" or not file.is_file():
-        images, prompts = torch.empty(a.scenes, 1 + EDITS, SIZE, SIZE, 3, dtype=torch.uint8), []
-        for i in tqdm(range(a.scenes), desc="scenes"):
-            obj, color, wall = rng.choice(OBJECTS), rng.choice(COLORS), rng.choice(WALLS)
-            text, geometry = caption(color, obj, wall), Geometry({"object": obj, "seed": i}, SIZE)
-            asked = [(text, ())] + [(f"{text}. {instruction(obj, one, rng.randrange(4))}", (one,)) for one in rng.sample(list(TYPE_OF), EDITS - 2)]
-            for _ in range(2):
-                both = tuple(rng.choice(ATTRIBUTES[kind]) for kind in rng.sample(list(ATTRIBUTES), 2))
-                asked.append((f"{text}. " + " and ".join(instruction(obj, one, rng.randrange(2)) for one in both), both))
-            images[i] = torch.stack([torch.from_numpy(geometry.shade(color, wall, attributes)) for _, attributes in asked])
-            prompts.append([words for words, _ in asked])
-        store((images, prompts), file)
+# ---- the training pictures ----------------------------------------------------------------------
+
+def draw_prompts(rng, obj, text):
+    """[(prompt, attributes)] of one scene: itself, eleven single edits and two double ones."""
+    asked = [(text, ())]
+    for attribute in rng.sample(list(TYPE_OF), EDITS - 2):
+        words = instruction(obj, attribute, rng.randrange(4))
+        asked.append((f"{text}. {words}", (attribute,)))
+    for _ in range(2):
+        edit_types = rng.sample(list(ATTRIBUTES), 2)
+        both = tuple(rng.choice(ATTRIBUTES[edit_type]) for edit_type in edit_types)
+        words = [instruction(obj, attribute, rng.randrange(2)) for attribute in both]
+        asked.append((f"{text}. {' and '.join(words)}", both))
+    return asked
+
+
+def render_pictures(args):
+    """Writes --work/pictures.pt: uint8 (S, 14, 64, 64, 3), and their prompts [S][14]."""
+    rng = random.Random(args.seed)
+    images = torch.empty(args.scenes, 1 + EDITS, SIZE, SIZE, 3, dtype=torch.uint8)
+    prompts = []
+    for i in tqdm(range(args.scenes), desc="scenes"):
+        obj = rng.choice(OBJECTS)
+        color = rng.choice(COLORS)
+        wall = rng.choice(WALLS)
+        geometry = Geometry({"object": obj, "seed": i}, SIZE)
+        asked = draw_prompts(rng, obj, caption(color, obj, wall))
+        for j, (_, attributes) in enumerate(asked):
+            images[i, j] = torch.from_numpy(geometry.shade(color, wall, attributes))
+        prompts.append([words for words, _ in asked])
+    save_whole((images, prompts), args.work / "pictures.pt")
+
+
+def read_pictures(args):
+    """(images, prompts) of `render_pictures`, which runs now where it never did."""
+    file = args.work / "pictures.pt"
+    if not file.is_file():
+        render_pictures(args)
     return torch.load(file)
 
-def to_unit(images):
-    return images.movedim(-1, -3) / 127.5 - 1                                          # uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1]
-def control_pictures(images, mode):
-    return torch.stack([torch.from_numpy(control_picture(image.numpy(), mode)) for image in images])      # uint8 (B, H, W, 3) -> uint8 (B, H, W, 3)
 
-def fit(a, model, loss_of, save, lr, cycle=False):
-    """Trains the model on loss_of(generator) for a.steps; every 500 steps and at the end its state is stored, and save() called with the running average of its
-    weights. Batch k is a function of (seed, k). A stopped run goes on where it was; a finished one does nothing."""
-    average, start, file = copy.deepcopy(model), 0, a.work / f"{a.stage}.pt"
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .999 if cycle else .99), weight_decay=.01)
-    cosine = lambda step: min(1, (step + 1) / 200) * .5 * (1 + math.cos(math.pi * step / a.steps))         # down to zero, after 200 steps of warm-up
-    schedule = OneCycleLR(optimizer, lr, a.steps) if cycle else LambdaLR(optimizer, cosine)
+def to_unit(images):
+    """uint8 (..., H, W, 3) -> (..., 3, H, W) in [-1, 1]"""
+    return images.movedim(-1, -3) / 127.5 - 1
+
+
+def control_pictures(images, mode):
+    """uint8 (B, H, W, 3) -> the same: edges ("canny") or grey values ("gray")."""
+    found = [control_picture(image.numpy(), mode) for image in images]
+    return torch.stack([torch.from_numpy(picture) for picture in found])
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+def save_whole(thing, file):
+    """torch.save, but never half a file."""
+    part = file.with_suffix(".part")
+    torch.save(thing, part)
+    part.replace(file)
+
+
+def save_weights(folder, model, name="diffusion_pytorch_model"):
+    """The weights of one part of a checkpoint, in bf16."""
+    tensors = {key: t.to(torch.bfloat16).contiguous() for key, t in model.state_dict().items()}
+    save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+
+
+def schedule_for(recipe, optimizer, steps):
+    """How the learning rate moves: one cycle, or 200 steps of warm-up and half a cosine to zero."""
+    if recipe.one_cycle:
+        return OneCycleLR(optimizer, recipe.lr, steps)
+
+    def factor(step):
+        warm = min(1, (step + 1) / 200)
+        return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    return LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """Move the running average of the weights towards them: fast at first, then by 0.2 %."""
+    share = 1 - min(0.998, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+
+
+def train_steps(args, recipe):
+    """Train recipe.model for args.steps. Every 500 steps and at the end the state is stored, and
+    recipe.save called with the running average of the weights. Batch k is a function of (seed, k).
+    A stopped run goes on where it was; a finished one does nothing."""
+    model = recipe.model
+    average = copy.deepcopy(model)
+    betas = (0.9, 0.999 if recipe.one_cycle else 0.99)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas, weight_decay=0.01)
+    schedule = schedule_for(recipe, optimizer, args.steps)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
-    if file.is_file():
-        found = torch.load(file)
-        start = found["step"]
-        random.setstate(found["random"])
-        for name, part in parts.items():
-            part.load_state_dict(found[name])
-    for step in (bar := tqdm(range(start, a.steps), desc=a.stage, initial=start, total=a.steps)):
-        loss = loss_of(torch.Generator().manual_seed(a.seed * 10 ** 7 + step))
+    file = args.work / f"{args.recipe}.pt"
+    start = restore(file, parts) if file.is_file() else 0
+    bar = tqdm(range(start, args.steps), desc=args.recipe, initial=start, total=args.steps)
+    for step in bar:
+        generator = torch.Generator().manual_seed(args.seed * 10 ** 7 + step)
+        loss = recipe.loss(generator)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(.998, (step + 1) / (step + 10)))
+        update_average(average, model, step)
         bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 500 == 0 or step + 1 == a.steps:
-            store({"step": step + 1, "random": random.getstate(), **{name: part.state_dict() for name, part in parts.items()}}, file)
-            save(average)
+        if (step + 1) % 500 == 0 or step + 1 == args.steps:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_whole({"step": step + 1, "random": random.getstate(), **states}, file)
+            recipe.save(average)
 
-def vae(a):
-    """Squared error, again for colour differences, and a little absolute error; noise on the latent instead of a KL term: hues survive, latents stay smooth.
-    Stage `decoder` goes on with the decoder alone: the latents, and a Flux trained on them, stay valid."""
-    file, images, alone = a.out / "flux/vae/config.json", pictures(a)[0].flatten(0, 1), a.stage == "decoder"
-    model, noise, sharp, lr = (VAE.load(file.parent), .05, .3, 1.5e-3) if alone else (VAE(read_json(file)), .1, .1, 3e-3)
-    model.encoder.requires_grad_(not alone)
-    model.scale, model.shift = 1.0, 0.0                                                # while it trains
-    def loss(g, batch=16):
-        chosen = images[torch.randint(len(images), (batch,), generator=g)]
-        chosen[:batch // 8] = control_pictures(chosen[:batch // 8], "canny")                   # a ControlNet's pictures pass through it as well
-        x = to_unit(chosen)
+
+@contextlib.contextmanager
+def fast_on_cpu():
+    """bf16 where it is safe; plain attention: the fused kernel's backward pass is slow on a CPU."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def restore(file, parts):
+    """Load a stored state into the parts of a run -> how many steps it has done."""
+    found = torch.load(file)
+    random.setstate(found["random"])
+    for name, part in parts.items():
+        part.load_state_dict(found[name])
+    return found["step"]
+
+
+# ---- vae, decoder: the autoencoder --------------------------------------------------------------
+
+class Autoencoder:
+    """Noise on the latent instead of a KL term: hues survive, and latents stay smooth."""
+    one_cycle = False
+    lr = 3e-3
+    noise = 0.1                                           # deviation of the noise on the latent
+    sharpness = 0.1                                       # weight of the absolute error
+
+    def __init__(self, args):
+        self.folder = args.out / "flux/vae"
+        self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 64, 64, 3)
+        self.model = self.new_model()
+        self.model.scale = 1.0                            # while it trains
+        self.model.shift = 0.0
+
+    def new_model(self):
+        return VAE(read_json(self.folder / "config.json"))
+
+    def loss(self, generator, batch=16):
+        chosen = torch.randint(len(self.images), (batch,), generator=generator)
+        images = self.images[chosen]
+        some = batch // 8                                 # a ControlNet's pictures pass through it
+        images[:some] = control_pictures(images[:some], "canny")
+        x = to_unit(images)
         with torch.autocast("cpu", torch.bfloat16):
-            mean, logvar = model.encoder(x).chunk(2, dim=1)
-            y = model.decode(mean + noise * torch.randn(mean.shape, generator=g))
-        error, small = y.float() - x, 3e-3 * mean.float().square().mean() + 1e-3 * (logvar.float() - math.log(.01)).square().mean()
-        chroma = error - error.mean(1, keepdim=True)
-        return error.square().mean() + chroma.square().mean() + sharp * error.abs().mean() + small
+            mean, logvar = self.model.encoder(x).chunk(2, dim=1)
+            noise = torch.randn(mean.shape, generator=generator)
+            decoded = self.model.decode(mean + self.noise * noise)
+        error = decoded.float() - x
+        return picture_error(error, self.sharpness) + latent_size(mean.float(), logvar.float())
+
     @torch.no_grad()
-    def save(average):
-        publish(a, "flux/vae", average)
-        if not alone:                                                                  # latents of mean 0 and deviation 1
-            z = torch.cat([average.encode(to_unit(x)) for x in images[::97].split(64)])
-            scale = {"shift_factor": round(z.mean().item(), 4), "scaling_factor": round(1 / z.std().item(), 4)}
-            file.write_text(json.dumps(read_json(file) | scale, indent=2) + "\n")
-    fit(a, model, loss, save, lr)
+    def save(self, average):
+        save_weights(self.folder, average)
+        self.save_scale(average)
 
-def new_models(a):
-    """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and the ControlNet adds nothing at first."""
-    found = nn.ModuleDict({name: kind(read_json(a.out / part / "config.json")) for name, (part, kind) in PARTS.items()})
-    for name, p in found.named_parameters():
-        if "text_encoder" not in name and any(part in name for part in ("norm1", "norm.linear", "norm_out", "transformer.proj_out.weight")):
+    def save_scale(self, average):
+        """Into config.json: what gives latents the mean 0 and the deviation 1."""
+        parts = to_unit(self.images[::97]).split(64)
+        latents = torch.cat([average.encode(part) for part in parts])
+        file = self.folder / "config.json"
+        config = read_json(file)
+        config["shift_factor"] = round(latents.mean().item(), 4)
+        config["scaling_factor"] = round(1 / latents.std().item(), 4)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+class Decoder(Autoencoder):
+    """The decoder goes on alone: the latents, and a Flux trained on them, stay valid."""
+    lr = 1.5e-3
+    noise = 0.05
+    sharpness = 0.3
+
+    def new_model(self):
+        model = VAE.load(self.folder)
+        model.encoder.requires_grad_(False)
+        return model
+
+    def save_scale(self, average):
+        """It stays as it was."""
+
+
+def picture_error(error, sharpness):
+    """Of decoded pictures (B, 3, H, W): squared error, again for differences of colour, and a
+    little absolute error."""
+    chroma = error - error.mean(1, keepdim=True)
+    absolute = sharpness * error.abs().mean()
+    return error.square().mean() + chroma.square().mean() + absolute
+
+
+def latent_size(mean, logvar):
+    """Keeps the latents from growing, and the (unused) variance at 0.01."""
+    unused = (logvar - math.log(0.01)).square().mean()
+    return 3e-3 * mean.square().mean() + 1e-3 * unused
+
+
+# ---- flux, distil: text to image, and edits -----------------------------------------------------
+
+PARTS = {                                                 # folder of each trained part, its class
+    "transformer": ("flux/transformer", Flux),
+    "controlnet": ("controlnet", ControlNet),
+    "text_encoder": ("flux/text_encoder", CLIPText),
+    "text_encoder_2": ("flux/text_encoder_2", T5),
+}
+CONTROLS = [(0, "canny"), (0, "gray"), (1, "canny"), (2, "canny")]         # (picture, mode)
+SHARES = [0.70, 0.14, 0.08, 0.08]                         # how often each is what the net sees
+Batch = namedtuple("Batch", "x v t control mode keep prompt")
+
+
+def new_models(out):
+    """Untrained {name: module}. Every block starts as the identity (its modulation is zero), and
+    the ControlNet adds nothing at first."""
+    models = nn.ModuleDict()
+    for name, (part, kind) in PARTS.items():
+        models[name] = kind(read_json(out / part / "config.json"))
+    zero = ("norm1", "norm.linear", "norm_out", "transformer.proj_out.weight")
+    for name, p in models.named_parameters():
+        if "text_encoder" not in name and any(part in name for part in zero):
             nn.init.zeros_(p)
-    nn.init.normal_(found["controlnet"].controlnet_x_embedder.weight, std=.1)
-    return found
+    nn.init.normal_(models["controlnet"].controlnet_x_embedder.weight, std=0.1)
+    return models
 
-def velocity(found, x, t, guidance, ids, seen, mode, keep):
-    """The controlled velocity (B, 64, 64); `keep` (B, 1, 1) is 0 where a sample has no control picture."""
-    txt, pooled = found["text_encoder_2"](ids[1]), found["text_encoder"](ids[0])
-    places = image_ids(SIZE // 4, SIZE // 4), torch.zeros(WORDS, 3)
-    double, single = found["controlnet"](x, seen, txt, pooled, t, guidance, *places, mode=mode)
-    return found["transformer"](x, txt, pooled, t, guidance, *places, [r * keep for r in double], [r * keep for r in single]).float()
 
-def flux(a):
-    """Text-to-image and edits together: the prompt asks, the control picture is mostly the source's, so the net follows edges while the words say otherwise.
-    Of the samples 10 % have no words (for classifier-free guidance), 10 % no control. Stage `distil` goes on from what stage `flux` made, its teacher: the student
-    sees the guidance g ~ U(1, 6) and learns the teacher's v_plain + g (v_asked - v_plain), one pass instead of two."""
-    found, teacher, lr = new_models(a), None, 1.5e-3
-    if a.stage == "distil":
-        found.load_state_dict(torch.load(a.work / "flux.pt")["average"])
-        teacher, lr = copy.deepcopy(found), 4e-4
-    coder, (images, prompts) = VAE.load(a.out / "flux/vae").requires_grad_(False), pictures(a)
-    seen = torch.stack([control_pictures(images[:, j], mode) for j, mode in ((0, "canny"), (0, "gray"), (1, "canny"), (2, "canny"))], 1)      # (S, 4, 64, 64, 3)
-    targets, controls = (torch.cat([pack(coder.encode(to_unit(x))).bfloat16() for x in shown.flatten(0, 1).split(56)]).unflatten(0, shown.shape[:2])
-                         for shown in (images, seen))                                                              # packed latents (S, 14 and 4, 64, 64)
-    words = [TextTokenizer(a.out / part)(["", *(p for scene in prompts for p in scene)]) for part in ("flux/tokenizer", "flux/tokenizer_2")]   # row 0: none
-    def loss(g, batch=32):
-        scene, which = torch.randint(len(targets), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
-        x0, eps = targets[scene, which].float(), torch.randn(batch, 64, 64, generator=g)
-        t = torch.sigmoid(torch.randn(batch, generator=g) * 1.1 + .3)                                              # logit-normal
-        kind = torch.multinomial(torch.tensor([.70, .14, .08, .08]), batch, replacement=True, generator=g)
-        mode = torch.where(kind == 1, 5, 0)                                                                        # ControlNet-Union's numbers of grey and of edges
-        keep = (torch.rand(batch, 1, 1, generator=g) > .1).float()
-        row = torch.where(torch.rand(batch, generator=g) < .1, 0, 1 + scene * (1 + EDITS) + which)
-        x, seen = torch.lerp(x0, eps, t[:, None, None]), controls[scene, kind].float()
-        guidance, target = torch.ones(batch), eps - x0
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):                                  # the fused kernel's backward is slow on CPU
-            if teacher:
-                guidance = 1 + 5 * torch.rand(batch, generator=g)
-                with torch.no_grad():
-                    asked, plain = (velocity(teacher, x, t, torch.ones(batch), [w[r] for w in words], seen, mode, keep) for r in (row, 0 * row))
-                target = plain + guidance[:, None, None] * (asked - plain)
-            v = velocity(found, x, t, guidance, [w[row] for w in words], seen, mode, keep)
-        return (v - target).square().mean()                                                                        # v = eps - x_0
-    def save(average):
+def encode_pictures(vae, images):
+    """uint8 (S, n, 64, 64, 3) -> packed latents (S, n, 64, 64), bf16."""
+    parts = to_unit(images.flatten(0, 1)).split(56)
+    latents = torch.cat([pack(vae.encode(part)).bfloat16() for part in parts])
+    return latents.unflatten(0, images.shape[:2])
+
+
+class TextToImage:
+    """The prompt asks, the control picture is mostly the source's: the net follows its edges while
+    the words say otherwise. Of the samples 10 % have no words (for classifier-free guidance), and
+    10 % no control picture."""
+    one_cycle = False
+    lr = 1.5e-3
+
+    def __init__(self, args):
+        self.out = args.out
+        self.model = new_models(args.out)
+        vae = VAE.load(args.out / "flux/vae").requires_grad_(False)
+        images, prompts = read_pictures(args)
+        seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
+        self.targets = encode_pictures(vae, images)                        # (S, 14, 64, 64)
+        self.controls = encode_pictures(vae, torch.stack(seen, dim=1))     # (S, 4, 64, 64)
+        texts = [""]                                      # row 0: no words
+        for scene in prompts:
+            texts += scene
+        self.clip_ids = TextTokenizer(args.out / "flux/tokenizer")(texts)  # (1 + 14 S, 32)
+        self.t5_ids = TextTokenizer(args.out / "flux/tokenizer_2")(texts)
+
+    def draw(self, generator, batch=32):
+        scene = torch.randint(len(self.targets), (batch,), generator=generator)
+        which = torch.randint(1 + EDITS, (batch,), generator=generator)
+        eps = torch.randn(batch, 64, 64, generator=generator)
+        t = torch.sigmoid(torch.randn(batch, generator=generator) * 1.1 + 0.3)       # logit-normal
+        shares = torch.tensor(SHARES)
+        kind = torch.multinomial(shares, batch, replacement=True, generator=generator)
+        keep = torch.rand(batch, 1, 1, generator=generator) > 0.1
+        no_words = torch.rand(batch, generator=generator) < 0.1
+        prompt = 1 + scene * (1 + EDITS) + which
+        x_0 = self.targets[scene, which].float()
+        return Batch(
+            x=torch.lerp(x_0, eps, t[:, None, None]),     # (B, 64, 64)
+            v=eps - x_0,                                  # (B, 64, 64) what is to be learned
+            t=t,                                          # (B,)
+            control=self.controls[scene, kind].float(),   # (B, 64, 64)
+            mode=torch.where(kind == 1, 5, 0),            # ControlNet-Union's: grey 5, edges 0
+            keep=keep.float(),                            # (B, 1, 1) 0: no control picture
+            prompt=torch.where(no_words, 0, prompt),      # (B,) into the tokenized prompts
+        )
+
+    def velocity(self, models, batch, prompt, guidance):
+        """The controlled velocity (B, 64, 64) at x_t, for rows `prompt` of the prompts."""
+        inputs = {
+            "txt": models["text_encoder_2"](self.t5_ids[prompt]),
+            "pooled": models["text_encoder"](self.clip_ids[prompt]),
+            "timestep": batch.t,
+            "guidance": guidance,
+            "img_ids": image_ids(SIZE // 4, SIZE // 4),
+            "txt_ids": torch.zeros(WORDS, 3),
+        }
+        steering = models["controlnet"](batch.x, batch.control, mode=batch.mode, **inputs)
+        double, single = steering
+        inputs["double_residuals"] = [residual * batch.keep for residual in double]
+        inputs["single_residuals"] = [residual * batch.keep for residual in single]
+        return models["transformer"](batch.x, **inputs).float()
+
+    def loss(self, generator):
+        batch = self.draw(generator)
+        with fast_on_cpu():
+            v = self.velocity(self.model, batch, batch.prompt, torch.ones_like(batch.t))
+        return (v - batch.v).square().mean()
+
+    def save(self, average):
         for name, (part, _) in PARTS.items():
-            publish(a, part, average[name], "model" if "text" in name else "diffusion_pytorch_model")
-    fit(a, found, loss, save, lr)
+            file = "model" if "text" in name else "diffusion_pytorch_model"
+            save_weights(self.out / part, average[name], file)
 
-def vit(a):
-    """Names what a picture shows (object, colours, attributes) from its class token, and from every patch, of which 30 % are hidden, its own pixels, coarsely:
-    features of patches that know both what they look like and what they belong to."""
-    images, prompts = pictures(a)
-    names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS] + list(TYPE_OF)
-    labels = torch.tensor([[[float(name in prompt) for name in names] for prompt in scene] for scene in prompts])   # (S, 14, names)
-    pixels = read_json(a.out / "vit/preprocessor_config.json")
-    model = ImageFeatures(read_json(a.out / "vit/config.json"), pixels["image_mean"], pixels["image_std"])
-    found = nn.ModuleDict({"vit": model, "name": nn.Linear(96, len(names)), "patch": nn.Linear(96, 3 * 4 * 4)})
-    def loss(g, batch=32):
-        scene, which = torch.randint(len(images), (batch,), generator=g), torch.randint(1 + EDITS, (batch,), generator=g)
-        x = to_unit(images[scene, which])
-        hidden = (torch.rand(batch, 1, 8, 8, generator=g) < .3).float()
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tokens = model.tokens(x * (1 - F.interpolate(hidden, scale_factor=8)))
-            named, patches = found["name"](tokens[:, 0]).float(), found["patch"](tokens[:, 1:]).float()
-        truth = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4).flatten(2).mT                                             # (B, 64, 3*4*4)
-        return F.binary_cross_entropy_with_logits(named, labels[scene, which]) * 10 + (patches - truth).square().mean()
-    fit(a, found, loss, lambda average: publish(a, "vit", average["vit"], "model"), 1.5e-3)
+
+class Distillation(TextToImage):
+    """Classifier-free guidance moves into the guidance embedding. The student sees the guidance
+    g ~ U(1, 6) and learns in one pass what recipe `flux` made, its teacher, says in two:
+    v_plain + g (v_asked - v_plain)."""
+    lr = 4e-4
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.model.load_state_dict(torch.load(args.work / "flux.pt")["average"])
+        self.teacher = copy.deepcopy(self.model)
+
+    def loss(self, generator):
+        batch = self.draw(generator)
+        guidance = 1 + 5 * torch.rand(len(batch.t), generator=generator)
+        one = torch.ones_like(batch.t)
+        with fast_on_cpu():
+            with torch.no_grad():
+                asked = self.velocity(self.teacher, batch, batch.prompt, one)
+                plain = self.velocity(self.teacher, batch, 0 * batch.prompt, one)
+            v = self.velocity(self.model, batch, batch.prompt, guidance)
+        target = plain + guidance[:, None, None] * (asked - plain)
+        return (v - target).square().mean()
+
+
+# ---- vit: features of patches -------------------------------------------------------------------
+
+class Features:
+    """Names what a picture shows (object, colours, attributes) from its class token, and from every
+    patch, of which 30 % are hidden, its own pixels, coarsely: features of patches that know both
+    what they look like and what they belong to."""
+    one_cycle = False
+    lr = 1.5e-3
+
+    def __init__(self, args):
+        self.folder = args.out / "vit"
+        self.images, prompts = read_pictures(args)
+        names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
+        names = names + list(TYPE_OF)
+        labels = []
+        for scene in prompts:
+            for text in scene:
+                labels.append([float(name in text) for name in names])
+        self.labels = torch.tensor(labels).unflatten(0, (-1, 1 + EDITS))   # (S, 14, names)
+        pixels = read_json(self.folder / "preprocessor_config.json")
+        config = read_json(self.folder / "config.json")
+        self.model = nn.ModuleDict({
+            "vit": ImageFeatures(config, pixels["image_mean"], pixels["image_std"]),
+            "name": nn.Linear(96, len(names)),
+            "patch": nn.Linear(96, 3 * 4 * 4),
+        })
+
+    def loss(self, generator, batch=32):
+        scene = torch.randint(len(self.images), (batch,), generator=generator)
+        which = torch.randint(1 + EDITS, (batch,), generator=generator)
+        hidden = torch.rand(batch, 1, 8, 8, generator=generator) < 0.3
+        x = to_unit(self.images[scene, which])
+        shown = 1 - F.interpolate(hidden.float(), scale_factor=8)          # (B, 1, 64, 64)
+        with fast_on_cpu():
+            tokens = self.model["vit"].tokens(x * shown)                   # (B, 1 + 64, 96)
+            named = self.model["name"](tokens[:, 0]).float()
+            patches = self.model["patch"](tokens[:, 1:]).float()           # (B, 64, 3 * 4 * 4)
+        coarse = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4)
+        truth = coarse.flatten(2).mT                                       # (B, 64, 3 * 4 * 4)
+        naming = F.binary_cross_entropy_with_logits(named, self.labels[scene, which])
+        return naming * 10 + (patches - truth).square().mean()
+
+    def save(self, average):
+        save_weights(self.folder, average["vit"], "model")
+
+
+# ---- image-prompt: reference pictures beside the text -------------------------------------------
+
+SAME_OBJECT = ("background", "lighting", "object")        # edit types that leave it what it was
+Row = namedtuple("Row", "prompt truth first second")
+
+
+class NewImagePrompt:
+    """Keys and values by which the frozen Flux attends to reference pictures, from nothing.
+
+    A single edit's true picture is to be painted. The first reference is its scene's plain picture,
+    or the true one where the edit changes the object; 40 % of the other edits have a second one,
+    another scene after the same edit; 5 % of all have no first (the authors' share). Two thirds
+    read the instruction without the caption: only a reference says which object it is (ours)."""
+    one_cycle = False
+    lr = 3e-3
+
+    def __init__(self, args):
+        self.file = args.out / "image_prompt/image_prompt.safetensors"
+        self.images, self.prompts = read_pictures(args)
+        flux = args.out / "flux"
+        self.flux = Flux.load(flux / "transformer").requires_grad_(False)
+        self.vae = VAE.load(flux / "vae")
+        self.clip = CLIPText.load(flux / "text_encoder")
+        self.t5 = T5.load(flux / "text_encoder_2")
+        self.clip_tokenizer = TextTokenizer(flux / "tokenizer")
+        self.t5_tokenizer = TextTokenizer(flux / "tokenizer_2")
+        self.features = ImageFeatures.load(args.out / "vit")
+        width = self.features(to_unit(self.images[:1, 0])).shape[-1]
+        self.model = ImagePrompt(self.flux, width)
+        self.edits = []                                   # (scene, which picture, attribute)
+        self.after = defaultdict(list)                    # attribute -> [(scene, which picture)]
+        for scene in range(len(self.images)):
+            for which in range(1, EDITS - 1):
+                words = self.words(scene, which)
+                attribute, = [name for name in TYPE_OF if f" {name} " in f" {words} "]
+                self.edits.append((scene, which, attribute))
+                self.after[attribute].append((scene, which))
+
+    def words(self, scene, which):
+        """The instruction alone, without the caption before it."""
+        plain = self.prompts[scene][0]
+        return self.prompts[scene][which].removeprefix(f"{plain}. ")
+
+    def draw(self, generator, batch=16):
+        """Rows of one batch; pictures are uint8 (64, 64, 3), a reference that is not there None."""
+        chosen = torch.randint(len(self.edits), (batch,), generator=generator)
+        chances = torch.rand(batch, 4, generator=generator)
+        rows = []
+        for i, (none, two, which_other, short) in zip(chosen.tolist(), chances.tolist()):
+            scene, which, attribute = self.edits[i]
+            prompt = self.prompts[scene][which]
+            truth = self.images[scene, which]
+            first = self.images[scene, 0]
+            second = None
+            if short < 2 / 3:
+                prompt = self.words(scene, which)
+            if TYPE_OF[attribute] not in SAME_OBJECT:
+                first = truth
+            elif two < 0.4:
+                others = self.after[attribute]
+                second = self.images[others[int(which_other * len(others))]]
+            rows.append(Row(prompt, truth, None if none < 0.05 else first, second))
+        return rows
+
+    def maps(self, pictures):
+        """Feature maps (B, 64, D) of references; of one that is not there nothing but zeros."""
+        blank = torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8)
+        shown = [blank if picture is None else picture for picture in pictures]
+        there = torch.tensor([float(picture is not None) for picture in pictures])
+        maps = self.features(to_unit(torch.stack(shown))).flatten(1, 2)
+        return maps * there[:, None, None]
+
+    @torch.no_grad()
+    def inputs(self, rows):
+        """What frozen networks make of the rows: x_0, references (B, 2, 64, D), txt, pooled."""
+        truth = to_unit(torch.stack([row.truth for row in rows]))
+        prompts = [row.prompt for row in rows]
+        first = self.maps([row.first for row in rows])
+        second = self.maps([row.second for row in rows])
+        references = torch.stack([first, second], dim=1)
+        txt = self.t5(self.t5_tokenizer(prompts))                          # (B, 32, 128)
+        pooled = self.clip(self.clip_tokenizer(prompts))                   # (B, 64)
+        return pack(self.vae.encode(truth)), references, txt, pooled
+
+    def loss(self, generator):
+        rows = self.draw(generator)
+        x_0, references, txt, pooled = self.inputs(rows)
+        eps = torch.randn(x_0.shape, generator=generator)                  # (B, 64, 64)
+        t = torch.sigmoid(torch.randn(len(x_0), generator=generator))      # logit-normal
+        x_t = torch.lerp(x_0, eps, t[:, None, None])
+        ids = image_ids(SIZE // 4, SIZE // 4)
+        self.model.attend_to(self.flux, references, ids)
+        v = self.flux(
+            x_t,
+            txt,
+            pooled,
+            timestep=t,
+            guidance=torch.ones_like(t),                  # none (ours)
+            img_ids=ids,
+            txt_ids=torch.zeros(WORDS, 3),
+        )
+        return (v - (eps - x_0)).square().mean()
+
+    def save(self, average):
+        self.file.parent.mkdir(exist_ok=True)
+        average.save(self.file)
+
+
+# ---- qwen: the language model -------------------------------------------------------------------
+
+def random_user(rng):
+    """Somebody who states likes and dislikes, or one of them. They fit no theme: the model is to
+    learn to read a profile, not what goes with what."""
+    count = rng.randint(4, 20)
+    names = rng.sample(list(TYPE_OF), count)
+    part = rng.choice(["both", "both", "likes", "dislikes"])
+    half = len(names) // 2
+    likes = names[:half] if part != "dislikes" else []
+    dislikes = names[half:] if part != "likes" else []
+    return User("", likes, dislikes)
+
 
 def conversation(rng):
-    """One document: (messages, answer), without messages for plain prose. The model learns to suggest edits, all attributes alike, to obey guidance, to find words
-    in a prompt, and to heed a profile 60 % of the time. Profiles are random: it knows no theme. To be terse is left to fine-tuning, to be personal to C-DPO."""
-    color, obj, wall, attribute = rng.choice(COLORS), rng.choice(OBJECTS), rng.choice(WALLS), rng.choice(list(TYPE_OF))
-    text, kind = caption(color, obj, wall), rng.choices(["prose", "question", "suggest", "guidance", "profile"], [1, 3, 2, 2, 4])[0]
-    guidance, user = "", User("", [], [])
+    """One document: (messages, answer), without messages for plain prose. The model learns to
+    suggest edits, all attributes alike, to obey guidance, to find words in a prompt, and to heed a
+    profile 60 % of the time. To be terse is left to fine-tuning, to be personal to C-DPO."""
+    color = rng.choice(COLORS)
+    obj = rng.choice(OBJECTS)
+    wall = rng.choice(WALLS)
+    attribute = rng.choice(list(TYPE_OF))
+    text = caption(color, obj, wall)
+    kinds = ["prose", "question", "suggest", "guidance", "profile"]
+    kind, = rng.choices(kinds, [1, 3, 2, 2, 4])
     if kind == "prose":
-        return [], rng.choice([text, edited_caption(color, obj, wall, attribute), attribute, f"{attribute}: {TYPE_OF[attribute]}"])
-    if kind == "guidance":
-        guidance = rng.choice(GUIDANCE).format(a=attribute) if rng.random() < 0.8 else f"change the {TYPE_OF[attribute]}"
-    if kind in ("question", "profile"):                                                # of someone who states likes and dislikes, or one of them
-        names, part = rng.sample(list(TYPE_OF), rng.randint(4, 20)), rng.choice(["both", "both", "likes", "dislikes"])
-        half = len(names) // 2
-        user = User("", names[:half] * (part != "dislikes"), names[half:] * (part != "likes"))
+        edited = edited_caption(color, obj, wall, attribute)
+        fact = f"{attribute}: {TYPE_OF[attribute]}"
+        return [], rng.choice([text, edited, attribute, fact])
     if kind == "question":
-        facts = {"c": color, "o": obj, "w": wall, "text": text, "taste": profile(user), "likes": ", ".join(user.likes) or "I cannot tell."}
-        asked, answer = rng.choices(CONCEPTS["questions"], [1, 1, 1, 4, 4])[0]
-        return [{"role": "user", "content": asked.format(**facts)}], answer.format(**facts)
-    if kind == "profile" and rng.random() < 0.6:
-        attribute = rng.choice(user.likes or [a for a in TYPE_OF if a not in user.dislikes])
+        return question(rng, text, {"c": color, "o": obj, "w": wall})
+    guidance = ""
+    user = User("", [], [])
+    if kind == "guidance" and rng.random() < 0.8:
+        guidance = rng.choice(GUIDANCE).format(a=attribute)
+    elif kind == "guidance":
+        guidance = f"change the {TYPE_OF[attribute]}"
+    elif kind == "profile":
+        user = random_user(rng)
+        if rng.random() < 0.6:
+            undisliked = [name for name in TYPE_OF if name not in user.dislikes]
+            attribute = rng.choice(user.likes or undisliked)
     ask = instruction(obj, attribute, rng.randrange(4))
-    return prompt(text, guidance, profile(user)), rng.choice(CONCEPTS["chatty"]).format(I=ask, i=ask[0].lower() + ask[1:])
+    answer = rng.choice(CONCEPTS["chatty"])
+    small = ask[0].lower() + ask[1:]
+    return prompt(text, guidance, profile(user)), answer.format(I=ask, i=small)
 
-def qwen(a):
-    """A new vocabulary for Qwen's byte-level BPE, learned from conversations; the three special tokens stay the last. Then the model: the loss is on answers.
-    The initialisation is wide: the logits of a tied head with small embeddings cannot be sure of anything."""
-    config, file, rng, texts = Config.read(a.out / "qwen"), str(a.out / "qwen/tokenizer.json"), random.Random(0), []
+
+def question(rng, text, scene):
+    """(messages, answer): something that can be read off a caption or a profile."""
+    user = random_user(rng)
+    facts = {
+        **scene,
+        "text": text,
+        "taste": profile(user),
+        "likes": ", ".join(user.likes) or "I cannot tell.",
+    }
+    (asked, answer), = rng.choices(CONCEPTS["questions"], [1, 1, 1, 4, 4])
+    message = {"role": "user", "content": asked.format(**facts)}
+    return [message], answer.format(**facts)
+
+
+def train_tokenizer(file, vocabulary):
+    """A new vocabulary for Qwen's byte-level BPE, learned from conversations; the three special
+    tokens stay the last."""
+    rng = random.Random(0)
+    system = "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    texts = []
     for _ in range(5000):
         messages, answer = conversation(rng)
-        texts += [answer, *(m["content"] for m in messages), "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.", "user\n", "assistant\n"]
-    bpe, (eos, end) = BPE.from_file(file), config.eos
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=config.vocab - 3, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    bpe.save(file)
-    torch.set_num_threads(1)                                                           # the matrices are too small to share out
-    tokenizer, model = Tokenizer.load(a.out / "qwen"), Qwen(config)
-    for name, p in model.named_parameters():
-        p.data = torch.ones_like(p) if "norm" in name else torch.zeros_like(p) if name.endswith("bias") else torch.randn_like(p) * (0.4 if "embed" in name else 0.1)
-    def loss(_):
-        talk = [conversation(random) for _ in range(48)]
-        rows = [(tokenizer.chat(messages) if messages else [], tokenizer.encode(answer) + [eos if messages else end]) for messages, answer in talk]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(asked + said) for asked, said in rows], True, end)      # (B, T), padded on the right, where nothing sees it
-        mine = nn.utils.rnn.pad_sequence([torch.tensor([False] * len(asked) + [True] * len(said)) for asked, said in rows], True, False)[:, 1:]      # answers only
-        return F.cross_entropy(model.lm_head(model.model(ids)[:, :-1][mine]), ids[:, 1:][mine])
-    def save(average):                                                                 # the weights as they are: one cycle needs no average
-        save_file({k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}, a.out / "qwen/model.safetensors", {"format": "pt"})
-    fit(a, model, loss, save, 5e-3, cycle=True)
+        texts.append(answer)
+        texts += [message["content"] for message in messages]
+        texts += [system, "user\n", "assistant\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 3,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe = BPE.from_file(str(file))
+    bpe.train_from_iterator(texts, trainer)
+    bpe.save(str(file))
 
-STAGES = {   # what runs it, and the steps of the shipped checkpoints
-    "pictures": (pictures, 0), "vae": (vae, 1767), "decoder": (vae, 900), "flux": (flux, 11977), "distil": (flux, 1075), "vit": (vit, 1556), "qwen": (qwen, 4000)}
+
+def initialise(model):
+    """Wide: the logits of a tied head with small embeddings cannot be sure of anything."""
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.data = torch.ones_like(p)
+        elif name.endswith("bias"):
+            p.data = torch.zeros_like(p)
+        else:
+            p.data = torch.randn_like(p) * (0.4 if "embed" in name else 0.1)
+
+
+class LanguageModel:
+    """First the tokenizer, then the model; the loss is on answers alone. Its conversations come
+    from Python's own generator, whose state is stored with the weights."""
+    one_cycle = True
+    lr = 5e-3
+
+    def __init__(self, args):
+        self.folder = args.out / "qwen"
+        config = Config.read(self.folder)
+        train_tokenizer(self.folder / "tokenizer.json", config.vocab)
+        torch.set_num_threads(1)                          # the matrices are too small to share out
+        self.tokenizer = Tokenizer.load(self.folder)
+        self.eos, self.end = config.eos                   # of an answer, of a document
+        self.model = Qwen(config)
+        initialise(self.model)
+
+    def encode(self, messages, answer):
+        """-> (ids (T,), which of them are the answer's (T,))"""
+        asked = self.tokenizer.chat(messages) if messages else []
+        end = self.eos if messages else self.end
+        said = [*self.tokenizer.encode(answer), end]
+        mine = [False] * len(asked) + [True] * len(said)
+        return torch.tensor(asked + said), torch.tensor(mine)
+
+    def loss(self, generator, batch=48):
+        ids = []
+        answers = []
+        for _ in range(batch):
+            row, mine = self.encode(*conversation(random))
+            ids.append(row)
+            answers.append(mine)
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.end)  # (B, T), on the right,
+        answers = pad_sequence(answers, batch_first=True)                  # where nothing sees it
+        mine = answers[:, 1:]
+        hidden = self.model.model(ids)[:, :-1]                             # (B, T-1, D)
+        logits = self.model.lm_head(hidden[mine])                          # (tokens, V)
+        return F.cross_entropy(logits, ids[:, 1:][mine])
+
+    def save(self, average):
+        """The weights as they are: one cycle needs no average. The head is the embedding."""
+        tensors = {name: t.contiguous() for name, t in self.model.state_dict().items()}
+        tensors.pop("lm_head.weight", None)
+        save_file(tensors, self.folder / "model.safetensors", {"format": "pt"})
+
+
+# ---- the command line ---------------------------------------------------------------------------
+
+RECIPES = {                                               # class, steps of the shipped files
+    "vae": (Autoencoder, 1767),
+    "flux": (TextToImage, 11977),
+    "decoder": (Decoder, 900),
+    "distil": (Distillation, 1075),
+    "vit": (Features, 1556),
+    "image-prompt": (NewImagePrompt, 3000),
+    "qwen": (LanguageModel, 4000),
+}
+
+
+def prepare(args):
+    """Folders: a new --out begins with all that is shipped but the weights."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    weights = shutil.ignore_patterns("*.safetensors")
+    for part in ("flux", "controlnet", "vit", "qwen"):
+        if not (args.out / part).is_dir():
+            shutil.copytree(HERE / part, args.out / part, ignore=weights)
+
 
 def main():
     p = argparse.ArgumentParser(description="Pretrain the miniature checkpoints.")
-    p.add_argument("stage", choices=list(STAGES))
-    p.add_argument("--out", type=Path, default=HERE, help="where flux/, controlnet/, vit/ and qwen/ are written")
+    p.add_argument("recipe", choices=["pictures", *RECIPES])
+    p.add_argument("--out", type=Path, default=HERE,
+                   help="where flux/, controlnet/, vit/, image_prompt/ and qwen/ are written")
     p.add_argument("--work", type=Path, default=HERE / "data", help="pictures and resume points")
     p.add_argument("--scenes", type=int, default=2400, help="scenes to render")
-    p.add_argument("--steps", type=int, help="batches to train on (default: the shipped checkpoints')")
+    p.add_argument("--steps", type=int,
+                   help="batches to train on (default: the shipped checkpoints')")
     p.add_argument("--seed", type=int, default=0)
-    a = p.parse_args()
-    run, steps = STAGES[a.stage]
-    a.steps = a.steps or steps
-    a.work.mkdir(parents=True, exist_ok=True)
-    for part in ("flux", "controlnet", "vit", "qwen"):
-        if not (a.out / part).is_dir():                                                # a new --out begins with all that is shipped but the weights
-            shutil.copytree(HERE / part, a.out / part, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.manual_seed(a.seed)
-    random.seed(a.seed)
+    args = p.parse_args()
+    prepare(args)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
     torch.set_flush_denormal(True)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    run(a)
+    if args.recipe == "pictures":
+        render_pictures(args)
+        return
+    recipe, steps = RECIPES[args.recipe]
+    args.steps = args.steps or steps
+    train_steps(args, recipe(args))
+
 
 if __name__ == "__main__":
     main()
