@@ -72,8 +72,8 @@ def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards
         "rewards/rejected": rejected_rewards.sum(),
         "rewards/margins": margins.sum(),
         "rewards/accuracies": (margins > 0).float().sum(),
-        "logps/chosen": policy_chosen.detach().sum(),
-        "logps/rejected": policy_rejected.detach().sum(),
+        "logps/chosen": policy_chosen.sum(),
+        "logps/rejected": policy_rejected.sum(),
     }
 
 
@@ -411,8 +411,9 @@ class CDPOSettings:
     device:         str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
-Row = namedtuple("Row", "pair near stay")                # a pair's number, list[Near], (U, 1)
-Near = namedtuple("Near", "user pair similarity")        # a similar user, one of their pairs, s(u,v)
+# One row of a batch: the numbers of the user's own pair and then of the neighbours' pairs, whose
+# soft tokens read each of them, s(u,v) of the neighbours, and whose node vectors stay (U, 1).
+Row = namedtuple("Row", "pairs readers similarity stay")
 
 
 def load_policy(settings, adapter):
@@ -495,51 +496,49 @@ class CDPO:
         return groups
 
     def draw(self, indices, generator):
-        """For each pair its neighbours' pairs, and, for all alike, whose node vectors stay."""
         chance = torch.rand(len(self.users), 1, generator=generator)
         stay = (chance >= self.settings.drop).float()
-        return [Row(i, self.draw_neighbours(i, generator), stay) for i in indices]
+        return [self.draw_row(pair, stay, generator) for pair in indices]
 
-    def draw_neighbours(self, pair, generator):
-        """Of each similar user, or of one of them, a random pair."""
+    def draw_row(self, pair, stay, generator):
+        """A pair, and of each similar user, or of one of them, a random pair."""
+        settings = self.settings
         user = self.owner[pair]
+        row = Row([pair], [user], [], stay)
         similarity = self.similarity[user]                                  # (K,)
         columns = range(len(similarity))
-        if self.settings.neighbours == "sampled" and similarity.any():
+        if settings.neighbours == "sampled" and similarity.any():
             columns = torch.multinomial(similarity, 1, generator=generator).tolist()
-        near = []
         for column in columns:
-            s = similarity[column].item()
-            if s > 0:
+            if similarity[column] > 0:
                 v = self.neighbours[user, column].item()
                 theirs = self.pairs_of[v]
-                which = torch.randint(len(theirs), (1,), generator=generator).item()
-                near.append(Near(v, theirs[which], s))
-        return near
+                which = torch.randint(len(theirs), (1,), generator=generator)
+                row.pairs.append(theirs[which])
+                row.readers.append(user if settings.neighbour_user == "target" else v)
+                row.similarity.append(similarity[column])
+        return row
 
     def loss(self, rows):
-        """Eq. 7, summed over the rows."""
-        settings = self.settings
-        own = [row.pair for row in rows]
-        near = [near for row in rows for near in row.near]
-        readers = [self.owner[pair] for pair in own]                        # whose tokens read it
+        """Eq. 7, summed over the rows; metrics are of the users' own pairs."""
+        pairs = []
+        readers = []
+        similarity = []
         for row in rows:
-            for v in row.near:
-                to_target = settings.neighbour_user == "target"
-                readers.append(self.owner[row.pair] if to_target else v.user)
-        pairs = own + [v.pair for v in near]
-        losses, metrics = self.pair_losses(pairs, readers, rows[0].stay, len(own))
+            pairs += row.pairs
+            readers += row.readers
+            similarity.append(torch.tensor(row.similarity))
+        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (4, N)
+        counts = [len(row.pairs) for row in rows]
+        first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)       # where each row begins
+        losses = pad_sequence(losses.split(counts), batch_first=True)       # (B, 1 + K)
+        similarity = pad_sequence(similarity, batch_first=True).to(losses)  # (B, K)
+        losses = cdpo_loss(losses[:, 0], losses[:, 1:], similarity, self.settings.lam)     # (7)
+        return losses.sum(), dpo_metrics(*found[:, first])
 
-        counts = [len(row.near) for row in rows]
-        neighbour = pad_sequence(losses[len(own):].split(counts), batch_first=True)    # (B, K)
-        scores = losses.new_tensor([v.similarity for v in near])
-        similarity = pad_sequence(scores.split(counts), batch_first=True)              # (B, K)
-        losses = cdpo_loss(losses[:len(own)], neighbour, similarity, settings.lam)     # (7)
-        return losses.sum(), metrics
-
-    def pair_losses(self, pairs, readers, stay, own):
-        """L_DPO of N pairs (numbers), each read with the soft tokens of a user (`readers`), plus
-        nll times the chosen answer's mean token loss -> (N,), and metrics of the first `own`."""
+    def pair_losses(self, pairs, readers, stay):
+        """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
+        times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes (4, N)."""
         settings = self.settings
         texts = [self.encode(self.pairs[pair]) for pair in pairs]
         soft = None
@@ -548,20 +547,20 @@ class CDPO:
             soft = self.tokens.soft(h[readers])                             # (N, S, D)
         with torch.no_grad():                                               # first: checkpointing
             lora.use(self.model, "reference")                               # runs the policy again
-            reference = answer_logprobs(self.model, texts)                  # (N, 2), no user
+            reference = answer_logprobs(self.model, texts).T                # (2, N), no user
             lora.use(self.model, "policy")
-        policy = answer_logprobs(self.model, texts, soft)                   # (N, 2)
-        losses, *rewards = dpo_loss(*policy.T, *reference.T, settings.beta)
+        policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
+        losses, *rewards = dpo_loss(*policy, *reference, settings.beta)
         length = torch.tensor([len(chosen) for _, (chosen, _) in texts]).to(policy)
-        losses = losses - settings.nll * policy[:, 0] / length
-        return losses, dpo_metrics(*(x[:own] for x in (*policy.T, *rewards)))
+        losses = losses - settings.nll * policy[0] / length
+        return losses, torch.stack([*policy.detach(), *rewards])
 
     def encode(self, pair):
         asked = prompt(pair["caption"], pair["guidance"])
         return encode(self.tokenizer, asked, pair["chosen"], pair["rejected"])
 
     def describe(self, rows):
-        return lines_of(self.settings.pairs, [self.pairs[row.pair] for row in rows])
+        return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
 
     def save(self, folder):
         lora.save_adapter(self.model, folder, base_model=self.settings.qwen)
@@ -613,10 +612,10 @@ class Evaluation:
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
     @torch.no_grad()
-    def answers(self, users, captions, policy, seed=0, profile=False, unknown="mean"):
+    def answers(self, users, captions, policy, seed=0, with_profile=False, unknown="mean"):
         """Instructions of the policy in a folder for each user's captions -> [(user's number,
-        caption, text, ended)]; `users` say all that it may know. profile: the prompt tells the
-        user in words; unknown: as in UserTokens.new."""
+        caption, text, ended)]; `users` say all that it may know. with_profile: the prompt tells
+        the user in words; unknown: as in UserTokens.new."""
         device = self.model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed_for("answers", seed))
         lora.load_adapter(self.model, policy)
@@ -625,20 +624,18 @@ class Evaluation:
         if file.exists():
             tokens = UserTokens.load(file, device)
             soft = tokens.soft(tokens.new(users, unknown))                  # (N, S, D)
+        words = [profile(user) if with_profile else "" for user in users]
         asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
         found = []
         for at in range(0, len(asked), 400):
             part = asked[at:at + 400]
             who = [i for i, _ in part]
-            prompts = [self.question(users[i], text, profile) for i, text in part]
+            prompts = [prompt(text, profile=words[i]) for i, text in part]
             theirs = None if soft is None else soft[who]
             answers = suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
                               generator=generator)
             found += [(*question, *answer) for question, answer in zip(part, answers)]
         return found
-
-    def question(self, user, caption, with_profile):
-        return prompt(caption, profile=profile(user) if with_profile else "")
 
     def rates(self, shown, policy, **how):
         """{"likes": share of the answers that name a stated like, ...} where of each user's
@@ -689,9 +686,8 @@ def markdown_table(columns, rows):
 
 
 if __name__ == "__main__":
-    more = torch.tensor([0.0, 10.0])
-    none = torch.zeros(2)
+    chosen = torch.tensor([0.0, 10.0])
+    zero = torch.zeros(2)
+    losses, *_ = dpo_loss(chosen, zero, zero, zero)
     print("DPO where the policy is the reference (ln 2), and where it prefers y+ by 10 nats more:",
-          dpo_loss(more, none, none, none)[0].tolist())
-    print("Eq. 7, and a user without similar users:",
-          cdpo_loss(none + 1, none[:, None] + 3, torch.tensor([[0.5], [0.0]])).tolist())
+          losses.tolist())

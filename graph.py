@@ -141,10 +141,8 @@ class Relations(nn.Module):
     def forward(self, x_src, x_dst, edges):
         """edges (3, E) = (source, destination, sign) -> (N, out)."""
         which = {"any": slice(None), "like": edges[2] > 0, "dislike": edges[2] < 0}
-        total = 0
-        for name, conv in self.convs.items():
-            total = total + conv(x_src, x_dst, edges[:2, which[name]])
-        return total
+        parts = [conv(x_src, x_dst, edges[:2, which[n]]) for n, conv in self.convs.items()]
+        return sum(parts)
 
 
 class GraphSAGE(nn.Module):
@@ -208,9 +206,16 @@ class EdgeModel(nn.Module):
         self.decoder = EdgeDecoder(out_dim, hidden_dim)
         count = graph.edges.shape[1]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        train, val, test = order.tensor_split([int(0.6 * count), int(0.8 * count)])    # 60/20/20
-        self.split = {"train": graph.edges[:, train], "val": graph.edges[:, val],
-                      "test": graph.edges[:, test]}
+        cuts = [int(0.6 * count), int(0.8 * count)]                         # 60/20/20
+        parts = graph.edges[:, order].tensor_split(cuts, dim=1)
+        self.split = dict(zip(("train", "val", "test"), parts))
+
+    def groups(self, weight_decay):
+        """The optimiser's: only user vectors decay."""
+        net = dict(self.named_parameters())
+        vectors = net.pop("vectors")
+        return [{"params": list(net.items()), "weight_decay": 0.0},
+                {"params": [("vectors", vectors)], "weight_decay": weight_decay}]
 
     def logits(self, messages, asked, vectors):
         """Edges that carry `messages` (3, E'), edges `asked` about (3, E) -> (E,)."""
@@ -259,9 +264,7 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
     loss with checkpoints and a schedule; this is the whole of it."""
     model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
     model.to(graph.features.device)
-    net = [*model.sage.parameters(), *model.decoder.parameters()]
-    vectors = {"params": [model.vectors], "weight_decay": weight_decay}
-    optimizer = torch.optim.Adam([{"params": net}, vectors], lr=lr)
+    optimizer = torch.optim.Adam(model.groups(weight_decay), lr=lr)
     for epoch in range(epochs):
         loss = model.loss(*model.draw(generator_for(seed, epoch)))
         optimizer.zero_grad()
@@ -308,16 +311,13 @@ class GraphPretraining:
         if settings.feature_norm:
             centred = features - features.mean(0)
             features = F.normalize(centred, dim=-1) * settings.feature_norm
-        self.model = EdgeModel(
-            PreferenceGraph.build(users, names, features), settings.hidden, settings.out_dim,
-            signed=not settings.unsigned, drop=settings.drop, seed=settings.seed).to(device)
-        for part, edges in self.model.split.items():
-            self.model.split[part] = edges.to(device)
+        graph = PreferenceGraph.build(users, names, features).to(device)
+        model = EdgeModel(graph, settings.hidden, settings.out_dim, not settings.unsigned,
+                          drop=settings.drop, seed=settings.seed)
+        self.model = model.to(device)
 
     def parameter_groups(self):
-        net = [(n, p) for n, p in self.model.named_parameters() if n != "vectors"]
-        vectors = [("vectors", self.model.vectors)]
-        return [{"params": net, "weight_decay": 0.0}, {"params": vectors}]
+        return self.model.groups(self.settings.weight_decay)
 
     def draw(self, indices, generator):
         return [self.model.draw(generator) for _ in indices]
@@ -331,16 +331,14 @@ class GraphPretraining:
 
     def save(self, folder):
         """collaborative.safetensors, and how well held-out edges are told apart: report.json."""
-        tensors = self.model.state_dict()
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("decoder.")}
         settings = self.settings
+        tensors = self.model.state_dict()
+        for name in self.model.decoder.state_dict():
+            del tensors[f"decoder.{name}"]
         config = {"kind": "graph", "hidden_dim": settings.hidden, "out_dim": settings.out_dim,
                   "signed": not settings.unsigned, "soft": None}
         save_graph(folder / "collaborative.safetensors", self.model.graph, tensors, config)
-        self.report = {}
-        for part in ("val", "test"):
-            for name, value in self.model.evaluate(part).items():
-                self.report[f"{part} {name}"] = value
+        self.report = self.model.evaluate("test")
         (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
 
@@ -367,19 +365,14 @@ def read_jsonl(path, optional=None, **fields):
             raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
                              f"({error})") from None
         for name, kind in kinds.items():
-            check_field(f"{path}:{number}", name, row.get(name), kind)
+            value = row.get(name)
+            items = value if kind is list and isinstance(value, list) else []
+            if not isinstance(value, kind) or not all(isinstance(item, str) for item in items):
+                wanted = "a list of strings" if kind is list else "a string"
+                raise ValueError(f'{path}:{number}: "{name}" must be {wanted}, '
+                                 f"got {json.dumps(value)[:60]}")
         rows.append(row)
     return rows
-
-
-def check_field(where, name, value, kind):
-    """ValueError unless `value` is of `kind`; a list must hold strings."""
-    fits = isinstance(value, kind)
-    if fits and kind is list:
-        fits = all(isinstance(item, str) for item in value)
-    if not fits:
-        wanted = "a list of strings" if kind is list else "a string"
-        raise ValueError(f'{where}: "{name}" must be {wanted}, got {json.dumps(value)[:60]}')
 
 
 def read_users(path):
@@ -426,14 +419,11 @@ def load_graph(file):
 
 
 if __name__ == "__main__":
-    tastes = [["neon", "chrome", "city"], ["wood", "forest", "leaf"]]
-    people = [User(f"u{i}", tastes[i % 2], tastes[1 - i % 2]) for i in range(60)]
-    names = [*tastes[0], *tastes[1]]
-    features = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
-    toy = PreferenceGraph.build(people, names, features)
-    model, held_out = pretrain(toy, epochs=60)
-    states = model.sage(model.vectors, toy.features, toy.edges)[2]
-    new = embed_new_user(model.sage, states, [User("new", ["wood"], ["neon"])], names)
-    index, score = similar_users(toy.signs(), 3, "signed")
-    print("like or dislike on held-out edges:", held_out)
-    print("u1 is most like", [toy.users[i] for i in index[1]], "| a new user is", tuple(new.shape))
+    cosy = User("ana", ["wood", "forest", "leaf"], ["neon", "chrome"])
+    urban = User("bo", ["neon", "chrome", "city"], ["wood", "leaf"])
+    people = 30 * [cosy, urban]
+    names = attribute_names(people)
+    toy = PreferenceGraph.build(people, names, torch.eye(len(names)))
+    print("like or dislike on held-out edges:", pretrain(toy, epochs=60)[1])
+    index, _ = similar_users(toy.signs(), 3)
+    print(f"most like {toy.users[1]}, user 1: users {index[1].tolist()}, all {toy.users[1]}'s")

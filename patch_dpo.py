@@ -1,275 +1,1101 @@
-"""Preferences for the picture model: which patches of a generated picture are good, and losses that learn from it.
+"""Preferences for the picture model: PatchDPO, Diffusion-DPO and Diffusion-DRO, whole: the losses,
+what they need (features of patches, image prompts, trajectories), and the training of each.
 
-    p(x_gen[h,w]) = max over i,j of cos( f(x_gen)[h,w], f(x_ref)[i,j] )                                            (PatchDPO, Eq. 3)
-    L_PatchDPO    = || (v_gen - v_theta) p~_gen ||^2 + || (v_ref - v_theta) (1 - p~_ref) ||^2                       (PatchDPO, supplement S1)
-    L_DPO         = -log sigma( -beta/2 [ (l_win - l_win_ref) - (l_lose - l_lose_ref) ] )                          (Diffusion-DPO)
-    L_DRO         = max( 0, margin + (l_expert - l_expert_ref) - (l_policy - l_policy_ref) )                       (Diffusion-DRO)
-    Z_new         = Attn(Q, K_text, V_text) + sum over references i of Attn(Q, K_img_i, V_img_i)                    (PatchDPO, Eq. S5-S7)
+    p(x)[h,w]   = max over i,j of cos( f(x)[h,w], f(x_ref)[i,j] )                      (PatchDPO 3)
+    L_PatchDPO  = || (v_gen - v_theta) p~_gen ||^2
+                  + || (v_ref - v_theta) (1 - p~_ref) ||^2                            (PatchDPO S1)
+    L_DPO       = -log sigma( -beta/2 [ (l_win - l_win_ref) - (l_lose - l_lose_ref) ] )
+    L_DRO       = max( 0, margin + (l_expert - l_expert_ref) - (l_policy - l_policy_ref) )
+    Z_new       = Attn(Q, K_text, V_text) + sum over i of Attn(Q, K_img_i, V_img_i)    (S5-S7)
 
-l is a mean squared error of the predicted velocity; the papers write noise, and ||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs.
-f is an image encoder (DINOv2 or ViT); its self-supervised patch training is ours, because the paper's text of it is not public.
-Losses are pure functions, one number a sample. H, W count patches, h, w latent pixels, S patches of one picture, M references. Try it: python patch_dpo.py
+v is a velocity, l the mean squared error of a predicted one. The papers predict the noise, and
+||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs. f is an image encoder
+(DINOv2 or ViT); its self-supervised training is ours, because the paper's text of it is not public.
+Shapes: H, W count patches, S = H W patches of one picture, h, w latent pixels, C channels, L image
+tokens, M references, N edits, G generated pictures of each. Losses give one number a sample.
+Try it: python patch_dpo.py
 """
-import math, sys
+import copy
+import json
+import math
+import sys
 from collections import namedtuple
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from flux import chain, choose, rope_table, rotate, self_attention, to_tensor
-from qwen import Unfilled, load_checkpoint, read_json, reading, resolve
 
-# ---- patch quality and the losses --------------------------------------------------------------------------------------------
+import lora
+from controlnet import FLUX_PARTS
+from flux import (VAE, CLIPMLP, Flux, attend, denoise, encode_prompt,
+                  image_ids, pack, rope_table, rotate, sigmas, unpack,
+                  read_image, read_square, to_picture, to_tensor)
+from graph import read_jsonl
+from qwen import (DTYPES, RANK, WORLD, all_reduce, barrier,
+                  choose, flag, generator_for, pick_device,
+                  load_checkpoint, on_meta, read_json, read_tensors,
+                  reading, resolve, write_whole)
+
+
+# ---- patch quality and the losses ----------------------------------------------------------------
+
 def patch_quality(f_x, f_ref):
-    """Cosine of every patch of x to the reference patch most like it: (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1].  Eq. 3.
-    Several references: stack their maps along H'. The quality of the reference, p(x_ref), is the same with the arguments exchanged."""
-    x, ref = units(f_x, f_ref)
-    return (x @ ref.mT).amax(2).view(f_x.shape[:3])                                     # (3)
+    """Of every patch of x the cosine to the patch of the reference that is most like it:
+    (B, H, W, D), (B, H', W', D) -> (B, H, W) in [-1, 1]. Several references: stack their maps
+    along H'. The quality of the reference, p(x_ref), is the same with the arguments exchanged."""
+    cosine = unit_patches(f_x) @ unit_patches(f_ref).mT                     # (B, HW, H'W')
+    return cosine.amax(2).view(f_x.shape[:3])                               # (3)
 
-def units(*maps):
-    """Feature maps (B, H, W, D) -> lists of their patches (B, HW, D), of length 1."""
-    return [F.normalize(f.flatten(1, 2).float(), dim=-1) for f in maps]
 
-def patch_weights(quality, size, how="minmax"):
-    """p~ of the loss: quality (B, H, W) brought into [0, 1], then to the latent grid `size` = (h, w) -> (B, h, w).
-    The paper does not define p~. "minmax" (ours): the worst patch of a picture gets 0 and the best 1; "clip" (ours): keeps the absolute level.
-    A picture whose patches are all alike has no best and is clipped."""
-    stretch = choose("how", how, {"minmax": True, "clip": False})
-    low, high = quality.amin((1, 2), keepdim=True), quality.amax((1, 2), keepdim=True)  # (B, 1, 1)
-    spread = (quality - low) / (high - low).clamp_min(1e-4)
-    p = torch.where((high - low > 1e-4) & stretch, spread, quality.clamp(0, 1))
-    return F.interpolate(p[:, None], size, mode="bilinear", antialias=True)[:, 0].clamp(0, 1)
+def unit_patches(f):
+    """A feature map (B, H, W, D) -> the list of its patches (B, S, D), of length 1."""
+    f = f.flatten(1, 2).float()
+    return F.normalize(f, dim=-1)
+
+
+def patch_weights(quality, size):
+    """p~ of the loss, which the paper does not define. Ours: quality (B, H, W) is stretched so that
+    a picture's worst patch gets 0 and its best 1, then brought to the latent grid `size` = (h, w)
+    -> (B, h, w). A picture whose patches are all alike has no best: it is clipped to [0, 1]."""
+    low = quality.amin((1, 2), keepdim=True)                                # (B, 1, 1)
+    span = quality.amax((1, 2), keepdim=True) - low
+    p = torch.where(
+        span > 1e-4,
+        (quality - low) / span.clamp_min(1e-4),
+        quality.clamp(0, 1)
+    )
+    p = F.interpolate(                                                      # (B, 1, h, w)
+        p[:, None], size, mode="bilinear", antialias=True)
+    return p[:, 0].clamp(0, 1)
+
 
 def patch_dpo_loss(error_gen, error_ref, weight_gen, weight_ref, power=2):
-    """Errors (prediction - target) of the generated and the reference picture (B, C, h, w), weights p~ (B, h, w) -> (B,).
-    power 2 is the paper's formula (the weight is inside the square), 1 the authors' code, whose batch mean is half of this sum."""
-    gen = (weight_gen[:, None] ** power * error_gen ** 2).mean((1, 2, 3))               # good patches: learn what was generated
-    ref = ((1 - weight_ref[:, None]) ** power * error_ref ** 2).mean((1, 2, 3))         # what went missing: learn the reference
-    return gen + ref                                                                    # (S1)
+    """Errors (prediction - target) of the generated and of the reference picture (B, C, h, w),
+    their weights p~ (B, h, w) -> (B,). power 2 is the paper's formula (the weight is inside the
+    square), 1 the authors' code, whose batch mean is half of this sum."""
+    good = weight_gen[:, None] ** power             # learn what was generated well
+    missed = (1 - weight_ref[:, None]) ** power     # learn of the reference what went missing
+    gen = good * error_gen ** 2
+    ref = missed * error_ref ** 2
+    return gen.mean((1, 2, 3)) + ref.mean((1, 2, 3))                        # (S1)
+
 
 def diffusion_dpo_loss(win, lose, ref_win, ref_lose, beta):
-    """Mean squared errors (B,) of the trained and of the frozen model, same noise and t within a pair -> (B,).  Authors' code; Flow-GRPO's beta is 100."""
-    return -F.logsigmoid(-0.5 * beta * ((win - ref_win) - (lose - ref_lose)))
+    """Mean squared errors (B,) of the trained and of the frozen model, with the same noise and time
+    within a pair -> (B,). Authors' code; beta is 100 in Flow-GRPO's version for flows."""
+    better = (win - ref_win) - (lose - ref_lose)
+    return -F.logsigmoid(-0.5 * beta * better)
+
 
 def dro_loss(expert, ref_expert, policy, ref_policy, margin=1e-3):
-    """Mean squared errors (B,), on an expert's picture against its velocity, and on the policy's trajectory against the policy's -> (B,).  Authors' code."""
-    return ((expert - ref_expert) - (policy - ref_policy) + margin).clamp_min(0)
+    """Mean squared errors (B,): on an expert's picture against its velocity, and on a point of the
+    policy's trajectory against the velocity that the policy had there -> (B,). Authors' code."""
+    better = (expert - ref_expert) - (policy - ref_policy)
+    return (better + margin).clamp_min(0)
 
-# ---- f: features of patches --------------------------------------------------------------------------------------------------
+
+def flow(x_0, noise, t):
+    """On the straight way from latents (B, L, C) to noise, at t (B,): x_t and its velocity."""
+    t = t[:, None, None]
+    return (1 - t) * x_0 + t * noise, noise - x_0
+
+
+# ---- f: features of patches ----------------------------------------------------------------------
+
+class ViTAttention(nn.Module):
+    def __init__(self, width, heads, bias):
+        super().__init__()
+        self.heads = heads
+        self.attention = nn.ModuleDict()
+        for name in ("query", "key", "value"):
+            self.attention[name] = nn.Linear(width, width, bias)
+        self.output = nn.ModuleDict({
+            "dense": nn.Linear(width, width)
+        })
+
+    def forward(self, x):                                                   # (B, 1+S, D)
+        qkv = [layer(x) for layer in self.attention.values()]
+        return self.output.dense(attend(*qkv, self.heads))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.lambda1 * x
+
+
 class ViTLayer(nn.Module):
     """One pre-norm transformer layer, with DINOv2's names; a ViT has no layer scale."""
-    def __init__(self, config, scaled):
-        super().__init__()
-        width, eps, self.heads = config["hidden_size"], config["layer_norm_eps"], config["num_attention_heads"]
-        hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
-        self.attention = nn.ModuleDict({"attention": nn.ModuleDict({name: nn.Linear(width, width, config["qkv_bias"]) for name in ("query", "key", "value")}),
-                                        "output": nn.ModuleDict({"dense": nn.Linear(width, width)})})
-        self.mlp = chain(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
-        self.layer_scale1, self.layer_scale2 = (nn.ParameterDict({"lambda1": torch.ones(width)} if scaled else {}) for _ in range(2))
 
-    def forward(self, x):                                                               # (B, 1+S, D)
-        scale1, scale2 = (layer.get("lambda1", 1) for layer in (self.layer_scale1, self.layer_scale2))
-        x = x + scale1 * self_attention(self.norm1(x), self.heads, *self.attention.attention.values(), self.attention.output.dense)
-        return x + scale2 * self.mlp(self.norm2(x))
+    def __init__(self, config, scale):
+        super().__init__()
+        width = config["hidden_size"]
+        eps = config["layer_norm_eps"]
+        hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
+        self.norm1 = nn.LayerNorm(width, eps)
+        self.norm2 = nn.LayerNorm(width, eps)
+        self.attention = ViTAttention(
+            width, config["num_attention_heads"], config["qkv_bias"])
+        self.mlp = CLIPMLP(width, hidden, nn.GELU())
+        self.layer_scale1 = scale(width)
+        self.layer_scale2 = scale(width)
+
+    def forward(self, x):                                                   # (B, 1+S, D)
+        attended = self.attention(self.norm1(x))
+        x = x + self.layer_scale1(attended)
+        mixed = self.mlp(self.norm2(x))
+        return x + self.layer_scale2(mixed)
+
+
+class ViTEmbeddings(nn.Module):
+    """Patches as vectors, each with its position, behind the class token. `side`: patches along
+    an edge of the pictures that it was trained on."""
+
+    def __init__(self, width, patch, side):
+        super().__init__()
+        self.side = side
+        self.cls_token = nn.Parameter(
+            torch.empty(1, 1, width))
+        self.position_embeddings = nn.Parameter(
+            torch.empty(1, 1 + side ** 2, width))
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.position_embeddings, std=0.02)
+        self.patch_embeddings = nn.ModuleDict({
+            "projection": nn.Conv2d(3, width, patch, patch)
+        })
+
+    def forward(self, pixels):
+        x = self.patch_embeddings.projection(pixels)                        # (B, D, H, W)
+        position = self.position_embeddings                                 # (1, 1+side*side, D)
+        places = position[:, 1:].mT
+        places = places.unflatten(2, (self.side, -1))                       # (1, D, side, side)
+        places = F.interpolate(places, x.shape[2:], mode="bicubic")         # (1, D, H, W)
+        patches = (x + places).flatten(2).mT                                # (B, S, D)
+        first = self.cls_token + position[:, :1]
+        first = first.expand(len(x), -1, -1)                                # (B, 1, D)
+        return torch.cat([first, patches], dim=1)                           # (B, 1+S, D)
+
 
 class ImageFeatures(nn.Module):
-    """DINOv2 or ViT; features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map. Built from config.json's values
-    and preprocessor_config.json's image_mean, image_std; trained on squares of `side` pixels."""
+    """DINOv2 or ViT: features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last
+    feature map. Built from config.json's values and preprocessor_config.json's mean and std."""
+
     def __init__(self, config, image_mean, image_std):
         super().__init__()
-        scaled = choose("model_type", config["model_type"], {"dinov2": True, "vit": False})
+        kinds = {"dinov2": LayerScale, "vit": nn.Identity}
+        scale = choose("model_type", config["model_type"], kinds)
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
-        choose("use_swiglu_ffn", config.get("use_swiglu_ffn", False), {False: "MLP"})
-        width, self.patch, self.side = config["hidden_size"], config["patch_size"], config["image_size"]
-        self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device="cpu").view(3, 1, 1) for value in (image_mean, image_std))
-        sizes = {"cls_token": 1, "position_embeddings": 1 + (self.side // self.patch) ** 2}
-        self.embeddings = nn.ParameterDict({name: nn.init.normal_(torch.empty(1, n, width), std=0.02) for name, n in sizes.items()})
-        self.embeddings.patch_embeddings = chain(projection=nn.Conv2d(3, width, self.patch, self.patch))
-        self.encoder = chain(layer=nn.Sequential(*(ViTLayer(config, scaled) for _ in range(config["num_hidden_layers"]))))
+        self.mean_std = [image_mean, image_std]
+        self.patch = config["patch_size"]
+        self.side = config["image_size"]                    # pixels, of its training pictures
+        width = config["hidden_size"]
+        side = self.side // self.patch
+        self.embeddings = ViTEmbeddings(width, self.patch, side)
+        layers = nn.Sequential()
+        for _ in range(config["num_hidden_layers"]):
+            layers.append(ViTLayer(config, scale))
+        self.encoder = nn.ModuleDict({"layer": layers})
         self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
+
+    def tokens(self, image):
+        """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by
+        row. A picture that the patch does not divide is resized to the nearest size that it does,
+        positions are interpolated; where nothing is to be resized, that changes no bit."""
+        H, W = self.cells(image)
+        size = (H * self.patch, W * self.patch)
+        image = F.interpolate(image, size, mode="bicubic", antialias=True)
+        mean, std = image.new_tensor(self.mean_std)[..., None, None]        # (3, 1, 1)
+        pixels = ((image + 1) / 2 - mean) / std
+        x = self.embeddings(pixels)
+        return self.layernorm(self.encoder.layer(x))
+
+    def cells(self, image):
+        """H, W: into how many patches a picture is cut."""
+        return [max(1, round(n / self.patch)) for n in image.shape[2:]]
+
+    def forward(self, image):
+        patches = self.tokens(image)[:, 1:]
+        return patches.unflatten(1, self.cells(image))                      # (B, H, W, D)
+
+    def embed(self, image):
+        """What the whole picture shows: the class token (B, D), not normalised."""
+        return self.tokens(image)[:, 0]
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224). ValueError for other model types, or when a tensor does not fit."""
+        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224).
+        ValueError for other model types, or when a tensor does not fit."""
         path = resolve(path, ["*.json", "model.safetensors"])
-        config, pixels = read_json(path / "config.json"), read_json(path / "preprocessor_config.json")
-        with reading(path), torch.device("meta"), Unfilled():
+        config = read_json(path / "config.json")
+        pixels = read_json(path / "preprocessor_config.json")
+        with reading(path), on_meta():
             model = cls(config, pixels["image_mean"], pixels["image_std"])
         load_checkpoint(model, path / "model.safetensors", cls.rename)
         return model.to(device, torch.float32).eval()
 
     @staticmethod
     def rename(name):
-        """A public checkpoint's name -> ours (DINOv2's); None for the parts that play no role in features."""
+        """A public checkpoint's name -> ours (DINOv2's); None: it plays no role in features."""
         name = name.removeprefix("dinov2.").removeprefix("vit.")
         if name.startswith(("pooler.", "classifier.")) or name.endswith("mask_token"):
             return None
         if ".attention." not in name:
-            name = name.replace(".intermediate.dense", ".mlp.fc1").replace(".output.dense", ".mlp.fc2")
-        return name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+            name = name.replace(".intermediate.dense", ".mlp.fc1")
+            name = name.replace(".output.dense", ".mlp.fc2")
+        name = name.replace("layernorm_before", "norm1")
+        return name.replace("layernorm_after", "norm2")
 
-    def tokens(self, image):
-        """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by row. Sizes that the patch does not divide are resized
-        to the nearest that it does; positions are interpolated from the trained grid. Where nothing is to be resized, interpolation changes no bit."""
-        size, side = [max(1, round(n / self.patch)) for n in image.shape[2:]], self.side // self.patch
-        image = F.interpolate(image, [n * self.patch for n in size], mode="bicubic", antialias=True)
-        x = self.embeddings.patch_embeddings(((image + 1) / 2 - self.mean.to(image)) / self.std.to(image))   # (B, D, H, W)
-        first, places = self.embeddings.position_embeddings.split([1, side * side], dim=1)
-        places = F.interpolate(places.mT.unflatten(2, (side, side)), size, mode="bicubic")                   # (1, D, H, W)
-        first = (self.embeddings.cls_token + first).expand(len(x), -1, -1)
-        return self.layernorm(self.encoder(torch.cat([first, (x + places).flatten(2).mT], dim=1)))
 
-    def forward(self, image):
-        return self.tokens(image)[:, 1:].unflatten(1, (max(1, round(image.shape[2] / self.patch)), -1))      # (B, H, W, D)
+# ---- self-supervised training of f, and its score (ours) -----------------------------------------
 
-# ---- self-supervised training of f, and its score (ours) ---------------------------------------------------------------------
 def random_views(B, generator=None):
-    """Rotated by up to 20 degrees, scaled 0.6 to 1, shifted, half of them mirrored: maps (B, 3, 3) from a view's coordinates, x, y in [-1, 1], to the picture's."""
-    angle, scale, flip, *shift = torch.rand(5, B, generator=generator)
-    angle, scale = (2 * angle - 1) * math.radians(20), 0.6 + 0.4 * scale
-    x, y = ((2 * s - 1) * (1 - scale) for s in shift)
-    mirror, zero, cos, sin = torch.where(flip < 0.5, -1.0, 1.0), torch.zeros(B), scale * angle.cos(), scale * angle.sin()
-    return torch.stack([mirror * cos, -sin, x, mirror * sin, cos, y, zero, zero, zero + 1], dim=1).view(B, 3, 3)
+    """Views of a picture, rotated by up to 20 degrees, scaled 0.6 to 1, shifted, half of them
+    mirrored -> (B, 3, 3), maps from a view's coordinates, x, y in [-1, 1], to the picture's."""
+    angle, scale, flip, x, y = torch.rand(5, B, generator=generator)
+    angle = (2 * angle - 1) * math.radians(20)
+    scale = 0.6 + 0.4 * scale
+    x = (2 * x - 1) * (1 - scale)
+    y = (2 * y - 1) * (1 - scale)
+    mirror = torch.where(flip < 0.5, -1.0, 1.0)
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    zero = torch.zeros(B)
+    view = [
+        mirror * cos, -sin, x,
+        mirror * sin, cos, y,
+        zero, zero, zero + 1
+    ]
+    view = torch.stack(view, dim=1)                                         # (B, 9)
+    return view.view(B, 3, 3)
+
 
 def centres(H, W, transform=torch.eye(3)):
-    """Centres of H x W cells in [-1, 1], x then y -> (H, W, 2); where homographies (B, 3, 3) take them -> (B, H, W, 2)."""
-    y, x = ((2 * torch.arange(n, device=transform.device) + 1) / n - 1 for n in (H, W))
-    points = F.pad(torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1), (0, 1), value=1.0) @ transform[..., None, :, :].mT      # (B, H, W, 3)
-    return points[..., :2] / points[..., 2:].clamp_min(1e-6)
+    """Centres of H x W cells in [-1, 1], x then y -> (H, W, 2); or where homographies (B, 3, 3)
+    take them -> (B, H, W, 2)."""
+    x = (2 * torch.arange(W) + 1) / W - 1
+    y = (2 * torch.arange(H) + 1) / H - 1
+    points = torch.meshgrid(
+        x, y, torch.ones(1), indexing="xy")
+    points = torch.cat(points, dim=-1).to(transform)                        # (H, W, 3)
+    transform = transform[..., None, :, :]
+    points = points @ transform.mT                                          # (B, H, W, 3)
+    depth = points[..., 2:].clamp_min(1e-6)
+    return points[..., :2] / depth
+
 
 def warp(image, view):
-    """The picture (B, C, H, W) seen through `view` (B, 3, 3), a map from the result's coordinates to the picture's."""
-    return F.grid_sample(image, centres(*image.shape[2:], view), padding_mode="reflection", align_corners=False)
+    """The picture (B, C, H, W) seen through `view` (B, 3, 3), from the result's coordinates to the
+    picture's."""
+    places = centres(*image.shape[2:], view)
+    return F.grid_sample(
+        image, places, padding_mode="reflection", align_corners=False)
+
 
 def correspondence(transform, H, W):
-    """For each of a's H x W patches, which patch of picture b shows the same place: `transform` (B, 3, 3) maps a's coordinates to b's -> (B, H*W), -1 outside b."""
-    x, y = centres(H, W, transform).unbind(-1)                                          # (B, H, W)
-    column, row = ((x + 1) / 2 * W).floor().long(), ((y + 1) / 2 * H).floor().long()
-    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-    return torch.where(inside, row * W + column, -1).flatten(1)
+    """For each of a's H x W patches, which patch of picture b shows the same place -> (B, S), -1
+    where b does not show it. `transform` (B, 3, 3) maps a's coordinates to b's."""
+    x, y = centres(H, W, transform).unbind(-1)                              # (B, H, W)
+    column = (x + 1) / 2 * W
+    row = (y + 1) / 2 * H
+    column = column.floor().long()
+    row = row.floor().long()
+    inside = (column >= 0) & (column < W)
+    inside &= (row >= 0) & (row < H)
+    target = torch.where(inside, row * W + column, -1)
+    return target.flatten(1)
+
 
 def jitter(image, generator=None):
-    """Random brightness, contrast and tint, the same for a whole picture: (B, 3, H, W) in [-1, 1]."""
-    gain, tint, shift = (torch.rand(len(image), n, 1, 1, generator=generator).to(image.device) - 0.5 for n in (1, 3, 1))
-    return (image * (1 + 0.6 * gain + 0.2 * tint) + 0.4 * shift).clamp(-1, 1)
+    """Random brightness, contrast and tint, the same for a whole picture (B, 3, H, W)."""
+    B = len(image)
+    gain = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
+    tint = torch.rand(B, 3, 1, 1, generator=generator) - 0.5
+    shift = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
+    gain = 1 + 0.6 * gain + 0.2 * tint                                      # (B, 3, 1, 1)
+    image = image * gain.to(image) + 0.4 * shift.to(image)
+    return image.clamp(-1, 1)
+
 
 def self_supervised_loss(features, image, generator=None, tau=0.07):
-    """Two views of each picture (B, 3, H, W) with known geometry and other colours; InfoNCE: each patch of the first must find the same place in the second
-    among all patches of all pictures' -> scalar.  Ours."""
-    a, b = (random_views(len(image), generator).to(image.device) for _ in range(2))
-    f_a, f_b = (features(jitter(warp(image, view), generator)) for view in (a, b))
-    target = correspondence(torch.linalg.inv(b) @ a, *f_a.shape[1:3])                   # (B, S)
-    f_a, f_b = units(f_a, f_b)                                                          # (B, S, D)
-    first = torch.arange(len(f_b), device=f_b.device)[:, None] * f_b.shape[1]           # each picture's first row in the flat list
-    return F.cross_entropy(f_a.flatten(0, 1) @ f_b.flatten(0, 1).T / tau, torch.where(target < 0, target, target + first).flatten(), ignore_index=-1)
+    """Two views of each picture (B, 3, H, W) with known geometry and other colours. InfoNCE: each
+    patch of the first must find the same place in the second among all pictures' patches ->
+    scalar. Ours."""
+    a = random_views(len(image), generator).to(image.device)
+    b = random_views(len(image), generator).to(image.device)
+    f_a = features(jitter(warp(image, a), generator))                       # (B, H, W, D)
+    f_b = features(jitter(warp(image, b), generator))
+    a_to_b = torch.linalg.inv(b) @ a
+    target = correspondence(a_to_b, *f_a.shape[1:3])                        # (B, S)
+    B, S = target.shape
+    first = S * torch.arange(B).to(target)                                  # of each picture
+    right = target + first[:, None]                                         # among all BS patches
+    right = torch.where(target < 0, target, right)
+    from_a = unit_patches(f_a).flatten(0, 1)                                # (BS, D)
+    in_b = unit_patches(f_b).flatten(0, 1)
+    cosine = from_a @ in_b.T                                                # (BS, BS)
+    return F.cross_entropy(cosine / tau, right.flatten(), ignore_index=-1)
+
 
 def s_patch(f_a, f_b, target):
-    """Of a's patches with a target, the share whose most similar patch in b is it, and is it or next to it -> two floats. f (B, H, W, D), target (B, H*W) from
-    `correspondence`. The paper's public text is cut before its definition: the first number is our reading, the second ours."""
-    W, seen = f_b.shape[2], target >= 0
-    a, b = units(f_a, f_b)
-    found, right = (a @ b.mT).argmax(2)[seen], target[seen]                             # (patches,)
-    near = ((found // W - right // W).abs() <= 1) & ((found % W - right % W).abs() <= 1)
-    return (found == right).float().mean().item(), near.float().mean().item()
+    """Of a's patches with a target, the share whose most similar patch in b is it, and is it or
+    next to it -> two floats. f (B, H, W, D), target (B, S) from `correspondence`. The paper's
+    public text is cut before its definition: the first number is our reading, the second ours."""
+    W = f_b.shape[2]
+    seen = target >= 0
+    right = target[seen]
+    cosine = unit_patches(f_a) @ unit_patches(f_b).mT                       # (B, S, S)
+    found = cosine.argmax(2)[seen]
+    rows = (found // W - right // W).abs()
+    columns = (found % W - right % W).abs()
+    exact = (found == right).float()
+    near = ((rows <= 1) & (columns <= 1)).float()
+    return exact.mean().item(), near.mean().item()
+
+
+# ---- image prompts -------------------------------------------------------------------------------
 
 class ImagePrompt(nn.Module):
-    """Decoupled cross-attention of Flux's picture tokens to reference pictures: own keys and values in every block, the text's queries.  Eq. S5-S7.
-    `width`: of the reference features. The values start at zero, so an untrained prompt changes nothing. There is no projection network between features and
-    keys: the authors freeze theirs, and from scratch the keys and values are that projection."""
+    """Decoupled cross-attention of Flux's image tokens to reference pictures: keys and values of
+    its own in every block, the text's queries (S5-S7). `width`: of the reference features.
+
+    The values start at zero, so an untrained prompt changes nothing. There is no projection network
+    before the keys: the authors freeze theirs, from scratch keys and values are that projection."""
+
     def __init__(self, flux, width, scale=1.0):
         super().__init__()
-        blocks, attn = len(flux.blocks()), flux.transformer_blocks[0].attn
-        self.heads, self.scale, inner = attn.heads, scale, attn.heads * attn.norm_q.weight.numel()
-        self.to_k_ip, self.to_v_ip = (nn.ModuleList([nn.Linear(width, inner, bias=False) for _ in range(blocks)]) for _ in range(2))
-        for v in self.to_v_ip:
-            nn.init.zeros_(v.weight)
+        self.width = width
+        self.scale = scale
+        attn = flux.transformer_blocks[0].attn
+        self.heads = attn.heads
+        inner = attn.to_q.out_features
+        self.to_k_ip = nn.ModuleList()
+        self.to_v_ip = nn.ModuleList()
+        for _ in flux.blocks():
+            self.to_k_ip.append(nn.Linear(width, inner, bias=False))
+        for _ in flux.blocks():
+            self.to_v_ip.append(nn.Linear(width, inner, bias=False))
+            nn.init.zeros_(self.to_v_ip[-1].weight)
 
-    def look(self, flux, references, ids=None):
-        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, S, D), square maps of M pictures each; None: to the text alone.
-        Ours: queries and keys are rotated as in Flux's own attention, each reference stretched over the picture. Without that the prompt learned a third as fast."""
+    def attend_to(self, flux, references, ids=None):
+        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references`
+        (B, M, S, D), square maps of M pictures each; None: to the text alone. Ours: queries and
+        keys are rotated as in Flux's own attention, each reference stretched over the picture.
+        Without that the prompt learned a third as fast. ValueError for other features."""
         for block in flux.blocks():
             block.attn.image_prompt = None
-        if references is not None:
-            side, size = math.isqrt(references.shape[2]), ids[:, 1:].amax(0) + 1
-            middles = (centres(side, side).to(ids).flip(-1).flatten(0, 1) + 1) / 2      # (S, 2), y then x, in [0, 1]
-            places = F.pad(middles * size - 0.5, (1, 0))                                # (S, 3)
-            turn, turn_ref = (rope_table(at, flux.axes) for at in (ids, places))
-            for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
-                k, v = (proj(references).unflatten(-1, (self.heads, -1)) for proj in (to_k, to_v))   # (B, M, S, H, d)
-                k = rotate(k.flatten(0, 1), turn_ref).unflatten(0, k.shape[:2])
-                block.attn.image_prompt = partial(self.attend, turn, k.transpose(2, 3), v.transpose(2, 3))
+        if references is None:
+            return
+        if references.shape[-1] != self.width:
+            raise ValueError(f"--features gives {references.shape[-1]} numbers a patch, "
+                             f"the image prompt was trained on {self.width}")
+        turn = rope_table(ids, flux.axes)
+        places = self.places(references.shape[2], ids)
+        turn_ref = rope_table(places, flux.axes)
+        split = (self.heads, -1)
+        for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
+            k = to_k(references).unflatten(-1, split)                       # (B, M, S, H, d)
+            v = to_v(references).unflatten(-1, split)
+            k = rotate(k, turn_ref).transpose(2, 3)                         # (B, M, H, S, d)
+            v = v.transpose(2, 3)
+            block.attn.image_prompt = partial(self.added, turn, k, v)
 
-    def attend(self, turn, k, v, q):
-        """q (B, H, L, d), k and v (B, M, H, S, d) -> (B, H, L, d): the sum over references of their attentions."""
-        turned = rotate(q.transpose(1, 2).to(k.dtype), turn).transpose(1, 2)[:, None]   # (B, 1, H, L, d)
-        z = F.scaled_dot_product_attention(turned.expand(-1, k.shape[1], -1, -1, -1), k, v)  # (S6) (B, M, H, L, d)
-        return self.scale * z.sum(1).to(q.dtype)                                        # (S7)
+    def places(self, S, ids):
+        """Where a square map's patches stand when it is stretched over the picture -> (S, 3)."""
+        side = math.isqrt(S)
+        xy = centres(side, side).to(ids)
+        yx = xy.flip(-1).flatten(0, 1)                                      # (S, 2)
+        size = ids[:, 1:].amax(0) + 1
+        yx = (yx + 1) / 2 * size - 0.5
+        return F.pad(yx, (1, 0))
+
+    def added(self, turn, k, v, q):
+        """q (B, H, L, d), k and v (B, M, H, S, d) -> (B, H, L, d): the references' attentions."""
+        q_ip = q.transpose(1, 2).to(k.dtype)                                # (B, L, H, d)
+        q_ip = rotate(q_ip, turn).transpose(1, 2)
+        q_ip = q_ip[:, None].expand(
+            -1, k.shape[1], -1, -1, -1)                                     # (B, M, H, L, d)
+        z = F.scaled_dot_product_attention(q_ip, k, v)                      # (S6)
+        return self.scale * z.sum(1).to(q.dtype)                            # (S7)
 
     def save(self, file):
         save_file(self.state_dict(), file)
 
     @classmethod
-    def load(cls, file, flux, width, scale=1.0):
-        """ValueError when the file was trained for another Flux or other features."""
+    def load(cls, file, flux, scale=1.0):
+        """The width stands in the file. ValueError when it was trained for another Flux."""
+        with reading(file):
+            width = read_tensors(file)["to_k_ip.0.weight"].shape[1]
         prompt = cls(flux, width, scale)
         load_checkpoint(prompt, file)
         return prompt
 
+
+# ---- trajectories --------------------------------------------------------------------------------
+
 class Trajectories(namedtuple("Trajectories", "x v t item")):
-    """Points that the policy visited: x (N, steps, L, C), its velocity there v (same), t (N, steps), and which sample each row is of, item (N,)."""
+    """Points that a policy visited: x (N, steps, L, C), its velocity there v (the same),
+    t (N, steps), and what each row shows, item (N,)."""
+
     def draw(self, n, generator=None):
-        """n random trajectories (at most all of them), one random point of each -> (x (n, L, C), v (n, L, C), t (n,), item (n,))."""
-        row = torch.randperm(len(self.t), generator=generator)[:n]
-        step = torch.randint(self.t.shape[1], row.shape, generator=generator)
-        return self.x[row, step], self.v[row, step], self.t[row, step], self.item[row]
+        """n random trajectories, each once as long as there are enough, one random point of each ->
+        x (n, L, C), v (n, L, C), t (n,), item (n,)."""
+        N, steps = self.t.shape
+        row = torch.randperm(max(n, N), generator=generator)
+        row = row[:n] % N
+        step = torch.randint(steps, (n,), generator=generator)
+        return (
+            self.x[row, step],
+            self.v[row, step],
+            self.t[row, step],
+            self.item[row]
+        )
+
 
 @torch.no_grad()
 def record(velocity, noise, item, steps=20, generator=None):
-    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in equal steps from a random start: every t is visited (authors' code)."""
-    start = torch.rand(len(noise), 1, generator=generator).to(noise.device)
-    t, xs, vs = (torch.arange(steps, 0, -1, device=noise.device) - start) / steps, [noise], []      # (N, steps), the last one in (0, 1/steps]
-    for now in t.unbind(1):
-        vs.append(velocity(xs[-1], now))
-        xs.append(xs[-1] - vs[-1] / steps)
-    return Trajectories(torch.stack(xs[:-1], 1), torch.stack(vs, 1), t, item)
+    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in equal steps
+    from a random start in (1 - 1/steps, 1]: every t is visited (authors' code)."""
+    start = torch.rand(len(noise), 1, generator=generator)
+    times = torch.arange(steps, 0, -1) - start
+    times = times.to(noise) / steps                                         # (N, steps)
+    x = noise
+    xs = []
+    vs = []
+    for t in times.unbind(1):
+        v = velocity(x, t)
+        xs.append(x)
+        vs.append(v)
+        x = x - v / steps
+    xs = torch.stack(xs, dim=1)                                             # (N, steps, L, C)
+    vs = torch.stack(vs, dim=1)
+    return Trajectories(xs, vs, times, item)
 
-def read_image(path):
-    """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white, of an animation the first frame. 16 and 32 bits and
-    floats come down to 8: white is 65535, or 1 or 255 in floats, or the largest value where that is larger. ValueError in one sentence when there is no picture."""
-    Image.MAX_IMAGE_PIXELS = 2 ** 28                       # of which Pillow reads twice as many, and 200 million come out of telephones
-    with reading(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)             # reads the pixels, too
-    if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        white = next(w for w in ((65535,) if image.mode[0] == "I" else (1, 255)) + (values.max(),) if values.max() <= w)
-        image = Image.fromarray((values.clip(0) / white * 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+
+# ---- settings ------------------------------------------------------------------------------------
+
+@dataclass
+class PictureSettings:
+    """What `train.py patch` and `dro` share.    miniature, published (on Flux), what it is"""
+    scenes:       str   = flag("mini/data/scenes.jsonl", "scenes.jsonl",
+                               "pictures, their edits and, for dro, the true pictures")
+    flux:         str   = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
+    features:     str   = flag("mini/vit", "facebook/dinov2-base",
+                               "f of the image prompt and of the report: DINOv2 or ViT (ours)")
+    dtype:        str   = flag("fp32", "bf16", "of the frozen weights; what is trained is fp32",
+                               choices=list(DTYPES))
+    checkpointing: bool = flag(False, True, "recompute layers: less memory, a third more time")
+    held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
+    size:         int   = flag(64, 512, "side of the pictures in pixels")
+    paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
+    refresh:      int   = flag(1, 1, "dro: M, steps between copies of the policy into the sampler")
+    warmup:       int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
+    weight_decay: float = flag(0.0, 0.01, "AdamW's")
+    seed:         int   = flag(0, 0, "of everything random")
+    device:       str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+
+
+@dataclass
+class PatchSettings(PictureSettings):
+    """An image prompt for Flux, by PatchDPO or by what it is compared with."""
+    loss:         str   = flag("patch", "patch", "PatchDPO, the same with equal weights, "
+                               "Diffusion-DPO, Diffusion-DRO",
+                               choices=["patch", "reconstruction", "dpo", "dro"])
+    image_prompt: str   = flag("mini/image_prompt/image_prompt.safetensors",
+                               "runs/image_prompt/image_prompt.safetensors",
+                               "to begin with; mini/pretrain.py makes one")
+    generated:    str   = flag("runs/generated", "runs/generated",
+                               "generated pictures and their quality; made when not there")
+    quality_features: str = flag("", "", "f of patch quality, --features when not given; "
+                                 "bench/features.py trains one")
+    samples:      int   = flag(2, 1, "generated pictures of each edit; dpo needs 2")
+    power:        int   = flag(2, 2, "of the weight: 2 paper, 1 authors' code", choices=[1, 2])
+    beta:         float = flag(100.0, 100.0, "dpo: its temperature (Flow-GRPO's)")
+    buffer:       int   = flag(16, 16, "dro: trajectories in the buffer")
+    steps:        int   = flag(150, 30_000, "optimiser steps")
+    batch:        int   = flag(16, 32, "global batch, whatever the number of processes")
+    micro:        int   = flag(16, 1, "rows of one pass, pictures painted at once")
+    lr:           float = flag(3e-4, 3e-5, "peak learning rate, then a cosine (paper: constant)")
+    clip:         float = flag(1.0, 0.0, "largest gradient norm; 0 never clips")
+
+
+@dataclass
+class DROSettings(PictureSettings):
+    """A LoRA for Flux, by Diffusion-DRO."""
+    rank:         int   = flag(16, 16, "LoRA rank (ours; the paper trains all weights)")
+    alpha:        int   = flag(32, 32, "LoRA alpha: the output times alpha / rank (ours)")
+    buffer:       int   = flag(16, 256, "trajectories in the buffer")
+    steps:        int   = flag(100, 1600, "optimiser steps")
+    batch:        int   = flag(8, 256, "global batch, whatever the number of processes")
+    micro:        int   = flag(8, 4, "rows of one pass, pictures painted at once")
+    lr:           float = flag(1e-3, 1e-4, "peak learning rate, then a cosine (paper: constant)")
+    clip:         float = flag(1.0, 1.0, "largest gradient norm; 0 never clips")
+
+
+# ---- what is trained on: edits -------------------------------------------------------------------
+
+SAME_OBJECT = ("background", "lighting", "object")      # edits that leave the object what it was
+
+
+def read_scenes(path, *needed):
+    """Rows of scenes.jsonl whose edits have the string fields `needed`; pictures as paths. An edit
+    without a picture of its own has its scene's. ValueError naming the line."""
+    folder = Path(path).parent
+    rows = read_jsonl(path, image=str, caption=str)
+    for row in rows:
+        name = row["image"]
+        row["image"] = folder / name
+        with reading(f"{path}:{row['line']}"):
+            for edit in row.setdefault("edits", []):
+                if not all(isinstance(edit[field], str) for field in needed):
+                    raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
+                edit["image"] = folder / edit.get("image", name)
+                edit["scene"] = row["image"]
+                edit["caption"] = row["caption"]
+                edit["line"] = row["line"]
+    return rows
+
+
+def edits_of(scenes, types, wordings):
+    """The scenes' edits of these types (all when empty), once for each wording of the prompt."""
+    found = []
+    for scene in scenes:
+        for edit in scene["edits"]:
+            if not types or edit["edit_type"] in types:
+                for wording in wordings:
+                    prompt = wording.format(**edit)
+                    found.append({**edit, "prompt": prompt})
+    return found
+
+
+def unique(values):
+    """The different values, sorted, and for each value its place among them (N,)."""
+    different = sorted(set(values))
+    place = {value: i for i, value in enumerate(different)}
+    return different, torch.tensor([place[value] for value in values])
+
+
+def read_squares(files, size):
+    """Pictures cut to squares -> (n, 3, size, size) in [-1, 1]."""
+    squares = [read_square(file, size) for file in files]
+    return torch.stack([to_tensor(square) for square in squares])
+
+
+class Edits:
+    """N edits of scenes.jsonl: the first `count` are trained on, the rest, of the last --held-out
+    scenes, only evaluated. Each has a prompt, its scene's picture, and the true picture, which is
+    the scene's where it is not known. Beside them what is frozen: Flux and f."""
+
+    @torch.no_grad()
+    def __init__(self, settings, types=(),
+                 wordings=("{caption}. {instruction}",)):
+        self.settings = settings
+        self.device = pick_device(settings.device)
+        scenes = read_scenes(settings.scenes, "edit_type", "instruction")
+        last = settings.held_out
+        trained = edits_of(scenes[:-last], types, wordings)
+        held = edits_of(scenes[-last:], types, wordings[-1:])
+        if not trained or not held:
+            raise ValueError(f"{settings.scenes}: --held-out {last} leaves no edit "
+                             f"({', '.join(types) or 'of any type'}) to train or to evaluate on")
+        self.count = len(trained)
+        self.rows = trained + held
+        files = [row["scene"] for row in self.rows]
+        files += [row["image"] for row in self.rows]
+        files, place = unique(files)
+        self.scene, self.truth = place.chunk(2)                             # (N,) into pictures
+        self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
+
+        dtype = DTYPES[settings.dtype]
+        path = resolve(settings.flux, FLUX_PARTS)
+        prompts = [row["prompt"] for row in self.rows]
+        self.txt, self.pooled = encode_prompt(path, prompts, self.device, dtype)
+        self.flux = Flux.load(path / "transformer", self.device, dtype)
+        self.flux.requires_grad_(False)
+        self.flux.checkpointing = settings.checkpointing
+        self.vae = VAE.load(path / "vae", self.device)
+        side, rest = divmod(settings.size, self.vae.factor)
+        if side % 2 or rest:
+            raise ValueError(f"--size is {settings.size}; it must be a multiple of "
+                             f"{2 * self.vae.factor}, the pixels of one token")
+        self.grid = (side, side)                                            # (h, w)
+        self.ids = image_ids(side, side, self.device)                       # (L, 3)
+        self.latent = self.encode(self.pictures)                            # (P, L, 64)
+        self.features = ImageFeatures.load(settings.features, self.device)
+
+    def in_parts(self, function, images):
+        """function(images), 16 at a time on the device."""
+        parts = []
+        for part in images.split(16):
+            parts.append(function(part.to(self.device)))
+        return torch.cat(parts)
+
+    def encode(self, images):
+        """(n, 3, size, size) -> packed latents (n, L, 64)."""
+        return pack(self.in_parts(self.vae.encode, images))
+
+    def noise(self, generator):
+        shape = self.latent.shape[1:]
+        return torch.randn(shape, generator=generator).to(self.device)
+
+
+# ---- what is tuned: something small beside the frozen Flux ---------------------------------------
+
+class ImagePrompts:
+    """The policy is an image prompt; sampler and reference are copies of it. `references` (N, M):
+    the pictures that each edit sees, -1 for none; when not given, its scene's."""
+
+    @torch.no_grad()
+    def __init__(self, edits, prompt, references=None):
+        self.edits = edits
+        self.references = edits.scene[:, None] if references is None else references
+        maps = edits.in_parts(edits.features, edits.pictures)
+        maps = maps.flatten(1, 2)                                           # (P, S, D)
+        nothing = torch.zeros_like(maps[:1])                # no reference: no keys, no values
+        self.maps = torch.cat([maps, nothing])
+        self.prompts = {}
+        for who in ("policy", "sampler", "reference"):
+            self.prompts[who] = copy.deepcopy(prompt).to(edits.device)
+        self.prompts["sampler"].requires_grad_(False)
+        self.policy = dict(self.prompts["policy"].named_parameters())
+        self.sampler = dict(self.prompts["sampler"].named_parameters())
+
+    def select(self, who, item):
+        prompt = self.prompts[who]
+        references = self.maps[self.references[item]]                       # (B, M, S, D)
+        prompt.attend_to(self.edits.flux, references, self.edits.ids)
+
+    def save(self, folder):
+        self.prompts["policy"].save(folder / "image_prompt.safetensors")
+
+
+class Adapters:
+    """The policy is a LoRA, the sampler stands in the second adapter's place (lora.py), and the
+    reference is Flux without either."""
+    names = {"policy": "policy", "sampler": "reference", "reference": None}
+
+    def __init__(self, edits):
+        self.edits = edits
+        settings = edits.settings
+        torch.manual_seed(settings.seed)
+        lora.inject(
+            edits.flux,
+            settings.rank,
+            settings.alpha,
+            dropout=0.0,
+            targets=["to_q", "to_k", "to_v", "to_out.0"]
+        )
+        self.policy = lora.tensors(edits.flux, "policy")
+        self.sampler = lora.tensors(edits.flux, "reference")
+
+    def select(self, who, item):
+        lora.use(self.edits.flux, self.names[who])
+
+    def save(self, folder):
+        flux = self.edits.settings.flux
+        lora.save_adapter(self.edits.flux, folder, base_model=flux)
+
+
+def prompted(settings):
+    """Edits that leave the object what it was, and the image prompt that learns to paint them. Flux
+    reads the instruction alone, as the paper's "An {object} in the {background}": what the object
+    looks like only the reference tells (ours)."""
+    edits = Edits(settings, SAME_OBJECT, ["{instruction}"])
+    prompt = ImagePrompt.load(settings.image_prompt, edits.flux)
+    return edits, ImagePrompts(edits, prompt)
+
+
+class PictureStage:
+    """What the methods below share: what train.py asks of a stage (see there), but for the loss,
+    and Flux with three velocities: the policy's, which is trained, the sampler's, which is an older
+    policy's, and the reference's, where the policy began. `tuned` (ImagePrompts or Adapters) holds
+    policy and sampler, {name: Parameter}, and selects whose velocity comes next."""
+    per_edit = 1                # how many items an edit is
+
+    def __init__(self, edits, tuned):
+        self.edits = edits
+        self.tuned = tuned
+        self.settings = edits.settings
+        self.items = edits.count
+
+    def parameter_groups(self):
+        return [{"params": list(self.tuned.policy.items())}]
+
+    def draw(self, indices, generator):
+        """Rows (item, noise (L, 64), time), the time logit-normal as Flux was trained."""
+        rows = []
+        for item in torch.tensor(indices):
+            noise = self.edits.noise(generator)
+            t = torch.randn((), generator=generator).sigmoid()
+            rows.append((item, noise, t.to(noise)))
+        return rows
+
+    def describe(self, rows):
+        lines = []
+        for item, *_ in rows:
+            edit = self.edits.rows[item // self.per_edit]
+            lines.append(str(edit["line"]))
+        return f"{self.settings.scenes}, lines {', '.join(lines)}"
+
+    def velocity(self, who, item, x, t):
+        """Of edits `item` (B,) at x (B, L, 64) and t (B,) -> (B, L, 64) in fp32. Only the policy's
+        has a gradient. Under checkpointing the policy must be the last that was selected."""
+        edits = self.edits
+        txt = edits.txt[item]                                               # (B, T, 4096)
+        guidance = torch.ones_like(t) if edits.flux.guided else None        # 1: none (ours)
+        with torch.set_grad_enabled(who == "policy"):
+            self.tuned.select(who, item)
+            v = edits.flux(
+                img=x.to(txt.dtype),
+                txt=txt,
+                pooled=edits.pooled[item],
+                timestep=t,
+                guidance=guidance,
+                img_ids=edits.ids,
+                txt_ids=txt.new_zeros(txt.shape[1], 3)
+            )
+        return v.float()
+
+    def errors(self, who, item, t, first, second):
+        """Prediction - target at two points (x, v) of every edit, in one pass -> (2, B, L, 64)."""
+        x = torch.cat([first[0], second[0]])
+        v = torch.cat([first[1], second[1]])
+        found = self.velocity(who, item.repeat(2), x, t.repeat(2))
+        return (found - v).unflatten(0, (2, -1))
+
+    @torch.no_grad()
+    def paint(self, who, items, seed):
+        """A picture of each edit (n,), from a noise of its own -> (n, 3, size, size)."""
+        edits = self.edits
+        levels = sigmas(self.settings.paint_steps, len(edits.ids))
+        images = []
+        for item in items.split(self.settings.micro):
+            self.tuned.select(who, item)
+            noise = []
+            for i in item.tolist():
+                g = generator_for(seed, "picture", i)
+                noise.append(edits.noise(g))
+            x = denoise(
+                edits.flux,
+                torch.stack(noise),
+                edits.txt[item],
+                edits.pooled[item],
+                img_ids=edits.ids,
+                levels=levels
+            )
+            x = unpack(x, *edits.grid)
+            images.append(edits.vae.decode(x))
+        return torch.cat(images).clamp(-1, 1).cpu()
+
+    @torch.no_grad()
+    def save(self, folder):
+        """What was tuned; report.json; and pictures.png: of held-out edits the scene, painted
+        before (by the reference) and after (by the policy) from the same noise, and the truth."""
+        self.tuned.save(folder)
+        edits = self.edits
+        held = torch.arange(edits.count, len(edits.rows))
+        scene = edits.pictures[edits.scene[held]]                           # (n, 3, size, size)
+        truth = edits.pictures[edits.truth[held]]
+        before = self.paint("reference", held, 0)
+        after = self.paint("policy", held, 0)
+        self.report = {}
+        for name, images in (("before", before), ("after", after)):
+            found = self.measures(images, scene, truth)
+            for measure, value in found.items():
+                self.report[f"{name} {measure}"] = value.mean().item()
+        text = json.dumps(self.report, indent=1) + "\n"
+        (folder / "report.json").write_text(text)
+        few = max(1, len(held) // 12)
+        sheet = torch.stack([scene, before, after, truth])
+        sheet = sheet[:, ::few].permute(2, 0, 3, 1, 4)
+        sheet = sheet.flatten(3).flatten(1, 2)                              # (3, 4 size, n size)
+        Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
+
+    def measures(self, images, scene, truth):
+        """identity, truth: cosine of f's class token to the scene's, to the true picture's; asked:
+        the picture is nearer to its truth than to any other of this scene and edit type -> (n,)."""
+        embed = partial(self.edits.in_parts, self.edits.features.embed)
+        kinds = []
+        for row in self.edits.rows[self.edits.count:]:
+            kinds.append((row["scene"], row["edit_type"]))
+        _, kind = unique(kinds)
+        away = torch.cdist(images.flatten(1), truth.flatten(1))             # (n, n)
+        away[kind[:, None] != kind] = math.inf
+        nearest = away.argmin(1)
+        mse = (images - truth).square().mean((1, 2, 3))
+        return {
+            "identity": F.cosine_similarity(embed(images), embed(scene)),
+            "truth": F.cosine_similarity(embed(images), embed(truth)),
+            "psnr": 10 * torch.log10(4 / mse),
+            "asked": (nearest == torch.arange(len(kind))).float()
+        }
+
+
+def stack(rows):
+    """Rows, tuples of tensors -> their columns (B, ...)."""
+    return [torch.stack(column) for column in zip(*rows)]
+
+
+# ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
 @torch.no_grad()
-def heat_map(reference, generated, features="mini/vit", out="out/heat.png"):
-    """Of two picture files, writes `out`: reference, generated, and the quality of its patches from blue, the worst, to red, the best."""
-    f, pictures = ImageFeatures.load(features), [read_image(file) for file in (reference, generated)]
-    f_ref, f_gen = (f(to_tensor(picture)[None]) for picture in pictures)
-    quality = patch_quality(f_gen, f_ref)
-    q = patch_weights(quality, quality.shape[1:])[0]                                    # (H, W) in [0, 1]
-    colours = Image.fromarray((255 * torch.stack([q, 1 - (2 * q - 1).abs(), 1 - q], dim=-1)).byte().numpy())
-    size = [n * max(1, 256 // pictures[1].width) for n in pictures[1].size]             # small pictures are enlarged
-    panels = [np.array(picture.resize(size, Image.NEAREST)) for picture in (*pictures, colours)]
+def generate_pictures(settings):
+    """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
+    patch gets its quality. Both are written to --generated; the processes share the painting."""
+    edits, tuned = prompted(settings)
+    painter = PictureStage(edits, tuned)
+    pictures = torch.zeros(
+        edits.count, settings.samples, 3, settings.size, settings.size)
+    parts = torch.arange(edits.count).split(settings.micro)
+    for item in parts[RANK::WORLD]:
+        for sample in range(settings.samples):
+            seed = (settings.seed, sample)
+            pictures[item, sample] = painter.paint("reference", item, seed)
+    pictures = pictures.to(edits.device)
+    all_reduce(pictures)
+    if RANK == 0:
+        write = partial(write_generated, edits, pictures)
+        write_whole(Path(settings.generated), write, "generated pictures")
+    barrier()
+
+
+def write_generated(edits, pictures, folder):
+    """pictures (N, G, 3, size, size) -> PNGs, pairs.jsonl, quality.safetensors (N, G, H, W)."""
+    settings = edits.settings
+    path = settings.quality_features or settings.features
+    f = ImageFeatures.load(path, edits.device)
+    lines = []
+    quality = {"generated": [], "reference": []}
+    for item, made in enumerate(pictures):
+        row = edits.rows[item]
+        names = []
+        for sample, image in enumerate(made):                               # (3, size, size)
+            name = f"{item:05d}_{sample}.png"
+            Image.fromarray(to_picture(image)).save(folder / name)
+            names.append(name)
+        lines.append(json.dumps({
+            "prompt": row["prompt"],
+            "reference": str(row["scene"]),
+            "generated": names
+        }))
+        scene = edits.pictures[edits.scene[item], None].to(made)            # (1, 3, size, size)
+        f_gen = f(made)                                                     # (G, H, W, D)
+        f_ref = f(scene).expand_as(f_gen)
+        quality["generated"].append(patch_quality(f_gen, f_ref))
+        quality["reference"].append(patch_quality(f_ref, f_gen))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    for key, maps in quality.items():
+        quality[key] = torch.stack(maps).cpu()                              # (N, G, H, W)
+    save_file(quality, folder / "quality.safetensors")
+
+
+@torch.no_grad()
+def read_generated(edits):
+    """What generate_pictures wrote, first the first edit's -> latents (NG, L, 64), and quality of
+    generated and of reference pictures (2, NG, H, W). ValueError: it is absent, or others'."""
+    samples = edits.settings.samples
+    folder = Path(edits.settings.generated)
+    if not folder.is_dir():
+        raise ValueError(f"--generated {folder} is no folder; `python train.py patch` makes it")
+    rows = read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list)
+    found = [(row["prompt"], len(row["generated"])) for row in rows]
+    asked = [(row["prompt"], samples) for row in edits.rows[:edits.count]]
+    if found != asked:
+        raise ValueError(f"{folder} holds pictures of other prompts, or more or fewer of each: "
+                         "give another --generated, or delete the folder")
+    files = [folder / name for row in rows for name in row["generated"]]
+    latent = edits.encode(read_squares(files, edits.settings.size))
+    file = folder / "quality.safetensors"
+    with reading(file):
+        stored = read_tensors(file)
+        quality = torch.stack([stored["generated"], stored["reference"]])
+        quality = quality.view(2, len(files), *quality.shape[3:])
+    return latent, quality.to(edits.device)
+
+
+class PatchDPO(PictureStage):
+    """An image prompt learns generated pictures where their patches are good, and the reference
+    where patches of it went missing. --loss reconstruction: all patches weigh the same."""
+
+    def __init__(self, settings):
+        super().__init__(*prompted(settings))
+        self.latent, self.quality = read_generated(self.edits)
+        if settings.loss == "reconstruction":
+            self.quality.fill_(0.5)
+        self.per_edit = settings.samples
+        self.items = len(self.latent)
+
+    def loss(self, rows):
+        """An item is a generated picture, of which an edit has several (the first edit's come
+        first); it and its reference get the same noise and time."""
+        picture, noise, t = stack(rows)
+        item = picture // self.per_edit
+        scene = self.edits.scene[item]
+        grid = self.edits.grid
+        gen = flow(self.latent[picture], noise, t)
+        ref = flow(self.edits.latent[scene], noise, t)
+        error_gen, error_ref = self.errors("policy", item, t, gen, ref)
+        quality_gen, quality_ref = self.quality[:, picture]                 # (B, H, W)
+        losses = patch_dpo_loss(
+            unpack(error_gen, *grid),                                       # (B, C, h, w)
+            unpack(error_ref, *grid),
+            patch_weights(quality_gen, grid),                               # (B, h, w)
+            patch_weights(quality_ref, grid),
+            self.settings.power
+        )
+        return losses.sum(), {}
+
+
+# ---- Diffusion-DPO and Diffusion-DRO -------------------------------------------------------------
+
+class DiffusionDPO(PictureStage):
+    """An image prompt learns to prefer, of an edit's generated pictures, the one with the best
+    patches to the one with the worst: what the PatchDPO paper compares itself with."""
+
+    def __init__(self, settings):
+        if settings.samples < 2:
+            raise ValueError(f"--samples is {settings.samples}; --loss dpo needs a winner and a "
+                             "loser, at least 2")
+        super().__init__(*prompted(settings))
+        latent, (quality, _) = read_generated(self.edits)
+        score = quality.mean((1, 2))
+        score = score.view(self.items, -1).cpu()                            # (N, G)
+        first = torch.arange(0, len(latent), settings.samples)
+        self.winner = latent[first + score.argmax(1)]                       # (N, L, 64)
+        self.loser = latent[first + score.argmin(1)]
+
+    def loss(self, rows):
+        """One noise and one time for both pictures."""
+        item, noise, t = stack(rows)
+        win = flow(self.winner[item], noise, t)
+        lose = flow(self.loser[item], noise, t)
+        reference = self.errors("reference", item, t, win, lose)
+        policy = self.errors("policy", item, t, win, lose)
+        losses = diffusion_dpo_loss(
+            *policy.square().mean((2, 3)),
+            *reference.square().mean((2, 3)),
+            self.settings.beta
+        )
+        accuracy = (losses < math.log(2)).float()
+        return losses.sum(), {"accuracy": accuracy.sum()}
+
+
+class DiffusionDRO(PictureStage):
+    """Pictures of experts against the model's own trajectories. With PatchSettings an image prompt
+    learns, and the experts are the scenes' pictures; with DROSettings a LoRA, and they are the
+    edits' true pictures. Every --refresh steps the sampler becomes the policy and paints a new
+    buffer; each step draws points from it."""
+
+    def __init__(self, settings):
+        if isinstance(settings, PatchSettings):
+            super().__init__(*prompted(settings))
+            self.expert = self.edits.scene                                  # (N,) into pictures
+        else:
+            edits = Edits(settings)
+            super().__init__(edits, Adapters(edits))
+            self.expert = self.edits.truth
+        self.steps_drawn = nn.Parameter(
+            torch.zeros(()), requires_grad=False)
+        self.buffer = None
+
+    def parameter_groups(self):
+        """Sampler and step are saved with the policy: a resumed run paints the same buffer."""
+        named = {**self.tuned.policy, "steps_drawn": self.steps_drawn}
+        for name, p in self.tuned.sampler.items():
+            named[f"sampler.{name}"] = p
+        return [{"params": list(named.items())}]
+
+    @torch.no_grad()
+    def draw(self, indices, generator):
+        """Random points of the buffer, of its edits, not those of `indices`: rows (edit, the
+        expert's noise, t, x, v)."""
+        period, late = divmod(int(self.steps_drawn), self.settings.refresh)
+        if late == 0:
+            for name, p in self.tuned.sampler.items():
+                p.copy_(self.tuned.policy[name])
+        if late == 0 or self.buffer is None:
+            self.buffer = self.fill_buffer(period)
+        self.steps_drawn += 1
+        x, v, t, item = self.buffer.draw(len(indices), generator)
+        noise = [self.edits.noise(generator) for _ in indices]
+        return list(zip(item, noise, t, x, v))
+
+    def fill_buffer(self, period):
+        settings = self.settings
+        n = settings.buffer
+        g = generator_for(settings.seed, "buffer", period)
+        item = torch.randperm(max(n, self.items), generator=g)
+        item = item[:n] % self.items
+        noise = torch.stack([self.edits.noise(g) for _ in item])
+
+        def velocity(x, t):
+            found = []
+            for i in torch.arange(n).split(settings.micro):
+                v = self.velocity("sampler", item[i], x[i], t[i])
+                found.append(v)
+            return torch.cat(found)
+
+        return record(velocity, noise, item, settings.paint_steps, g)
+
+    def loss(self, rows):
+        """Expert and policy share prompt and time."""
+        item, noise, t, x, v = stack(rows)
+        picture = self.edits.latent[self.expert[item]]
+        expert = flow(picture, noise, t)
+        own = (x, v)
+        reference = self.errors("reference", item, t, expert, own)
+        policy = self.errors("policy", item, t, expert, own)
+        ref_expert, ref_own = reference.square().mean((2, 3))
+        on_expert, on_own = policy.square().mean((2, 3))
+        losses = dro_loss(on_expert, ref_expert, on_own, ref_own)
+        active = (losses > 0).float()
+        metrics = {"active": active.sum(), "drift": ref_own.sum()}
+        return losses.sum(), metrics
+
+
+LOSSES = {                      # of `train.py patch --loss`
+    "patch": PatchDPO,
+    "reconstruction": PatchDPO,
+    "dpo": DiffusionDPO,
+    "dro": DiffusionDRO
+}
+
+
+# ---- a picture of patch quality ------------------------------------------------------------------
+
+@torch.no_grad()
+def heat_map(reference="mini/sample/scenes/00_apple.png",
+             generated="mini/sample/scenes/00_apple_stripes.png",
+             features="mini/vit", out="out/heat.png"):
+    """Of two picture files, writes `out`: reference, generated, and the quality of its patches from
+    blue, the worst, to red, the best."""
+    f = ImageFeatures.load(features)
+    ref = to_tensor(read_image(reference))[None]
+    gen = to_tensor(read_image(generated))[None]
+    quality = patch_quality(f(gen), f(ref))
+    q = 2 * patch_weights(quality, quality.shape[1:]) - 1                   # (1, H, W) in [-1, 1]
+    green = 1 - 2 * q.abs()
+    colours = torch.stack([q, green, -q], dim=1)                            # (1, 3, H, W)
+    enlarged = max(1, 256 // gen.shape[3])
+    size = [n * enlarged for n in gen.shape[2:]]
+    panels = [F.interpolate(image, size) for image in (ref, gen, colours)]
+    sheet = torch.cat(panels, dim=3)[0]
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(panels, axis=1)).save(out)
-    print(f"{out}: {quality.numel()} patches, cosine to the nearest reference patch from {quality.min():.2f} to {quality.max():.2f}")
+    Image.fromarray(to_picture(sheet)).save(out)
+    print(f"{out}: {quality.numel()} patches, cosine to the nearest reference patch from "
+          f"{quality.min():.2f} to {quality.max():.2f}")
+
 
 if __name__ == "__main__":
     try:
-        heat_map(*(sys.argv[1:] or ["mini/sample/scenes/00_apple.png", "mini/sample/scenes/00_apple_stripes.png"]))
+        heat_map(*sys.argv[1:])
     except (TypeError, ValueError, OSError) as error:
-        sys.exit(f"{error}\nusage: python patch_dpo.py REFERENCE.png GENERATED.png [folder or hub name of a DINOv2 or ViT [OUT.png]]")
+        sys.exit(f"{error}\nusage: python patch_dpo.py REFERENCE.png GENERATED.png "
+                 "[folder or hub name of a DINOv2 or ViT [OUT.png]]")

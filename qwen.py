@@ -68,7 +68,7 @@ class Config:
         qkv_bias = choose(f"{file}: model_type", kind, {"qwen2": True, "mistral": False})
         choose(f"{file}: rope scaling", scaling, {"default": None})
         choose(f"{file}: hidden_act", c.get("hidden_act", "silu"), {"silu": F.silu})
-        choose(f"{file}: use_sliding_window", c.get("use_sliding_window"), {None: 0, False: 0})
+        choose(f"{file}: use_sliding_window", c.get("use_sliding_window"), {False: 0, None: 0})
 
         heads = c["num_attention_heads"]
         generation = read_json(file.with_name("generation_config.json"), {})
@@ -142,7 +142,7 @@ def attend(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """Self-attention. `Linear` is nn.Linear, only faster on some CPUs (its section says how)."""
+    """Self-attention. `Linear` is nn.Linear, only faster on some CPUs: see its section below."""
 
     def __init__(self, c):
         super().__init__()
@@ -171,7 +171,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU: a gate for each inner number, times the number, and back to width D."""
 
     def __init__(self, c):
         super().__init__()
@@ -501,7 +501,7 @@ def resolve(path_or_repo, patterns=None):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files
     matching `patterns`) -> Path. ValueError when it is neither."""
     name = str(path_or_repo)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return path
     if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
@@ -614,7 +614,7 @@ def load_checkpoint(module, path, rename=lambda name: name):
     for name, tensor in read_tensors(path).items():
         name = rename(name)
         if name:
-            stored[name] = nn.Parameter(tensor, False)
+            stored[name] = nn.Parameter(tensor, False)    # so that tied ones stay one object
     own = module.state_dict(keep_vars=True)
     found = {id(own[name]): tensor for name, tensor in stored.items() if name in own}
     for name, parameter in own.items():

@@ -3,7 +3,7 @@
 
     python bench/features.py mini/vit --train 200      # held-out scenes against their edits, seen
                          # from elsewhere; then the same after patch training -> runs/features
-    python train.py patch --features runs/features     # PatchDPO that trusts those features
+    python train.py patch --quality-features runs/features    # PatchDPO that trusts them
     python bench/features.py facebook/dinov2-base --hpatches hpatches-sequences-release --size 224
 
 Patch training of the encoder (self-supervised, ours: the paper's text of it is not public) is
@@ -24,11 +24,9 @@ from safetensors.torch import save_file
 from clock import table
 
 from flux import read_square, to_tensor
-from patch_dpo import (ImageFeatures, correspondence, random_views, read_scenes, s_patch,
-                       self_supervised_loss, warp)
+from patch_dpo import (SAME_OBJECT, ImageFeatures, correspondence, random_views, read_scenes,
+                       s_patch, self_supervised_loss, warp)
 from qwen import generator_for, resolve
-
-SAME_OBJECT = ("background", "lighting", "object")         # edits that leave it what it was
 
 
 # ---- pairs of pictures that show the same places -----------------------------------------------

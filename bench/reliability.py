@@ -515,7 +515,8 @@ def refusal(what, run, says, leaves):
     said = sentence(text)
     good = code not in (0, "hang") and re.search(says, said)
     good = good and not any(file.exists() for file in leaves)
-    return [what, "refused" if good else "FAULT", said.replace("|", "/")[:200]]
+    said = re.sub(r"/\S*/", "", said).replace("|", "/")  # without folders
+    return [what, "refused" if good else "FAULT", said[:200]]
 
 
 def numbers(args, sample):
@@ -898,8 +899,9 @@ def prepare(rng, case, sample, place):
     source = sample.folder / case.source
     folder = place / ("out" if case.flag == "--out" else source.name)
     if case.inner:
+        copy = shutil.copy if case.flag == "--out" else os.symlink
         lock = shutil.ignore_patterns(".lock")
-        shutil.copytree(source, folder, copy_function=os.symlink, ignore=lock)
+        shutil.copytree(source, folder, copy_function=copy, ignore=lock)
     what, data, wrong = case.spoil(rng, (source / case.inner).read_bytes())
     target = folder / case.inner
     target.unlink(missing_ok=True)
@@ -955,8 +957,8 @@ def verdict(code, text, wrong, words, out):
         if any(word in said for word in words):
             return "refused, file or flag named"
         return "refused, not finite" if "finite" in said else "nameless message"
-    results = [file for file in out.rglob("*.safetensors") if not file.is_symlink()]
-    if "WITNESS" in text or not all(finite(load_file(file)) for file in results):
+    results = [load_file(file) for file in out.rglob("*.safetensors")]
+    if "WITNESS" in text or not all(map(finite, results)):
         return "not finite"
     return "accepted though wrong" if wrong else "accepted"
 

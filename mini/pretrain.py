@@ -51,17 +51,19 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from render import ATTRIBUTES, CONCEPTS, HERE, TYPE_OF, Geometry
 from world import COLORS, GUIDANCE, OBJECTS, WALLS, caption, edited_caption, instruction
+from world import make_scenes, write_jsonl
 
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt                          # noqa: E402
 from controlnet import ControlNet, control_picture        # noqa: E402
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack                   # noqa: E402
 from graph import User                                    # noqa: E402
-from patch_dpo import ImageFeatures, ImagePrompt          # noqa: E402
-from qwen import Config, Qwen, Tokenizer, read_json       # noqa: E402
+from patch_dpo import (SAME_OBJECT, Edits, ImageFeatures, ImagePrompt,                     # noqa: E402
+                       ImagePrompts, PatchSettings, PictureStage, flow, stack)
+from qwen import Config, Qwen, Tokenizer, generator_for, read_json                         # noqa: E402
 
 SIZE = 64                                                 # pixels
-EDITS = 13                                                # edited pictures of each scene
+PICTURES = 14                                             # of each scene: plain, 13 times edited
 WORDS = 32                                                # tokens of a prompt
 
 
@@ -70,7 +72,7 @@ WORDS = 32                                                # tokens of a prompt
 def draw_prompts(rng, obj, text):
     """[(prompt, attributes)] of one scene: itself, eleven single edits and two double ones."""
     asked = [(text, ())]
-    for attribute in rng.sample(list(TYPE_OF), EDITS - 2):
+    for attribute in rng.sample(list(TYPE_OF), PICTURES - 3):
         words = instruction(obj, attribute, rng.randrange(4))
         asked.append((f"{text}. {words}", (attribute,)))
     for _ in range(2):
@@ -84,7 +86,7 @@ def draw_prompts(rng, obj, text):
 def render_pictures(args):
     """Writes --work/pictures.pt: uint8 (S, 14, 64, 64, 3), and their prompts [S][14]."""
     rng = random.Random(args.seed)
-    images = torch.empty(args.scenes, 1 + EDITS, SIZE, SIZE, 3, dtype=torch.uint8)
+    images = torch.empty(args.scenes, PICTURES, SIZE, SIZE, 3, dtype=torch.uint8)
     prompts = []
     for i in tqdm(range(args.scenes), desc="scenes"):
         obj = rng.choice(OBJECTS)
@@ -330,14 +332,14 @@ class TextToImage:
 
     def draw(self, generator, batch=32):
         scene = torch.randint(len(self.targets), (batch,), generator=generator)
-        which = torch.randint(1 + EDITS, (batch,), generator=generator)
+        which = torch.randint(PICTURES, (batch,), generator=generator)
         eps = torch.randn(batch, 64, 64, generator=generator)
         t = torch.sigmoid(torch.randn(batch, generator=generator) * 1.1 + 0.3)       # logit-normal
         shares = torch.tensor(SHARES)
         kind = torch.multinomial(shares, batch, replacement=True, generator=generator)
         keep = torch.rand(batch, 1, 1, generator=generator) > 0.1
         no_words = torch.rand(batch, generator=generator) < 0.1
-        prompt = 1 + scene * (1 + EDITS) + which
+        prompt = 1 + scene * PICTURES + which
         x_0 = self.targets[scene, which].float()
         return Batch(
             x=torch.lerp(x_0, eps, t[:, None, None]),     # (B, 64, 64)
@@ -419,7 +421,7 @@ class Features:
         for scene in prompts:
             for text in scene:
                 labels.append([float(name in text) for name in names])
-        self.labels = torch.tensor(labels).unflatten(0, (-1, 1 + EDITS))   # (S, 14, names)
+        self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))   # (S, 14, names)
         pixels = read_json(self.folder / "preprocessor_config.json")
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
@@ -430,7 +432,7 @@ class Features:
 
     def loss(self, generator, batch=32):
         scene = torch.randint(len(self.images), (batch,), generator=generator)
-        which = torch.randint(1 + EDITS, (batch,), generator=generator)
+        which = torch.randint(PICTURES, (batch,), generator=generator)
         hidden = torch.rand(batch, 1, 8, 8, generator=generator) < 0.3
         x = to_unit(self.images[scene, which])
         shown = 1 - F.interpolate(hidden.float(), scale_factor=8)          # (B, 1, 64, 64)
@@ -449,110 +451,80 @@ class Features:
 
 # ---- image-prompt: reference pictures beside the text -------------------------------------------
 
-SAME_OBJECT = ("background", "lighting", "object")        # edit types that leave it what it was
-Row = namedtuple("Row", "prompt truth first second")
+WORDINGS = ["{caption}. {instruction}", "{instruction}", "{instruction}"]
+
+
+def training_scenes(args):
+    """scenes.jsonl below --work, each with the true pictures of all 45 edits; drawn once."""
+    folder = args.work / "image_prompt"
+    file = folder / "scenes.jsonl"
+    if not file.is_file():
+        folder.mkdir(exist_ok=True)
+        count = min(args.scenes, 160)
+        rng = random.Random(args.seed)
+        write_jsonl(file, make_scenes(folder, count, count, rng, first_seed=500_000))
+    return file
+
+
+def draw_references(edits, seed):
+    """Which pictures each edit sees -> (N, 2) into edits.pictures, -1 for none. First its scene, or
+    the true picture where the edit changes the object; second, for 40 % of the other edits, a scene
+    after the same edit. 5 % have no first (the authors' share). All else is ours."""
+    first = edits.scene.clone()
+    second = torch.full_like(first, -1)
+    trained = edits.rows[:edits.count]
+    after = defaultdict(list)                             # attribute -> pictures that show it
+    for n, row in enumerate(trained):
+        after[row["attribute"]].append(edits.truth[n])
+    generator = generator_for(seed, "references")
+    for n, row in enumerate(trained):
+        none, two, which = torch.rand(3, generator=generator).tolist()
+        alike = after[row["attribute"]]
+        if row["edit_type"] not in SAME_OBJECT:
+            first[n] = edits.truth[n]
+        elif two < 0.4:
+            second[n] = alike[int(which * len(alike))]
+        if none < 0.05:
+            first[n] = -1
+    return torch.stack([first, second], dim=1)
 
 
 class NewImagePrompt:
-    """Keys and values by which the frozen Flux attends to reference pictures, from nothing.
-
-    A single edit's true picture is to be painted. The first reference is its scene's plain picture,
-    or the true one where the edit changes the object; 40 % of the other edits have a second one,
-    another scene after the same edit; 5 % of all have no first (the authors' share). Two thirds
-    read the instruction without the caption: only a reference says which object it is (ours)."""
+    """Keys and values by which the frozen Flux attends to reference pictures, from nothing; the
+    true pictures of edits are to be painted. Two of three wordings leave the caption out: what the
+    object looks like only a reference tells (ours)."""
     one_cycle = False
     lr = 3e-3
 
     def __init__(self, args):
-        self.file = args.out / "image_prompt/image_prompt.safetensors"
-        self.images, self.prompts = read_pictures(args)
-        flux = args.out / "flux"
-        self.flux = Flux.load(flux / "transformer").requires_grad_(False)
-        self.vae = VAE.load(flux / "vae")
-        self.clip = CLIPText.load(flux / "text_encoder")
-        self.t5 = T5.load(flux / "text_encoder_2")
-        self.clip_tokenizer = TextTokenizer(flux / "tokenizer")
-        self.t5_tokenizer = TextTokenizer(flux / "tokenizer_2")
-        self.features = ImageFeatures.load(args.out / "vit")
-        width = self.features(to_unit(self.images[:1, 0])).shape[-1]
-        self.model = ImagePrompt(self.flux, width)
-        self.edits = []                                   # (scene, which picture, attribute)
-        self.after = defaultdict(list)                    # attribute -> [(scene, which picture)]
-        for scene in range(len(self.images)):
-            for which in range(1, EDITS - 1):
-                words = self.words(scene, which)
-                attribute, = [name for name in TYPE_OF if f" {name} " in f" {words} "]
-                self.edits.append((scene, which, attribute))
-                self.after[attribute].append((scene, which))
-
-    def words(self, scene, which):
-        """The instruction alone, without the caption before it."""
-        plain = self.prompts[scene][0]
-        return self.prompts[scene][which].removeprefix(f"{plain}. ")
-
-    def draw(self, generator, batch=16):
-        """Rows of one batch; pictures are uint8 (64, 64, 3), a reference that is not there None."""
-        chosen = torch.randint(len(self.edits), (batch,), generator=generator)
-        chances = torch.rand(batch, 4, generator=generator)
-        rows = []
-        for i, (none, two, which_other, short) in zip(chosen.tolist(), chances.tolist()):
-            scene, which, attribute = self.edits[i]
-            prompt = self.prompts[scene][which]
-            truth = self.images[scene, which]
-            first = self.images[scene, 0]
-            second = None
-            if short < 2 / 3:
-                prompt = self.words(scene, which)
-            if TYPE_OF[attribute] not in SAME_OBJECT:
-                first = truth
-            elif two < 0.4:
-                others = self.after[attribute]
-                second = self.images[others[int(which_other * len(others))]]
-            rows.append(Row(prompt, truth, None if none < 0.05 else first, second))
-        return rows
-
-    def maps(self, pictures):
-        """Feature maps (B, 64, D) of references; of one that is not there nothing but zeros."""
-        blank = torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8)
-        shown = [blank if picture is None else picture for picture in pictures]
-        there = torch.tensor([float(picture is not None) for picture in pictures])
-        maps = self.features(to_unit(torch.stack(shown))).flatten(1, 2)
-        return maps * there[:, None, None]
-
-    @torch.no_grad()
-    def inputs(self, rows):
-        """What frozen networks make of the rows: x_0, references (B, 2, 64, D), txt, pooled."""
-        truth = to_unit(torch.stack([row.truth for row in rows]))
-        prompts = [row.prompt for row in rows]
-        first = self.maps([row.first for row in rows])
-        second = self.maps([row.second for row in rows])
-        references = torch.stack([first, second], dim=1)
-        txt = self.t5(self.t5_tokenizer(prompts))                          # (B, 32, 128)
-        pooled = self.clip(self.clip_tokenizer(prompts))                   # (B, 64)
-        return pack(self.vae.encode(truth)), references, txt, pooled
-
-    def loss(self, generator):
-        rows = self.draw(generator)
-        x_0, references, txt, pooled = self.inputs(rows)
-        eps = torch.randn(x_0.shape, generator=generator)                  # (B, 64, 64)
-        t = torch.sigmoid(torch.randn(len(x_0), generator=generator))      # logit-normal
-        x_t = torch.lerp(x_0, eps, t[:, None, None])
-        ids = image_ids(SIZE // 4, SIZE // 4)
-        self.model.attend_to(self.flux, references, ids)
-        v = self.flux(
-            x_t,
-            txt,
-            pooled,
-            timestep=t,
-            guidance=torch.ones_like(t),                  # none (ours)
-            img_ids=ids,
-            txt_ids=torch.zeros(WORDS, 3),
+        self.folder = args.out / "image_prompt"
+        settings = PatchSettings(
+            scenes=str(training_scenes(args)),
+            flux=str(args.out / "flux"),
+            features=str(args.out / "vit"),
+            held_out=1,
+            device="cpu",
         )
-        return (v - (eps - x_0)).square().mean()
+        edits = Edits(settings, wordings=WORDINGS)
+        width = edits.features(edits.pictures[:1]).shape[-1]
+        references = draw_references(edits, args.seed)
+        tuned = ImagePrompts(edits, ImagePrompt(edits.flux, width), references)
+        self.stage = PictureStage(edits, tuned)
+        self.edits = edits
+        self.model = tuned.prompts["policy"]
+
+    def loss(self, generator, batch=16):
+        chosen = torch.randint(self.edits.count, (batch,), generator=generator)
+        rows = self.stage.draw(chosen.tolist(), generator)
+        item, noise, t = stack(rows)
+        truth = self.edits.truth[item]
+        x, v = flow(self.edits.latent[truth], noise, t)                    # (B, 64, 64)
+        found = self.stage.velocity("policy", item, x, t)
+        return (found - v).square().mean()
 
     def save(self, average):
-        self.file.parent.mkdir(exist_ok=True)
-        average.save(self.file)
+        self.folder.mkdir(exist_ok=True)
+        average.save(self.folder / "image_prompt.safetensors")
 
 
 # ---- qwen: the language model -------------------------------------------------------------------
@@ -722,7 +694,8 @@ def main():
     p.add_argument("--out", type=Path, default=HERE,
                    help="where flux/, controlnet/, vit/, image_prompt/ and qwen/ are written")
     p.add_argument("--work", type=Path, default=HERE / "data", help="pictures and resume points")
-    p.add_argument("--scenes", type=int, default=2400, help="scenes to render")
+    p.add_argument("--scenes", type=int, default=2400,
+                   help="scenes to render (image-prompt: at most 160, each with all 45 edits)")
     p.add_argument("--steps", type=int,
                    help="batches to train on (default: the shipped checkpoints')")
     p.add_argument("--seed", type=int, default=0)

@@ -202,15 +202,15 @@ def make_edits(count, rng):
         yield edit
 
 
-def make_scenes(folder, count, truths, rng):
+def make_scenes(folder, count, truths, rng, first_seed=1_000_000):
     """Writes scenes/*.png and yields lines of scenes.jsonl, the first `truths` with the true
-    picture of every edit. No training scene has a seed above a million."""
+    picture of every edit. No scene that pretrain.py draws has a seed of a million or more."""
     (folder / "scenes").mkdir(exist_ok=True)
     for i in range(count):
         obj = OBJECTS[i % len(OBJECTS)]
         color = rng.choice(COLORS)
         wall = rng.choice(WALLS)
-        geometry = Geometry({"object": obj, "seed": 1_000_000 + i})
+        geometry = Geometry({"object": obj, "seed": first_seed + i})
 
         def draw(*attributes):
             """The scene after edits, as a file -> its name, relative to the folder."""
