@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 import lora
 from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
                    read_jsonl, read_users, save_graph, similar_users)
-from qwen import (DTYPES, Qwen, Tokenizer, check_fit, flag, generate, linear, pick_device, reading,
-                  seed_for)
+from qwen import (DTYPES, Qwen, Tokenizer, TrainSettings, check_fit, flag, generate, linear,
+                  pick_device, reading, seed_for)
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def prompt(caption, guidance="", profile=""):
         text = (f"Given this user's profile {profile}, "
                 f"suggest an edit for the following image: {caption}")
     if guidance:
-        text = f"{text}\nGuidance: {guidance}"
+        text += f"\nGuidance: {guidance}"
     return [{"role": "user", "content": text}]
 
 
@@ -289,15 +289,12 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
 # ---- supervised fine-tuning: where the policy starts, and what the reference stays ---------------
 
 @dataclass
-class SFTSettings:
+class SFTSettings(TrainSettings):
     """Supervised fine-tuning.    miniature, paper (Table 12), what it is"""
     edits:         str   = flag("mini/data/edits.jsonl", "gpt-generated-prompts.jsonl",
                                 "generic edits, InstructPix2Pix's format")
     qwen:          str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                                 "language model: folder or hub repository")
-    dtype:         str   = flag("fp32", "bf16", "of the frozen weights; LoRA is always fp32",
-                                choices=list(DTYPES))
-    checkpointing: bool  = flag(False, True, "recompute layers: less memory, a third more time")
     rank:          int   = flag(16, 16, "LoRA rank")
     alpha:         int   = flag(32, 32, "LoRA alpha: the adapter's output times alpha / rank")
     dropout:       float = flag(0.05, 0.05, "LoRA dropout", bounds=(0, 1))
@@ -305,11 +302,6 @@ class SFTSettings:
     batch:         int   = flag(32, 16, "global batch, whatever the number of processes")
     micro:         int   = flag(16, 4, "rows of one forward pass (ours)")
     lr:            float = flag(5e-3, 2e-6, "peak learning rate")
-    warmup:        int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
-    weight_decay:  float = flag(0.0, 0.0, "AdamW's (ours)")
-    clip:          float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
-    seed:          int   = flag(0, 0, "of everything random")
-    device:        str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
 def lines_of(file, items):
@@ -369,7 +361,7 @@ class SFT:
 # ---- C-DPO ---------------------------------------------------------------------------------------
 
 @dataclass
-class CDPOSettings:
+class CDPOSettings(TrainSettings):
     """C-DPO and its baselines.    miniature, paper (Table 12), what it is"""
     users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
@@ -377,9 +369,6 @@ class CDPOSettings:
     graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage")
     qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                                  "language model: folder or hub repository")
-    dtype:          str   = flag("fp32", "bf16", "of the frozen weights; the rest is fp32",
-                                 choices=list(DTYPES))
-    checkpointing:  bool  = flag(False, True, "recompute layers: less memory, a third more time")
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
@@ -405,10 +394,6 @@ class CDPOSettings:
     lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP")
     gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder")
     warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
-    weight_decay:   float = flag(0.0, 0.0, "AdamW's (ours)")
-    clip:           float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
-    seed:           int   = flag(0, 0, "of everything random")
-    device:         str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
 # One row of a batch: the numbers of the user's own pair and then of the neighbours' pairs, whose
@@ -485,14 +470,14 @@ class CDPO:
         return index, score * speaks[index]
 
     def parameter_groups(self):
-        fast = trainable(self.model)
-        slow = []
-        for name, p in trainable(self.tokens, "collaborative.") if self.tokens else []:
-            encoder = self.settings.user == "graph" and ".soft." not in name
-            (slow if encoder else fast).append((name, p))
-        groups = [{"params": fast}]
-        if slow:
-            groups.append({"params": slow, "lr": self.settings.gnn_lr})
+        groups = [{"params": trainable(self.model)}]
+        if self.tokens is not None:
+            tokens = trainable(self.tokens, "collaborative.")
+            encoder = [(name, p) for name, p in tokens if ".soft." not in name]
+            soft = [(name, p) for name, p in tokens if ".soft." in name]
+            slow = self.settings.user == "graph"        # a table of users is not pretrained
+            lr = self.settings.gnn_lr if slow else self.settings.lr
+            groups += [{"params": soft}, {"params": encoder, "lr": lr}]
         return groups
 
     def draw(self, indices, generator):
@@ -627,15 +612,13 @@ class Evaluation:
         words = [profile(user) if with_profile else "" for user in users]
         asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
         found = []
-        for at in range(0, len(asked), 400):
-            part = asked[at:at + 400]
-            who = [i for i, _ in part]
+        for part in torch.arange(len(asked)).split(400):
+            part = [asked[place] for place in part]
             prompts = [prompt(text, profile=words[i]) for i, text in part]
-            theirs = None if soft is None else soft[who]
-            answers = suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
-                              generator=generator)
-            found += [(*question, *answer) for question, answer in zip(part, answers)]
-        return found
+            theirs = None if soft is None else soft[[i for i, _ in part]]
+            found += suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
+                             generator=generator)
+        return [(*question, *answer) for question, answer in zip(asked, found)]
 
     def rates(self, shown, policy, **how):
         """{"likes": share of the answers that name a stated like, ...} where of each user's
@@ -643,20 +626,19 @@ class Evaluation:
         repeats = range(self.settings.answers)
         captions = [[text for text in texts for _ in repeats] for texts in self.captions]
         known = [replace(user, **shown) for user in self.users]
-        totals = dict.fromkeys(RATES, 0)
-        answers = self.answers(known, captions, policy, **how)
-        for i, _, text, ended in answers:
-            for name, value in self.verdict(self.users[i], text, ended).items():
-                totals[name] += value / len(answers)
-        return totals
+        verdicts = []
+        for i, _, text, ended in self.answers(known, captions, policy, **how):
+            verdicts.append(self.verdict(self.users[i], text, ended))
+        rates = torch.tensor(verdicts).double().mean(0)
+        return dict(zip(RATES, rates.tolist()))
 
     def verdict(self, user, text, ended):
-        """{rate: whether this answer counts}. A hit names what is liked or would be liked."""
+        """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""
         found = lower(self.names.findall(text))
         likes = bool(found & lower(user.likes))
         hidden = bool(found & lower(user.hidden))
         dislikes = bool(found & lower(user.dislikes))
-        return dict(zip(RATES, (likes, hidden, likes or hidden, dislikes, not found, not ended)))
+        return likes, hidden, likes or hidden, dislikes, not found, not ended
 
     def table(self):
         rows = []

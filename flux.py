@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,18 +52,10 @@ class Pretrained(nn.Module):
         return name
 
 
-def split_heads(x, heads):                                                  # (B, T, D)
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)                     # (B, H, T, d)
-
-
 def attend(q, k, v, heads, **how):
     """Softmax attention: q, k, v (B, T, D) -> (B, T, D). `how`: of scaled_dot_product_attention."""
-    out = F.scaled_dot_product_attention(
-        split_heads(q, heads),
-        split_heads(k, heads),
-        split_heads(v, heads),
-        **how
-    )
+    split = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    out = F.scaled_dot_product_attention(*split, **how)                     # (B, H, T, d)
     return out.transpose(1, 2).flatten(2)                                   # (B, T, D)
 
 
@@ -243,6 +235,7 @@ class T5(Pretrained):
         blocks = [T5Block(config, biased=i == 0) for i in range(config["num_layers"])]
         self.shared = nn.Embedding(config["vocab_size"], width)
         self.encoder = nn.ModuleDict({
+            "embed_tokens": self.shared,                            # files hold either, or both
             "block": nn.ModuleList(blocks),
             "final_layer_norm": RMSNorm(width, config["layer_norm_epsilon"])
         })
@@ -269,11 +262,6 @@ class T5(Pretrained):
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 
-    @staticmethod
-    def rename(name):
-        """Some files hold the embedding twice."""
-        return None if name == "encoder.embed_tokens.weight" else name
-
 
 @torch.no_grad()
 def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
@@ -281,8 +269,8 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the
     transformer works. CLIP reads the first 77 tokens, T5 512."""
     def run(encoder, part):
-        ids = TextTokenizer(Path(path) / f"tokenizer{part}")(prompts).to(device)    # (N, T)
-        folder = Path(path) / f"text_encoder{part}"
+        ids = TextTokenizer(f"{path}/tokenizer{part}")(prompts).to(device)  # (N, T)
+        folder = f"{path}/text_encoder{part}"
         model = encoder.load(folder, device, dtype)
         with reading(folder):                   # ids beyond the vocabulary, heads that do not fit
             return torch.cat([model(rows) for rows in ids.split(batch)])
@@ -346,36 +334,27 @@ class MidBlock(nn.Module):
             self.attentions.append(AttentionBlock(width, groups))
 
     def forward(self, x):
-        x = self.attentions(self.resnets[0](x))
-        return self.resnets[1](x)
+        first, second = self.resnets
+        return second(self.attentions(first(x)))
 
 
-class Downsample(nn.Sequential):
-    """(B, C, h, w) -> (B, C, h/2, w/2)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-
-class Upsample(nn.Sequential):
-    """(B, C, h, w) -> (B, C, 2h, 2w)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.twice = nn.Upsample(scale_factor=2.0)
-        self.conv = conv3x3(width, width)
-
-
-class Resolution(nn.Sequential):
-    """`depth` residual blocks at one resolution; Encoder and Decoder add the way to the next."""
-
-    def __init__(self, inner, outer, depth, groups):
-        super().__init__()
-        self.resnets = nn.Sequential(ResBlock(inner, outer, groups))
-        for _ in range(depth - 1):
-            self.resnets.append(ResBlock(outer, outer, groups))
+def resolutions(config, widths, depth, name, before, **how):
+    """`depth` residual blocks at each resolution, one resolution a width. What leads from one to
+    the next is called `name`: `before`, then a 3x3 convolution made as `how` says."""
+    blocks = nn.Sequential()
+    inner = widths[0]
+    for outer in widths:
+        block = nn.Sequential()
+        block.resnets = nn.Sequential()
+        for _ in range(depth):
+            block.resnets.append(ResBlock(inner, outer, config["norm_num_groups"]))
+            inner = outer
+        resize = nn.Sequential(before)
+        resize.conv = nn.Conv2d(outer, outer, 3, **how)
+        block.add_module(name, nn.Sequential(resize))
+        blocks.append(block)
+    delattr(block, name)                                                    # the last has none
+    return blocks
 
 
 class Encoder(nn.Sequential):
@@ -384,20 +363,19 @@ class Encoder(nn.Sequential):
     def __init__(self, config):
         super().__init__()
         widths = config["block_out_channels"]                               # from fine to coarse
-        groups = config["norm_num_groups"]
-        inner = widths[0]
-        self.conv_in = conv3x3(config["in_channels"], inner)
-        self.down_blocks = nn.Sequential()
-        for outer in widths:
-            block = Resolution(inner, outer, config["layers_per_block"], groups)
-            block.downsamplers = nn.Sequential(Downsample(outer))
-            self.down_blocks.append(block)
-            inner = outer
-        del block.downsamplers                                              # the last has none
+        self.conv_in = conv3x3(config["in_channels"], widths[0])
+        self.down_blocks = resolutions(                 # (B, C, h, w) -> (B, C, h/2, w/2), ...
+            config,
+            widths,
+            config["layers_per_block"],
+            "downsamplers",
+            nn.ZeroPad2d((0, 1, 0, 1)),
+            stride=2
+        )
         self.mid_block = MidBlock(config)
-        self.conv_norm_out = nn.GroupNorm(groups, inner, eps=1e-6)
+        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[-1], eps=1e-6)
         self.conv_act = nn.SiLU()
-        self.conv_out = conv3x3(inner, 2 * config["latent_channels"])
+        self.conv_out = conv3x3(widths[-1], 2 * config["latent_channels"])
 
 
 class Decoder(nn.Sequential):
@@ -406,20 +384,19 @@ class Decoder(nn.Sequential):
     def __init__(self, config):
         super().__init__()
         widths = config["block_out_channels"][::-1]                         # from coarse to fine
-        groups = config["norm_num_groups"]
-        inner = widths[0]
-        self.conv_in = conv3x3(config["latent_channels"], inner)
+        self.conv_in = conv3x3(config["latent_channels"], widths[0])
         self.mid_block = MidBlock(config)
-        self.up_blocks = nn.Sequential()
-        for outer in widths:
-            block = Resolution(inner, outer, config["layers_per_block"] + 1, groups)
-            block.upsamplers = nn.Sequential(Upsample(outer))
-            self.up_blocks.append(block)
-            inner = outer
-        del block.upsamplers                                                # the last has none
-        self.conv_norm_out = nn.GroupNorm(groups, inner, eps=1e-6)
+        self.up_blocks = resolutions(                   # (B, C, h, w) -> (B, C, 2h, 2w), ...
+            config,
+            widths,
+            config["layers_per_block"] + 1,
+            "upsamplers",
+            nn.Upsample(scale_factor=2.0),
+            padding=1
+        )
+        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[-1], eps=1e-6)
         self.conv_act = nn.SiLU()
-        self.conv_out = conv3x3(inner, config["out_channels"])
+        self.conv_out = conv3x3(widths[-1], config["out_channels"])
 
 
 class VAE(Pretrained):
@@ -439,15 +416,10 @@ class VAE(Pretrained):
 
     def encode(self, image, generator=None):
         """image (B, 3, H, W) in [-1, 1] -> latent (B, 16, H/8, W/8): the posterior's mean, or a
-        sample when a generator is given."""
+        sample when a generator (of the CPU) is given."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(
-                mean.shape,
-                generator=generator,
-                device=generator.device,
-                dtype=mean.dtype
-            )
+        if generator:
+            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
             mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(mean.device)
         return (mean - self.shift) * self.scale
 
@@ -468,10 +440,10 @@ def read_image(path):
     with reading(path), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)                              # reads the pixels, too
     if image.mode[0] in "IF":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.nan_to_num(np.array(image, float))
         largest = values.max()
-        usual = [65535] if image.mode[0] == "I" else [1, 255]
-        white = min([w for w in usual if w >= largest], default=largest)
+        usual = [1, 255] if image.mode == "F" else [65535]
+        white = next((w for w in usual if w >= largest), largest)
         values = values.clip(0) / white * 255
         image = Image.fromarray(values.round().astype(np.uint8))
     if image.has_transparency_data:
@@ -582,6 +554,13 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+class HeadNorm(nn.RMSNorm):
+    """(B, L, D) -> (B, L, H, d), every head normalised on its own."""
+
+    def forward(self, x):
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape)))
+
+
 class Attention(nn.Module):
     """Attention of a sequence [text, image] to itself.
     `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable
@@ -592,19 +571,16 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.image_prompt = None
-        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_q = HeadNorm(dim // heads, eps=1e-6)
+        self.norm_k = HeadNorm(dim // heads, eps=1e-6)
         self.to_q = Linear(dim, dim)
         self.to_k = Linear(dim, dim)
         self.to_v = Linear(dim, dim)
 
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1))                            # (B, L, H, d)
-
     def project(self, x):
         """(B, L, D) -> q, k (B, L, H, d), v (B, L, D)."""
-        q = self.norm_q(self.split(self.to_q(x)))
-        k = self.norm_k(self.split(self.to_k(x)))
+        q = self.norm_q(self.to_q(x))
+        k = self.norm_k(self.to_k(x))
         return q, k, self.to_v(x)
 
     def forward(self, q, k, v, rope, T):
@@ -612,10 +588,10 @@ class Attention(nn.Module):
         turned_q = rotate(q, rope).flatten(2)                               # (B, T+L, D)
         turned_k = rotate(k, rope).flatten(2)
         out = attend(turned_q, turned_k, v, self.heads)
-        if self.image_prompt is not None:
+        if self.image_prompt:
             extra = self.image_prompt(q[:, T:].transpose(1, 2))             # (B, H, L, d)
             extra = extra.transpose(1, 2).flatten(2)                        # (B, L, D)
-            out = torch.cat([out[:, :T], out[:, T:] + extra], dim=1)
+            out = out + F.pad(extra, (0, 0, T, 0))                          # 0 for the text
         return out
 
 
@@ -624,8 +600,8 @@ class JointAttention(Attention):
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
-        self.norm_added_q = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.norm_added_k = nn.RMSNorm(dim // heads, eps=1e-6)
+        self.norm_added_q = HeadNorm(dim // heads, eps=1e-6)
+        self.norm_added_k = HeadNorm(dim // heads, eps=1e-6)
         self.add_q_proj = Linear(dim, dim)
         self.add_k_proj = Linear(dim, dim)
         self.add_v_proj = Linear(dim, dim)
@@ -634,25 +610,18 @@ class JointAttention(Attention):
 
     def project_text(self, x):
         """(B, T, D) -> q, k (B, T, H, d), v (B, T, D)."""
-        q = self.norm_added_q(self.split(self.add_q_proj(x)))
-        k = self.norm_added_k(self.split(self.add_k_proj(x)))
+        q = self.norm_added_q(self.add_q_proj(x))
+        k = self.norm_added_k(self.add_k_proj(x))
         return q, k, self.add_v_proj(x)
-
-
-class GELU(nn.Sequential):
-    """A linear layer and its activation, as the checkpoints name them."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.proj = Linear(dim, 4 * dim)
-        self.gelu = nn.GELU("tanh")
 
 
 class FeedForward(nn.Sequential):
     def __init__(self, dim):
         super().__init__()
-        # The Identity stands where the authors have dropout.
-        self.net = nn.Sequential(GELU(dim), nn.Identity(), Linear(4 * dim, dim))
+        first = nn.Sequential()
+        first.proj = Linear(dim, 4 * dim)                                   # called net.0.proj
+        # GELU stands where the authors have dropout, so that the last layer is net.2.
+        self.net = nn.Sequential(first, nn.GELU("tanh"), Linear(4 * dim, dim))
 
 
 class DoubleBlock(nn.Module):
@@ -718,8 +687,7 @@ class SingleBlock(nn.Module):
 def spread(residuals, blocks):
     """A ControlNet's residuals over `blocks` blocks, in runs of ceil(blocks / residuals) -> one a
     block, None where there are none."""
-    if not len(residuals):
-        return [None] * blocks
+    residuals = residuals or [None]
     run = math.ceil(blocks / len(residuals))
     return [residuals[i // run] for i in range(blocks)]
 
@@ -737,10 +705,7 @@ class Flux(Pretrained):
         head_dim = config["attention_head_dim"]
         dim = heads * head_dim
         self.axes = config.get("axes_dims_rope", [16, 56, 56])
-        if sum(self.axes) != head_dim:
-            raise ValueError(
-                f"axes_dims_rope {self.axes} must sum to attention_head_dim {head_dim}"
-            )
+        choose(f"the sum of axes_dims_rope {self.axes}", sum(self.axes), {head_dim: None})
         self.guided = config["guidance_embeds"]
         self.checkpointing = False
         self.time_text_embed = nn.ModuleDict({
@@ -758,7 +723,7 @@ class Flux(Pretrained):
             SingleBlock(dim, heads) for _ in range(config["num_single_layers"])
         )
         self.norm_out = Modulation(dim, 2)                                  # scale, then shift
-        self.proj_out = Linear(dim, config.get("out_channels") or config["in_channels"])
+        self.proj_out = Linear(dim, config["in_channels"])
 
     def forward(
         self,
@@ -775,8 +740,10 @@ class Flux(Pretrained):
         """-> velocity (B, L, 64)."""
         modulation = self.modulation(timestep, guidance, pooled)
         rope = self.rope(txt_ids, img_ids)
-        residuals = (double_residuals, single_residuals)
-        return self.velocity(img, txt, modulation, rope, *residuals)
+        return self.velocity(
+            img, txt, modulation, rope, double_residuals,
+            single_residuals=single_residuals
+        )
 
     def blocks(self):
         return [*self.transformer_blocks, *self.single_transformer_blocks]
@@ -784,20 +751,21 @@ class Flux(Pretrained):
     def modulation(self, timestep, guidance, pooled):
         """Every block's shifts, scales and gates -> (B, M, D), M = 12 a double block, 3 a single
         one, and 2. timestep and guidance (B,), pooled (B, P)."""
-        if self.guided and guidance is None:
-            raise ValueError("this checkpoint has a guidance embedding: guidance is needed")
-        if guidance is not None and not self.guided:
-            raise ValueError("this checkpoint has no embedding of guidance: it must be None")
+        if self.guided == (guidance is None):
+            raise ValueError(
+                "guidance is needed by a checkpoint with an embedding of it, else it must be None"
+            )
         embed = self.time_text_embed
         temb = embed.timestep_embedder(sinusoid(timestep).to(pooled))       # (B, D)
         temb = temb + embed.text_embedder(pooled)
         if self.guided:
             temb = temb + embed.guidance_embedder(sinusoid(guidance).to(pooled))
         temb = F.silu(temb)
-        vectors = []
-        for layer in self.modules():
-            if isinstance(layer, Modulation):
-                vectors.append(layer(temb))                                 # (B, count, D)
+        vectors = [
+            layer(temb)                                                     # (B, count, D)
+            for layer in self.modules()
+            if isinstance(layer, Modulation)
+        ]
         return torch.cat(vectors, dim=1).to(pooled.device)
 
     def modulations(self, levels, guidance, pooled):
@@ -815,10 +783,8 @@ class Flux(Pretrained):
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
         counts = [block.modulations for block in self.blocks()]
         *modulations, last = modulation.split([*counts, 2], dim=1)
-        residuals = [
-            *spread(double_residuals, len(self.transformer_blocks)),
-            *spread(single_residuals, len(self.single_transformer_blocks))
-        ]
+        residuals = spread(double_residuals, len(self.transformer_blocks))
+        residuals += spread(single_residuals, len(self.single_transformer_blocks))
         img = self.x_embedder(img)                                          # (B, L, D)
         txt = self.context_embedder(txt)                                    # (B, T, D)
         for block, mod, residual in zip(self.blocks(), modulations, residuals):
@@ -835,12 +801,11 @@ class Flux(Pretrained):
 def move(model, device, but):
     """Moves a transformer to `device`, `but` its modules of this class (or these): those stay
     where they are."""
-    stay = set()
-    for module in model.modules():
-        if isinstance(module, but):
-            stay |= set(module.parameters())
-    for p in set(model.parameters()) - stay:
+    for p in model.parameters(recurse=False):
         p.data = p.data.to(device)
+    for child in model.children():
+        if not isinstance(child, but):
+            move(child, device, but)
     return model
 
 
@@ -896,7 +861,7 @@ def denoise(
         raise ValueError(
             f"strength is {strength}; it must lie in 0..1, and below 1 it needs a source picture"
         )
-    if cfg != 1 and negative is None:
+    if cfg != 1 and not negative:
         raise ValueError(f"cfg is {cfg}; other than 1 it needs a negative prompt")
     steps = len(levels) - 1
     levels = levels[int(steps - steps * strength):].to(noise.device)
@@ -920,8 +885,8 @@ def denoise(
         x = x + (levels[i + 1] - levels[i]) * v                             # Euler
     if not x.isfinite().all():
         raise ValueError(
-            f"the latents are not finite after {steps} steps in {txt.dtype}: a spoiled "
-            "checkpoint, or a type too small (use bfloat16 or float32)"
+            f"the latents are not finite in {txt.dtype}: a spoiled checkpoint, or a type too small "
+            "(use bfloat16 or float32)"
         )
     return x
 
@@ -937,39 +902,26 @@ class TextTokenizer:
         file = path / "tokenizer.json"
         config = read_json(path / "tokenizer_config.json")
         with reading(path):
-            pad = config["pad_token"]
             length = config["model_max_length"]
-            self.backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(path)
-            self.backend.enable_truncation(length)
-            pad_id = self.backend.token_to_id(pad)
-            self.backend.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+            backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(path)
+            backend.enable_truncation(length)
+            pad_id = backend.token_to_id(config["pad_token"])
+            backend.enable_padding(length=length, pad_id=pad_id)
+        self.backend = backend
 
     def __call__(self, prompts):
-        rows = self.backend.encode_batch(list(prompts))
-        return torch.tensor([row.ids for row in rows])
+        return torch.tensor([row.ids for row in self.backend.encode_batch(prompts)])
 
 
 def clip_bpe(path):
     """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
     start = "<|startoftext|>"
     end = "<|endoftext|>"
-    model = models.BPE.from_file(
-        str(path / "vocab.json"),
-        str(path / "merges.txt"),
-        unk_token=end,
-        end_of_word_suffix="</w>"
-    )
-    bpe = Tokenizer(model)
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = sum(bool(line) and not line.startswith("#version") for line in lines)
+    vocab, merges = models.BPE.read_file(str(path / "vocab.json"), str(path / "merges.txt"))
     # The vocabulary: 256 bytes, the same at a word's end, two special tokens; the rest are merges.
-    others = bpe.get_vocab_size() - 514
-    if merges != others:
-        raise ValueError(f"merges.txt holds {merges} merges, vocab.json {others}")
-    bpe.add_special_tokens([
-        AddedToken(start, normalized=False),
-        AddedToken(end, normalized=False)
-    ])
+    choose("the number of merges in merges.txt", len(merges), {len(vocab) - 514: None})
+    bpe = Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
+    bpe.add_special_tokens([start, end])
     bpe.normalizer = normalizers.Sequence([
         normalizers.NFC(),
         normalizers.Replace(Regex(r"\s+"), " "),
@@ -984,20 +936,17 @@ def clip_bpe(path):
         pre_tokenizers.ByteLevel(add_prefix_space=False)
     ])
     bpe.post_processor = processors.RobertaProcessing(
-        (end, bpe.token_to_id(end)),
-        (start, bpe.token_to_id(start))
+        (end, vocab[end]),
+        (start, vocab[start])
     )
     return bpe
 
 
 if __name__ == "__main__":
-    prompt = "A red apple in front of a mint wall"
-    flux = Flux.load("mini/flux/transformer")
-    vae = VAE.load("mini/flux/vae")
-    txt, pooled = encode_prompt("mini/flux", [prompt])
     torch.manual_seed(0)
+    flux = Flux.load("mini/flux/transformer")
+    txt, pooled = encode_prompt("mini/flux", ["A red apple in front of a mint wall"])
     noise = pack(torch.randn(1, 16, 16, 16))
-    x = denoise(flux, noise, txt, pooled, img_ids=image_ids(16, 16), levels=sigmas(20, 64))
-    picture = to_picture(vae.decode(unpack(x, 16, 16))[0])
-    print(f"{prompt}: at the top (R, G, B) is {picture[4, 32].tolist()} "
-          f"and in the middle of the apple {picture[36, 24].tolist()}")
+    x = denoise(flux, noise, txt, pooled, image_ids(16, 16), levels=sigmas(20, 64))
+    image = VAE.load("mini/flux/vae").decode(unpack(x, 16, 16))             # (1, 3, 64, 64)
+    print("R, G, B in the middle of the apple:", to_picture(image[0])[36, 24])

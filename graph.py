@@ -381,13 +381,13 @@ def read_users(path):
     users = {}
     for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
         name = row["user"]
-        likes = list(dict.fromkeys(row["likes"]))
-        dislikes = list(dict.fromkeys(row["dislikes"]))
-        both = sorted(set(likes) & set(dislikes))
+        likes = dict.fromkeys(row["likes"])
+        dislikes = dict.fromkeys(row["dislikes"])
+        both = sorted(likes.keys() & dislikes.keys())
         if both or name in users:
             what = f"likes and dislikes {both[0]!r}" if both else "appears twice"
             raise ValueError(f"{path}:{row['line']}: user {name!r} {what}")
-        users[name] = User(name, likes, dislikes, row["hidden"])
+        users[name] = User(name, [*likes], [*dislikes], row["hidden"])
     return list(users.values())
 
 
@@ -419,11 +419,10 @@ def load_graph(file):
 
 
 if __name__ == "__main__":
-    cosy = User("ana", ["wood", "forest", "leaf"], ["neon", "chrome"])
-    urban = User("bo", ["neon", "chrome", "city"], ["wood", "leaf"])
-    people = 30 * [cosy, urban]
-    names = attribute_names(people)
-    toy = PreferenceGraph.build(people, names, torch.eye(len(names)))
+    cosy = User("cosy", ["wood", "forest", "leaf"], ["neon", "chrome"])
+    urban = User("urban", ["neon", "chrome", "city"], ["wood", "leaf"])
+    names = attribute_names([cosy, urban])
+    toy = PreferenceGraph.build(30 * [cosy, urban], names, torch.eye(6))
     print("like or dislike on held-out edges:", pretrain(toy, epochs=60)[1])
     index, _ = similar_users(toy.signs(), 3)
-    print(f"most like {toy.users[1]}, user 1: users {index[1].tolist()}, all {toy.users[1]}'s")
+    print(f"user 1, {toy.users[1]}, is most like", [toy.users[i] for i in index[1]])

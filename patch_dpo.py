@@ -18,15 +18,15 @@ Try it: python patch_dpo.py
 import copy
 import json
 import math
-import sys
-from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,9 +34,9 @@ import lora
 from controlnet import FLUX_PARTS
 from flux import (VAE, CLIPMLP, Flux, attend, denoise, encode_prompt,
                   image_ids, pack, rope_table, rotate, sigmas, unpack,
-                  read_image, read_square, to_picture, to_tensor)
+                  read_square, to_picture, to_tensor)
 from graph import read_jsonl
-from qwen import (DTYPES, RANK, WORLD, all_reduce, barrier,
+from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
                   choose, flag, generator_for, pick_device,
                   load_checkpoint, on_meta, read_json, read_tensors,
                   reading, resolve, write_whole)
@@ -54,8 +54,7 @@ def patch_quality(f_x, f_ref):
 
 def unit_patches(f):
     """A feature map (B, H, W, D) -> the list of its patches (B, S, D), of length 1."""
-    f = f.flatten(1, 2).float()
-    return F.normalize(f, dim=-1)
+    return F.normalize(f.flatten(1, 2).float(), dim=-1)
 
 
 def patch_weights(quality, size):
@@ -66,7 +65,7 @@ def patch_weights(quality, size):
     span = quality.amax((1, 2), keepdim=True) - low
     p = torch.where(
         span > 1e-4,
-        (quality - low) / span.clamp_min(1e-4),
+        (quality - low) / span,
         quality.clamp(0, 1)
     )
     p = F.interpolate(                                                      # (B, 1, h, w)
@@ -114,9 +113,7 @@ class ViTAttention(nn.Module):
         self.attention = nn.ModuleDict()
         for name in ("query", "key", "value"):
             self.attention[name] = nn.Linear(width, width, bias)
-        self.output = nn.ModuleDict({
-            "dense": nn.Linear(width, width)
-        })
+        self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def forward(self, x):                                                   # (B, 1+S, D)
         qkv = [layer(x) for layer in self.attention.values()]
@@ -149,10 +146,8 @@ class ViTLayer(nn.Module):
         self.layer_scale2 = scale(width)
 
     def forward(self, x):                                                   # (B, 1+S, D)
-        attended = self.attention(self.norm1(x))
-        x = x + self.layer_scale1(attended)
-        mixed = self.mlp(self.norm2(x))
-        return x + self.layer_scale2(mixed)
+        x = x + self.layer_scale1(self.attention(self.norm1(x)))
+        return x + self.layer_scale2(self.mlp(self.norm2(x)))
 
 
 class ViTEmbeddings(nn.Module):
@@ -162,12 +157,8 @@ class ViTEmbeddings(nn.Module):
     def __init__(self, width, patch, side):
         super().__init__()
         self.side = side
-        self.cls_token = nn.Parameter(
-            torch.empty(1, 1, width))
-        self.position_embeddings = nn.Parameter(
-            torch.empty(1, 1 + side ** 2, width))
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.position_embeddings, std=0.02)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.position_embeddings = nn.Parameter(0.02 * torch.randn(1, 1 + side ** 2, width))
         self.patch_embeddings = nn.ModuleDict({
             "projection": nn.Conv2d(3, width, patch, patch)
         })
@@ -175,13 +166,11 @@ class ViTEmbeddings(nn.Module):
     def forward(self, pixels):
         x = self.patch_embeddings.projection(pixels)                        # (B, D, H, W)
         position = self.position_embeddings                                 # (1, 1+side*side, D)
-        places = position[:, 1:].mT
-        places = places.unflatten(2, (self.side, -1))                       # (1, D, side, side)
+        places = position[:, 1:].mT.unflatten(2, (self.side, -1))           # (1, D, side, side)
         places = F.interpolate(places, x.shape[2:], mode="bicubic")         # (1, D, H, W)
         patches = (x + places).flatten(2).mT                                # (B, S, D)
-        first = self.cls_token + position[:, :1]
-        first = first.expand(len(x), -1, -1)                                # (B, 1, D)
-        return torch.cat([first, patches], dim=1)                           # (B, 1+S, D)
+        first = self.cls_token + position[:, :1]                            # (1, 1, D)
+        return torch.cat([first.expand_as(patches[:, :1]), patches], dim=1) # (B, 1+S, D)
 
 
 class ImageFeatures(nn.Module):
@@ -190,15 +179,17 @@ class ImageFeatures(nn.Module):
 
     def __init__(self, config, image_mean, image_std):
         super().__init__()
-        kinds = {"dinov2": LayerScale, "vit": nn.Identity}
-        scale = choose("model_type", config["model_type"], kinds)
+        scale = choose(
+            "model_type",
+            config["model_type"],
+            {"dinov2": LayerScale, "vit": nn.Identity}
+        )
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
         self.mean_std = [image_mean, image_std]
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
         width = config["hidden_size"]
-        side = self.side // self.patch
-        self.embeddings = ViTEmbeddings(width, self.patch, side)
+        self.embeddings = ViTEmbeddings(width, self.patch, self.side // self.patch)
         layers = nn.Sequential()
         for _ in range(config["num_hidden_layers"]):
             layers.append(ViTLayer(config, scale))
@@ -209,21 +200,18 @@ class ImageFeatures(nn.Module):
         """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by
         row. A picture that the patch does not divide is resized to the nearest size that it does,
         positions are interpolated; where nothing is to be resized, that changes no bit."""
-        H, W = self.cells(image)
-        size = (H * self.patch, W * self.patch)
+        size = [n * self.patch for n in self.cells(image)]
         image = F.interpolate(image, size, mode="bicubic", antialias=True)
         mean, std = image.new_tensor(self.mean_std)[..., None, None]        # (3, 1, 1)
         pixels = ((image + 1) / 2 - mean) / std
-        x = self.embeddings(pixels)
-        return self.layernorm(self.encoder.layer(x))
+        return self.layernorm(self.encoder.layer(self.embeddings(pixels)))
 
     def cells(self, image):
         """H, W: into how many patches a picture is cut."""
         return [max(1, round(n / self.patch)) for n in image.shape[2:]]
 
     def forward(self, image):
-        patches = self.tokens(image)[:, 1:]
-        return patches.unflatten(1, self.cells(image))                      # (B, H, W, D)
+        return self.tokens(image)[:, 1:].unflatten(1, self.cells(image))    # (B, H, W, D)
 
     def embed(self, image):
         """What the whole picture shows: the class token (B, D), not normalised."""
@@ -254,112 +242,6 @@ class ImageFeatures(nn.Module):
         return name.replace("layernorm_after", "norm2")
 
 
-# ---- self-supervised training of f, and its score (ours) -----------------------------------------
-
-def random_views(B, generator=None):
-    """Views of a picture, rotated by up to 20 degrees, scaled 0.6 to 1, shifted, half of them
-    mirrored -> (B, 3, 3), maps from a view's coordinates, x, y in [-1, 1], to the picture's."""
-    angle, scale, flip, x, y = torch.rand(5, B, generator=generator)
-    angle = (2 * angle - 1) * math.radians(20)
-    scale = 0.6 + 0.4 * scale
-    x = (2 * x - 1) * (1 - scale)
-    y = (2 * y - 1) * (1 - scale)
-    mirror = torch.where(flip < 0.5, -1.0, 1.0)
-    cos = scale * angle.cos()
-    sin = scale * angle.sin()
-    zero = torch.zeros(B)
-    view = [
-        mirror * cos, -sin, x,
-        mirror * sin, cos, y,
-        zero, zero, zero + 1
-    ]
-    view = torch.stack(view, dim=1)                                         # (B, 9)
-    return view.view(B, 3, 3)
-
-
-def centres(H, W, transform=torch.eye(3)):
-    """Centres of H x W cells in [-1, 1], x then y -> (H, W, 2); or where homographies (B, 3, 3)
-    take them -> (B, H, W, 2)."""
-    x = (2 * torch.arange(W) + 1) / W - 1
-    y = (2 * torch.arange(H) + 1) / H - 1
-    points = torch.meshgrid(
-        x, y, torch.ones(1), indexing="xy")
-    points = torch.cat(points, dim=-1).to(transform)                        # (H, W, 3)
-    transform = transform[..., None, :, :]
-    points = points @ transform.mT                                          # (B, H, W, 3)
-    depth = points[..., 2:].clamp_min(1e-6)
-    return points[..., :2] / depth
-
-
-def warp(image, view):
-    """The picture (B, C, H, W) seen through `view` (B, 3, 3), from the result's coordinates to the
-    picture's."""
-    places = centres(*image.shape[2:], view)
-    return F.grid_sample(
-        image, places, padding_mode="reflection", align_corners=False)
-
-
-def correspondence(transform, H, W):
-    """For each of a's H x W patches, which patch of picture b shows the same place -> (B, S), -1
-    where b does not show it. `transform` (B, 3, 3) maps a's coordinates to b's."""
-    x, y = centres(H, W, transform).unbind(-1)                              # (B, H, W)
-    column = (x + 1) / 2 * W
-    row = (y + 1) / 2 * H
-    column = column.floor().long()
-    row = row.floor().long()
-    inside = (column >= 0) & (column < W)
-    inside &= (row >= 0) & (row < H)
-    target = torch.where(inside, row * W + column, -1)
-    return target.flatten(1)
-
-
-def jitter(image, generator=None):
-    """Random brightness, contrast and tint, the same for a whole picture (B, 3, H, W)."""
-    B = len(image)
-    gain = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
-    tint = torch.rand(B, 3, 1, 1, generator=generator) - 0.5
-    shift = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
-    gain = 1 + 0.6 * gain + 0.2 * tint                                      # (B, 3, 1, 1)
-    image = image * gain.to(image) + 0.4 * shift.to(image)
-    return image.clamp(-1, 1)
-
-
-def self_supervised_loss(features, image, generator=None, tau=0.07):
-    """Two views of each picture (B, 3, H, W) with known geometry and other colours. InfoNCE: each
-    patch of the first must find the same place in the second among all pictures' patches ->
-    scalar. Ours."""
-    a = random_views(len(image), generator).to(image.device)
-    b = random_views(len(image), generator).to(image.device)
-    f_a = features(jitter(warp(image, a), generator))                       # (B, H, W, D)
-    f_b = features(jitter(warp(image, b), generator))
-    a_to_b = torch.linalg.inv(b) @ a
-    target = correspondence(a_to_b, *f_a.shape[1:3])                        # (B, S)
-    B, S = target.shape
-    first = S * torch.arange(B).to(target)                                  # of each picture
-    right = target + first[:, None]                                         # among all BS patches
-    right = torch.where(target < 0, target, right)
-    from_a = unit_patches(f_a).flatten(0, 1)                                # (BS, D)
-    in_b = unit_patches(f_b).flatten(0, 1)
-    cosine = from_a @ in_b.T                                                # (BS, BS)
-    return F.cross_entropy(cosine / tau, right.flatten(), ignore_index=-1)
-
-
-def s_patch(f_a, f_b, target):
-    """Of a's patches with a target, the share whose most similar patch in b is it, and is it or
-    next to it -> two floats. f (B, H, W, D), target (B, S) from `correspondence`. The paper's
-    public text is cut before its definition: the first number is our reading, the second ours."""
-    W = f_b.shape[2]
-    seen = target >= 0
-    right = target[seen]
-    cosine = unit_patches(f_a) @ unit_patches(f_b).mT                       # (B, S, S)
-    found = cosine.argmax(2)[seen]
-    rows = (found // W - right // W).abs()
-    columns = (found % W - right % W).abs()
-    exact = (found == right).float()
-    near = ((rows <= 1) & (columns <= 1)).float()
-    return exact.mean().item(), near.mean().item()
-
-
 # ---- image prompts -------------------------------------------------------------------------------
 
 class ImagePrompt(nn.Module):
@@ -380,7 +262,6 @@ class ImagePrompt(nn.Module):
         self.to_v_ip = nn.ModuleList()
         for _ in flux.blocks():
             self.to_k_ip.append(nn.Linear(width, inner, bias=False))
-        for _ in flux.blocks():
             self.to_v_ip.append(nn.Linear(width, inner, bias=False))
             nn.init.zeros_(self.to_v_ip[-1].weight)
 
@@ -397,32 +278,27 @@ class ImagePrompt(nn.Module):
             raise ValueError(f"--features gives {references.shape[-1]} numbers a patch, "
                              f"the image prompt was trained on {self.width}")
         turn = rope_table(ids, flux.axes)
-        places = self.places(references.shape[2], ids)
-        turn_ref = rope_table(places, flux.axes)
+        turn_ref = rope_table(self.places(references.shape[2], ids), flux.axes)
         split = (self.heads, -1)
         for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
             k = to_k(references).unflatten(-1, split)                       # (B, M, S, H, d)
-            v = to_v(references).unflatten(-1, split)
             k = rotate(k, turn_ref).transpose(2, 3)                         # (B, M, H, S, d)
-            v = v.transpose(2, 3)
+            v = to_v(references).unflatten(-1, split).transpose(2, 3)
             block.attn.image_prompt = partial(self.added, turn, k, v)
 
     def places(self, S, ids):
         """Where a square map's patches stand when it is stretched over the picture -> (S, 3)."""
         side = math.isqrt(S)
-        xy = centres(side, side).to(ids)
-        yx = xy.flip(-1).flatten(0, 1)                                      # (S, 2)
-        size = ids[:, 1:].amax(0) + 1
-        yx = (yx + 1) / 2 * size - 0.5
+        middles = (torch.arange(side).to(ids) + 0.5) / side                 # in [0, 1]
+        size = ids[:, 1:].amax(0) + 1                                       # of the picture, (2,)
+        yx = torch.cartesian_prod(middles, middles) * size - 0.5            # (S, 2)
         return F.pad(yx, (1, 0))
 
     def added(self, turn, k, v, q):
         """q (B, H, L, d), k and v (B, M, H, S, d) -> (B, H, L, d): the references' attentions."""
         q_ip = q.transpose(1, 2).to(k.dtype)                                # (B, L, H, d)
-        q_ip = rotate(q_ip, turn).transpose(1, 2)
-        q_ip = q_ip[:, None].expand(
-            -1, k.shape[1], -1, -1, -1)                                     # (B, M, H, L, d)
-        z = F.scaled_dot_product_attention(q_ip, k, v)                      # (S6)
+        q_ip = rotate(q_ip, turn).transpose(1, 2)[:, None]                  # (B, 1, H, L, d)
+        z = F.scaled_dot_product_attention(q_ip, k, v)                      # (S6) (B, M, H, L, d)
         return self.scale * z.sum(1).to(q.dtype)                            # (S7)
 
     def save(self, file):
@@ -440,32 +316,13 @@ class ImagePrompt(nn.Module):
 
 # ---- trajectories --------------------------------------------------------------------------------
 
-class Trajectories(namedtuple("Trajectories", "x v t item")):
-    """Points that a policy visited: x (N, steps, L, C), its velocity there v (the same),
-    t (N, steps), and what each row shows, item (N,)."""
-
-    def draw(self, n, generator=None):
-        """n random trajectories, each once as long as there are enough, one random point of each ->
-        x (n, L, C), v (n, L, C), t (n,), item (n,)."""
-        N, steps = self.t.shape
-        row = torch.randperm(max(n, N), generator=generator)
-        row = row[:n] % N
-        step = torch.randint(steps, (n,), generator=generator)
-        return (
-            self.x[row, step],
-            self.v[row, step],
-            self.t[row, step],
-            self.item[row]
-        )
-
-
 @torch.no_grad()
-def record(velocity, noise, item, steps=20, generator=None):
-    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> Trajectories. t falls in equal steps
-    from a random start in (1 - 1/steps, 1]: every t is visited (authors' code)."""
+def record(velocity, noise, steps=20, generator=None):
+    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> the points x that it visits
+    (N, steps, L, C), the velocity v there (the same) and t (N, steps). t falls in equal steps from
+    a random start in (1 - 1/steps, 1]: every t is visited (authors' code)."""
     start = torch.rand(len(noise), 1, generator=generator)
-    times = torch.arange(steps, 0, -1) - start
-    times = times.to(noise) / steps                                         # (N, steps)
+    times = (torch.arange(steps, 0, -1) - start).to(noise) / steps          # (N, steps)
     x = noise
     xs = []
     vs = []
@@ -474,32 +331,24 @@ def record(velocity, noise, item, steps=20, generator=None):
         xs.append(x)
         vs.append(v)
         x = x - v / steps
-    xs = torch.stack(xs, dim=1)                                             # (N, steps, L, C)
-    vs = torch.stack(vs, dim=1)
-    return Trajectories(xs, vs, times, item)
+    return torch.stack(xs, dim=1), torch.stack(vs, dim=1), times
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
 @dataclass
-class PictureSettings:
+class PictureSettings(TrainSettings):
     """What `train.py patch` and `dro` share.    miniature, published (on Flux), what it is"""
     scenes:       str   = flag("mini/data/scenes.jsonl", "scenes.jsonl",
                                "pictures, their edits and, for dro, the true pictures")
     flux:         str   = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
     features:     str   = flag("mini/vit", "facebook/dinov2-base",
                                "f of the image prompt and of the report: DINOv2 or ViT (ours)")
-    dtype:        str   = flag("fp32", "bf16", "of the frozen weights; what is trained is fp32",
-                               choices=list(DTYPES))
-    checkpointing: bool = flag(False, True, "recompute layers: less memory, a third more time")
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
     size:         int   = flag(64, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
     refresh:      int   = flag(1, 1, "dro: M, steps between copies of the policy into the sampler")
-    warmup:       int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
     weight_decay: float = flag(0.0, 0.01, "AdamW's")
-    seed:         int   = flag(0, 0, "of everything random")
-    device:       str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
 @dataclass
@@ -536,7 +385,6 @@ class DROSettings(PictureSettings):
     batch:        int   = flag(8, 256, "global batch, whatever the number of processes")
     micro:        int   = flag(8, 4, "rows of one pass, pictures painted at once")
     lr:           float = flag(1e-3, 1e-4, "peak learning rate, then a cosine (paper: constant)")
-    clip:         float = flag(1.0, 1.0, "largest gradient norm; 0 never clips")
 
 
 # ---- what is trained on: edits -------------------------------------------------------------------
@@ -570,16 +418,8 @@ def edits_of(scenes, types, wordings):
         for edit in scene["edits"]:
             if not types or edit["edit_type"] in types:
                 for wording in wordings:
-                    prompt = wording.format(**edit)
-                    found.append({**edit, "prompt": prompt})
+                    found.append({**edit, "prompt": wording.format(**edit)})
     return found
-
-
-def unique(values):
-    """The different values, sorted, and for each value its place among them (N,)."""
-    different = sorted(set(values))
-    place = {value: i for i, value in enumerate(different)}
-    return different, torch.tensor([place[value] for value in values])
 
 
 def read_squares(files, size):
@@ -609,7 +449,8 @@ class Edits:
         self.rows = trained + held
         files = [row["scene"] for row in self.rows]
         files += [row["image"] for row in self.rows]
-        files, place = unique(files)
+        files, place = np.unique(files, return_inverse=True)                # P different ones
+        place = torch.from_numpy(place)
         self.scene, self.truth = place.chunk(2)                             # (N,) into pictures
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
@@ -621,10 +462,11 @@ class Edits:
         self.flux.requires_grad_(False)
         self.flux.checkpointing = settings.checkpointing
         self.vae = VAE.load(path / "vae", self.device)
-        side, rest = divmod(settings.size, self.vae.factor)
-        if side % 2 or rest:
-            raise ValueError(f"--size is {settings.size}; it must be a multiple of "
-                             f"{2 * self.vae.factor}, the pixels of one token")
+        token = 2 * self.vae.factor                                         # pixels of its edge
+        if settings.size % token:
+            raise ValueError(f"--size is {settings.size}; it must be a multiple of {token}, "
+                             "the pixels of one token")
+        side = settings.size // self.vae.factor
         self.grid = (side, side)                                            # (h, w)
         self.ids = image_ids(side, side, self.device)                       # (L, 3)
         self.latent = self.encode(self.pictures)                            # (P, L, 64)
@@ -632,14 +474,16 @@ class Edits:
 
     def in_parts(self, function, images):
         """function(images), 16 at a time on the device."""
-        parts = []
-        for part in images.split(16):
-            parts.append(function(part.to(self.device)))
-        return torch.cat(parts)
+        return torch.cat([function(part.to(self.device)) for part in images.split(16)])
 
     def encode(self, images):
         """(n, 3, size, size) -> packed latents (n, L, 64)."""
         return pack(self.in_parts(self.vae.encode, images))
+
+    def decode(self, latent):
+        """(n, L, 64) -> pictures (n, 3, size, size)."""
+        images = self.in_parts(self.vae.decode, unpack(latent, *self.grid))
+        return images.clamp(-1, 1)
 
     def noise(self, generator):
         shape = self.latent.shape[1:]
@@ -668,9 +512,8 @@ class ImagePrompts:
         self.sampler = dict(self.prompts["sampler"].named_parameters())
 
     def select(self, who, item):
-        prompt = self.prompts[who]
         references = self.maps[self.references[item]]                       # (B, M, S, D)
-        prompt.attend_to(self.edits.flux, references, self.edits.ids)
+        self.prompts[who].attend_to(self.edits.flux, references, self.edits.ids)
 
     def save(self, folder):
         self.prompts["policy"].save(folder / "image_prompt.safetensors")
@@ -682,25 +525,25 @@ class Adapters:
     names = {"policy": "policy", "sampler": "reference", "reference": None}
 
     def __init__(self, edits):
-        self.edits = edits
         settings = edits.settings
+        self.flux = edits.flux
+        self.base_model = settings.flux
         torch.manual_seed(settings.seed)
         lora.inject(
-            edits.flux,
+            self.flux,
             settings.rank,
             settings.alpha,
             dropout=0.0,
             targets=["to_q", "to_k", "to_v", "to_out.0"]
         )
-        self.policy = lora.tensors(edits.flux, "policy")
-        self.sampler = lora.tensors(edits.flux, "reference")
+        self.policy = lora.tensors(self.flux, "policy")
+        self.sampler = lora.tensors(self.flux, "reference")
 
     def select(self, who, item):
-        lora.use(self.edits.flux, self.names[who])
+        lora.use(self.flux, self.names[who])
 
     def save(self, folder):
-        flux = self.edits.settings.flux
-        lora.save_adapter(self.edits.flux, folder, base_model=flux)
+        lora.save_adapter(self.flux, folder, base_model=self.base_model)
 
 
 def prompted(settings):
@@ -738,10 +581,8 @@ class PictureStage:
         return rows
 
     def describe(self, rows):
-        lines = []
-        for item, *_ in rows:
-            edit = self.edits.rows[item // self.per_edit]
-            lines.append(str(edit["line"]))
+        edits = [self.edits.rows[row[0] // self.per_edit] for row in rows]
+        lines = [str(edit["line"]) for edit in edits]
         return f"{self.settings.scenes}, lines {', '.join(lines)}"
 
     def velocity(self, who, item, x, t):
@@ -765,77 +606,51 @@ class PictureStage:
 
     def errors(self, who, item, t, first, second):
         """Prediction - target at two points (x, v) of every edit, in one pass -> (2, B, L, 64)."""
-        x = torch.cat([first[0], second[0]])
-        v = torch.cat([first[1], second[1]])
-        found = self.velocity(who, item.repeat(2), x, t.repeat(2))
-        return (found - v).unflatten(0, (2, -1))
+        x, v = stack([first, second])                                       # (2, B, L, 64)
+        found = self.velocity(
+            who,
+            item.repeat(2),
+            x.flatten(0, 1),                                                # (2B, L, 64)
+            t.repeat(2)
+        )
+        return found.view_as(v) - v
 
     @torch.no_grad()
     def paint(self, who, items, seed):
-        """A picture of each edit (n,), from a noise of its own -> (n, 3, size, size)."""
+        """What the model paints for edits (n,), each from a noise of its own -> (n, L, 64)."""
         edits = self.edits
         levels = sigmas(self.settings.paint_steps, len(edits.ids))
-        images = []
+        latents = []
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
-            noise = []
-            for i in item.tolist():
-                g = generator_for(seed, "picture", i)
-                noise.append(edits.noise(g))
-            x = denoise(
+            noise = [edits.noise(generator_for(seed, "picture", i)) for i in item.tolist()]
+            latents.append(denoise(
                 edits.flux,
                 torch.stack(noise),
                 edits.txt[item],
                 edits.pooled[item],
                 img_ids=edits.ids,
                 levels=levels
-            )
-            x = unpack(x, *edits.grid)
-            images.append(edits.vae.decode(x))
-        return torch.cat(images).clamp(-1, 1).cpu()
+            ))
+        return torch.cat(latents)
 
     @torch.no_grad()
     def save(self, folder):
-        """What was tuned; report.json; and pictures.png: of held-out edits the scene, painted
-        before (by the reference) and after (by the policy) from the same noise, and the truth."""
+        """What was tuned; and pictures.png: a row each of held-out edits' scenes, of what the
+        reference and the policy paint from the same noise, and of the true pictures."""
         self.tuned.save(folder)
         edits = self.edits
         held = torch.arange(edits.count, len(edits.rows))
+        held = held[::max(1, len(held) // 12)]
         scene = edits.pictures[edits.scene[held]]                           # (n, 3, size, size)
+        before = edits.decode(self.paint("reference", held, seed=0))
+        after = edits.decode(self.paint("policy", held, seed=0))
         truth = edits.pictures[edits.truth[held]]
-        before = self.paint("reference", held, 0)
-        after = self.paint("policy", held, 0)
-        self.report = {}
-        for name, images in (("before", before), ("after", after)):
-            found = self.measures(images, scene, truth)
-            for measure, value in found.items():
-                self.report[f"{name} {measure}"] = value.mean().item()
-        text = json.dumps(self.report, indent=1) + "\n"
-        (folder / "report.json").write_text(text)
-        few = max(1, len(held) // 12)
-        sheet = torch.stack([scene, before, after, truth])
-        sheet = sheet[:, ::few].permute(2, 0, 3, 1, 4)
-        sheet = sheet.flatten(3).flatten(1, 2)                              # (3, 4 size, n size)
-        Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
-
-    def measures(self, images, scene, truth):
-        """identity, truth: cosine of f's class token to the scene's, to the true picture's; asked:
-        the picture is nearer to its truth than to any other of this scene and edit type -> (n,)."""
-        embed = partial(self.edits.in_parts, self.edits.features.embed)
-        kinds = []
-        for row in self.edits.rows[self.edits.count:]:
-            kinds.append((row["scene"], row["edit_type"]))
-        _, kind = unique(kinds)
-        away = torch.cdist(images.flatten(1), truth.flatten(1))             # (n, n)
-        away[kind[:, None] != kind] = math.inf
-        nearest = away.argmin(1)
-        mse = (images - truth).square().mean((1, 2, 3))
-        return {
-            "identity": F.cosine_similarity(embed(images), embed(scene)),
-            "truth": F.cosine_similarity(embed(images), embed(truth)),
-            "psnr": 10 * torch.log10(4 / mse),
-            "asked": (nearest == torch.arange(len(kind))).float()
-        }
+        rows = []
+        for images in (scene, before, after, truth):
+            rows.append(torch.cat([*images], dim=2).cpu())                  # (3, size, n size)
+        sheet = to_picture(torch.cat(rows, dim=1))
+        Image.fromarray(sheet).save(folder / "pictures.png")
 
 
 def stack(rows):
@@ -845,79 +660,60 @@ def stack(rows):
 
 # ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
+GENERATED = "generated.safetensors"
+
+
 @torch.no_grad()
 def generate_pictures(settings):
     """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
-    patch gets its quality. Both are written to --generated; the processes share the painting."""
-    edits, tuned = prompted(settings)
-    painter = PictureStage(edits, tuned)
-    pictures = torch.zeros(
-        edits.count, settings.samples, 3, settings.size, settings.size)
-    parts = torch.arange(edits.count).split(settings.micro)
-    for item in parts[RANK::WORLD]:
+    patch gets its quality. Both are kept in --generated; the processes share the work."""
+    painter = PictureStage(*prompted(settings))
+    edits = painter.edits
+    f = ImageFeatures.load(settings.quality_features or settings.features, edits.device)
+    size = (edits.count, settings.samples)                                  # (N, G)
+    latent = edits.latent.new_zeros(*size, *edits.latent.shape[1:])         # (N, G, L, 64)
+    quality = latent.new_zeros(2, *size, *f.cells(edits.pictures))          # (2, N, G, H, W)
+    for item in torch.arange(edits.count).split(settings.micro)[RANK::WORLD]:
+        f_ref = f(edits.pictures[edits.scene[item]].to(edits.device))       # (n, H, W, D)
         for sample in range(settings.samples):
-            seed = (settings.seed, sample)
-            pictures[item, sample] = painter.paint("reference", item, seed)
-    pictures = pictures.to(edits.device)
-    all_reduce(pictures)
+            made = painter.paint("reference", item, (settings.seed, sample))
+            f_gen = f(edits.decode(made))
+            latent[item, sample] = made
+            quality[0, item, sample] = patch_quality(f_gen, f_ref)
+            quality[1, item, sample] = patch_quality(f_ref, f_gen)
+    all_reduce(latent)
+    all_reduce(quality)
     if RANK == 0:
-        write = partial(write_generated, edits, pictures)
-        write_whole(Path(settings.generated), write, "generated pictures")
+        tensors = {"latent": latent, "quality": quality}
+        write_whole(
+            Path(settings.generated),
+            lambda folder: save_file(tensors, folder / GENERATED, origin(edits)),
+            "generated pictures"
+        )
     barrier()
 
 
-def write_generated(edits, pictures, folder):
-    """pictures (N, G, 3, size, size) -> PNGs, pairs.jsonl, quality.safetensors (N, G, H, W)."""
-    settings = edits.settings
-    path = settings.quality_features or settings.features
-    f = ImageFeatures.load(path, edits.device)
-    lines = []
-    quality = {"generated": [], "reference": []}
-    for item, made in enumerate(pictures):
-        row = edits.rows[item]
-        names = []
-        for sample, image in enumerate(made):                               # (3, size, size)
-            name = f"{item:05d}_{sample}.png"
-            Image.fromarray(to_picture(image)).save(folder / name)
-            names.append(name)
-        lines.append(json.dumps({
-            "prompt": row["prompt"],
-            "reference": str(row["scene"]),
-            "generated": names
-        }))
-        scene = edits.pictures[edits.scene[item], None].to(made)            # (1, 3, size, size)
-        f_gen = f(made)                                                     # (G, H, W, D)
-        f_ref = f(scene).expand_as(f_gen)
-        quality["generated"].append(patch_quality(f_gen, f_ref))
-        quality["reference"].append(patch_quality(f_ref, f_gen))
-    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
-    for key, maps in quality.items():
-        quality[key] = torch.stack(maps).cpu()                              # (N, G, H, W)
-    save_file(quality, folder / "quality.safetensors")
+def origin(edits):
+    """What generated pictures depend on: {name: text}, the metadata of their file."""
+    names = ("flux", "image_prompt", "features", "quality_features", "size", "samples",
+             "paint_steps", "seed")
+    settings = {name: str(getattr(edits.settings, name)) for name in names}
+    prompts = [row["prompt"] for row in edits.rows[:edits.count]]
+    return {**settings, "prompts": json.dumps(prompts)}
 
 
-@torch.no_grad()
 def read_generated(edits):
-    """What generate_pictures wrote, first the first edit's -> latents (NG, L, 64), and quality of
-    generated and of reference pictures (2, NG, H, W). ValueError: it is absent, or others'."""
-    samples = edits.settings.samples
-    folder = Path(edits.settings.generated)
-    if not folder.is_dir():
-        raise ValueError(f"--generated {folder} is no folder; `python train.py patch` makes it")
-    rows = read_jsonl(folder / "pairs.jsonl", prompt=str, generated=list)
-    found = [(row["prompt"], len(row["generated"])) for row in rows]
-    asked = [(row["prompt"], samples) for row in edits.rows[:edits.count]]
-    if found != asked:
-        raise ValueError(f"{folder} holds pictures of other prompts, or more or fewer of each: "
-                         "give another --generated, or delete the folder")
-    files = [folder / name for row in rows for name in row["generated"]]
-    latent = edits.encode(read_squares(files, edits.settings.size))
-    file = folder / "quality.safetensors"
-    with reading(file):
-        stored = read_tensors(file)
-        quality = torch.stack([stored["generated"], stored["reference"]])
-        quality = quality.view(2, len(files), *quality.shape[3:])
-    return latent, quality.to(edits.device)
+    """What generate_pictures wrote, the first edit's pictures first -> latents (NG, L, 64), quality
+    of generated and of reference patches (2, NG, H, W). ValueError: absent, or made otherwise."""
+    file = Path(edits.settings.generated) / GENERATED
+    with reading(file), safe_open(file, "pt") as stored:
+        about = stored.metadata()
+        latent = stored.get_tensor("latent").flatten(0, 1)
+        quality = stored.get_tensor("quality").flatten(1, 2)
+    if about != origin(edits):
+        raise ValueError(f"{file} holds pictures of other edits, or of another model, size or "
+                         "number: give another --generated, or delete the folder")
+    return latent.to(edits.device), quality.to(edits.device)
 
 
 class PatchDPO(PictureStage):
@@ -937,10 +733,9 @@ class PatchDPO(PictureStage):
         first); it and its reference get the same noise and time."""
         picture, noise, t = stack(rows)
         item = picture // self.per_edit
-        scene = self.edits.scene[item]
         grid = self.edits.grid
         gen = flow(self.latent[picture], noise, t)
-        ref = flow(self.edits.latent[scene], noise, t)
+        ref = flow(self.edits.latent[self.edits.scene[item]], noise, t)
         error_gen, error_ref = self.errors("policy", item, t, gen, ref)
         quality_gen, quality_ref = self.quality[:, picture]                 # (B, H, W)
         losses = patch_dpo_loss(
@@ -965,8 +760,7 @@ class DiffusionDPO(PictureStage):
                              "loser, at least 2")
         super().__init__(*prompted(settings))
         latent, (quality, _) = read_generated(self.edits)
-        score = quality.mean((1, 2))
-        score = score.view(self.items, -1).cpu()                            # (N, G)
+        score = quality.mean((1, 2)).view(self.items, -1).cpu()             # (N, G)
         first = torch.arange(0, len(latent), settings.samples)
         self.winner = latent[first + score.argmax(1)]                       # (N, L, 64)
         self.loser = latent[first + score.argmin(1)]
@@ -983,8 +777,13 @@ class DiffusionDPO(PictureStage):
             *reference.square().mean((2, 3)),
             self.settings.beta
         )
-        accuracy = (losses < math.log(2)).float()
+        accuracy = losses < math.log(2)
         return losses.sum(), {"accuracy": accuracy.sum()}
+
+
+def random_indices(n, limit, generator):
+    """n different numbers below `limit` (n,); they repeat where there are fewer."""
+    return torch.randperm(max(n, limit), generator=generator)[:n] % limit
 
 
 class DiffusionDRO(PictureStage):
@@ -1000,9 +799,8 @@ class DiffusionDRO(PictureStage):
         else:
             edits = Edits(settings)
             super().__init__(edits, Adapters(edits))
-            self.expert = self.edits.truth
-        self.steps_drawn = nn.Parameter(
-            torch.zeros(()), requires_grad=False)
+            self.expert = edits.truth
+        self.steps_drawn = nn.Parameter(torch.zeros(()), False)
         self.buffer = None
 
     def parameter_groups(self):
@@ -1023,41 +821,44 @@ class DiffusionDRO(PictureStage):
         if late == 0 or self.buffer is None:
             self.buffer = self.fill_buffer(period)
         self.steps_drawn += 1
-        x, v, t, item = self.buffer.draw(len(indices), generator)
-        noise = [self.edits.noise(generator) for _ in indices]
-        return list(zip(item, noise, t, x, v))
+        x, v, t, item = self.buffer
+        rows = []
+        for row in random_indices(len(indices), len(x), generator):
+            step = torch.randint(x.shape[1], (), generator=generator)
+            noise = self.edits.noise(generator)
+            rows.append((
+                item[row],
+                noise,
+                t[row, step],
+                x[row, step],
+                v[row, step]
+            ))
+        return rows
 
     def fill_buffer(self, period):
+        """Trajectories of random edits -> x, v (N, steps, L, 64), t (N, steps), the edits (N,)."""
         settings = self.settings
-        n = settings.buffer
         g = generator_for(settings.seed, "buffer", period)
-        item = torch.randperm(max(n, self.items), generator=g)
-        item = item[:n] % self.items
+        item = random_indices(settings.buffer, self.items, g)
         noise = torch.stack([self.edits.noise(g) for _ in item])
-
-        def velocity(x, t):
-            found = []
-            for i in torch.arange(n).split(settings.micro):
-                v = self.velocity("sampler", item[i], x[i], t[i])
-                found.append(v)
-            return torch.cat(found)
-
-        return record(velocity, noise, item, settings.paint_steps, g)
+        parts = []
+        for i in torch.arange(len(item)).split(settings.micro):
+            velocity = partial(self.velocity, "sampler", item[i])
+            points = record(velocity, noise[i], settings.paint_steps, g)
+            parts.append((*points, item[i]))
+        return [torch.cat(column) for column in zip(*parts)]
 
     def loss(self, rows):
         """Expert and policy share prompt and time."""
         item, noise, t, x, v = stack(rows)
-        picture = self.edits.latent[self.expert[item]]
-        expert = flow(picture, noise, t)
-        own = (x, v)
-        reference = self.errors("reference", item, t, expert, own)
-        policy = self.errors("policy", item, t, expert, own)
+        expert = flow(self.edits.latent[self.expert[item]], noise, t)
+        reference = self.errors("reference", item, t, expert, (x, v))
+        policy = self.errors("policy", item, t, expert, (x, v))
         ref_expert, ref_own = reference.square().mean((2, 3))
         on_expert, on_own = policy.square().mean((2, 3))
         losses = dro_loss(on_expert, ref_expert, on_own, ref_own)
-        active = (losses > 0).float()
-        metrics = {"active": active.sum(), "drift": ref_own.sum()}
-        return losses.sum(), metrics
+        active = losses > 0
+        return losses.sum(), {"active": active.sum(), "drift": ref_own.sum()}
 
 
 LOSSES = {                      # of `train.py patch --loss`
@@ -1068,34 +869,12 @@ LOSSES = {                      # of `train.py patch --loss`
 }
 
 
-# ---- a picture of patch quality ------------------------------------------------------------------
-
-@torch.no_grad()
-def heat_map(reference="mini/sample/scenes/00_apple.png",
-             generated="mini/sample/scenes/00_apple_stripes.png",
-             features="mini/vit", out="out/heat.png"):
-    """Of two picture files, writes `out`: reference, generated, and the quality of its patches from
-    blue, the worst, to red, the best."""
-    f = ImageFeatures.load(features)
-    ref = to_tensor(read_image(reference))[None]
-    gen = to_tensor(read_image(generated))[None]
-    quality = patch_quality(f(gen), f(ref))
-    q = 2 * patch_weights(quality, quality.shape[1:]) - 1                   # (1, H, W) in [-1, 1]
-    green = 1 - 2 * q.abs()
-    colours = torch.stack([q, green, -q], dim=1)                            # (1, 3, H, W)
-    enlarged = max(1, 256 // gen.shape[3])
-    size = [n * enlarged for n in gen.shape[2:]]
-    panels = [F.interpolate(image, size) for image in (ref, gen, colours)]
-    sheet = torch.cat(panels, dim=3)[0]
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(to_picture(sheet)).save(out)
-    print(f"{out}: {quality.numel()} patches, cosine to the nearest reference patch from "
-          f"{quality.min():.2f} to {quality.max():.2f}")
-
-
 if __name__ == "__main__":
-    try:
-        heat_map(*sys.argv[1:])
-    except (TypeError, ValueError, OSError) as error:
-        sys.exit(f"{error}\nusage: python patch_dpo.py REFERENCE.png GENERATED.png "
-                 "[folder or hub name of a DINOv2 or ViT [OUT.png]]")
+    f = ImageFeatures.load("mini/vit")
+    folder = Path("mini/sample/scenes")
+    files = [folder / "00_apple.png", folder / "00_apple_stripes.png"]
+    apple, striped = f(read_squares(files, 64))[:, None]                    # (1, H, W, D) each
+    quality = patch_quality(striped, apple)
+    print("What is new in a picture of a striped apple? Quality of its patches, 0 worst, 9 best:")
+    weights = patch_weights(quality, (8, 8))
+    print((9 * weights[0]).round().int())

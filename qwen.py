@@ -628,7 +628,7 @@ def load_checkpoint(module, path, rename=lambda name: name):
 
 def flag(mini, paper, about, bounds=None, **how):
     """A row of a table of settings, as the field of a dataclass: the miniature's value, the
-    paper's, and what it is. `bounds`: (low, high) of a number, see `check_settings`; `how`: of
+    paper's, and what it is. `bounds`: (low, high) of a number, see `settings_from`; `how`: of
     argparse's add_argument (choices, nargs, ...)."""
     about = {"mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how}
     return field(default=mini, metadata=about)
@@ -647,12 +647,13 @@ def add_flags(parser, settings, preset="mini"):
         parser.add_argument(f"--{row.name.replace('_', '-')}", default=value, help=about, **how)
 
 
-def check_settings(settings):
-    """ValueError for a number out of its bounds. Without bounds of its own a number is at least 0,
-    an int that is 0 in neither preset at least 1, and none is beyond 1e13: AdamW's steps must fit
-    into fp32, seeds into 64 bits."""
+def settings_from(args, settings):
+    """The fields of the dataclass `settings` out of parsed flags. ValueError for a number out of
+    its bounds. Without bounds of its own a number is at least 0, an int that is 0 in neither preset
+    at least 1, and none is beyond 1e13: AdamW's steps must fit into fp32, seeds into 64 bits."""
+    values = {row.name: getattr(args, row.name) for row in fields(settings)}
     for row in fields(settings):
-        value = getattr(settings, row.name)
+        value = values[row.name]
         if row.type not in (int, float) or value is None:
             continue
         may_be_0 = row.type is float or 0 in (row.metadata["mini"], row.metadata["paper"])
@@ -661,16 +662,24 @@ def check_settings(settings):
         if not low <= value <= high:
             raise ValueError(f"--{row.name.replace('_', '-')} is {value}; "
                              f"it must lie in {low} .. {high}")
-    return settings
-
-
-def settings_from(args, settings):
-    """The fields of the dataclass `settings` out of parsed flags, checked."""
-    values = {row.name: getattr(args, row.name) for row in fields(settings)}
-    return check_settings(settings(**values))
+    return settings(**values)
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class TrainSettings:
+    """What the stages beside a large model share; a stage's own table may say otherwise.
+                                miniature, paper, what it is"""
+    dtype:         str   = flag("fp32", "bf16", "of the frozen weights; what is trained is fp32",
+                                choices=list(DTYPES))
+    checkpointing: bool  = flag(False, True, "recompute layers: less memory, a third more time")
+    warmup:        int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
+    weight_decay:  float = flag(0.0, 0.0, "AdamW's (ours)")
+    clip:          float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
+    seed:          int   = flag(0, 0, "of everything random")
+    device:        str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
 def pick_device(name):

@@ -52,7 +52,7 @@ import cdpo
 import graph
 import patch_dpo
 from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit,
-                  check_settings, flag, generator_for, pick_device, read_json, read_tensors,
+                  flag, generator_for, pick_device, read_json, read_tensors,
                   seed_for, settings_from, write_whole)
 
 
@@ -118,7 +118,7 @@ def gradients(stage, settings, rows, parameters, *, step, stop):
         all_reduce(flat)
         all_reduce(means)
         vector_to_parameters(flat, grads)
-    return dict(zip(totals, means.tolist()))
+    return {name: round(mean, 6) for name, mean in zip(totals, means.tolist())}
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -137,17 +137,15 @@ def locked(out):
 
 def digest(path):
     """One hash of a file, or of the weights and tables in a folder; None of what is neither."""
-    files = [path]
-    if path.is_dir():
-        found = [f for f in path.rglob("*") if f.suffix in (".json", ".jsonl", ".safetensors")]
-        files = sorted(f for f in found if not f.parent.name.startswith("step_"))
-    elif not path.is_file():
+    if not path.exists():
         return None
     h = hashlib.sha256()
-    for file in files:
-        h.update(file.name.encode())
-        with open(file, "rb") as stream:
-            h.update(hashlib.file_digest(stream, "sha256").digest())
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        resume_point = file.parent.name.startswith("step_")
+        if file.suffix in (".json", ".jsonl", ".safetensors") and not resume_point:
+            h.update(file.name.encode())
+            with open(file, "rb") as stream:
+                h.update(hashlib.file_digest(stream, "sha256").digest())
     return h.hexdigest()[:16]
 
 
@@ -162,15 +160,14 @@ def write_config(stage, settings, loop, out):
     if any(out.glob("step_*")):
         before = read_json(file)
         inputs = before.pop("inputs", {})
-        for key in sorted({*before, *flags} - {"out", "save_every", "device", "checkpointing"}):
-            was, now = before.get(key), flags.get(key)
-            if was != now:
+        for key, now in flags.items():                      # the stage first
+            was = before.get(key)
+            if was != now and key not in ("device", "checkpointing"):
                 raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
                                  "give another --out, or delete the folder")
-        for key in sorted({*inputs, *config["inputs"]}):
             if inputs.get(key) != config["inputs"].get(key):
-                raise ValueError(f"{out} holds a run whose --{key}, {flags.get(key)}, has changed "
-                                 "since: give another --out, or delete the folder")
+                raise ValueError(f"{out} holds a run whose --{key}, {now}, has changed since: "
+                                 "give another --out, or delete the folder")
     else:
         file.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -280,7 +277,7 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             metrics = gradients(stage, settings, rows, parameters, step=step, stop=stop)
             stopping = metrics.pop("stop") > 0
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-            metrics["grad_norm"] = norm.item()
+            metrics["grad_norm"] = round(norm.item(), 6)
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
                                  f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
@@ -290,18 +287,12 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
-                write_line(out / "metrics.jsonl", step, optimizer.param_groups[0]["lr"], metrics)
+                line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
+                with open(out / "metrics.jsonl", "a") as log:
+                    log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:
                     save_state(optimizer, out, step)
     return step
-
-
-def write_line(log, step, rate, metrics):
-    line = {"step": step, "lr": rate}
-    for name, value in metrics.items():
-        line[name] = round(value, 6)
-    with open(log, "a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def shorten_log(log, step):
@@ -348,11 +339,9 @@ def parse(argv=None):
             add_flags(p, LoopSettings, preset)
     args = top.parse_args(argv)
     settings = settings_from(args, STAGES[args.stage][0])
-    loop = LoopSettings()
-    if args.stage != "eval":
-        loop = settings_from(args, LoopSettings)
+    loop = LoopSettings() if args.stage == "eval" else settings_from(args, LoopSettings)
     loop.out = loop.out or f"runs/{args.stage}"
-    return args.stage, settings, check_settings(loop)
+    return args.stage, settings, loop
 
 
 def start_processes(device):

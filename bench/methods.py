@@ -100,7 +100,7 @@ class Methods:
         """A method's instructions -> [(user index, caption, text, ended)]."""
         return self.evaluation.answers(
             users, captions, self.trained(flags, seed), seed=seed,
-            profile="profile" in method,
+            with_profile="profile" in method,
             unknown="nearest" if "nearest" in method else "mean",
         )
 

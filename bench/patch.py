@@ -6,27 +6,30 @@ Markdown table over held-out scenes, mean and standard deviation over seeds.
     python bench/patch.py --show out/references.png     # no training: reference pictures, words,
                                                         # what edit.py --reference makes of them
 
-Every run is `python train.py patch` with the flags shown; unknown flags are passed on to it. Each
-loss takes, of --lrs, the learning rate whose run with seed 0 agrees best with the truth.
-identity, truth: cosine of the features' class token to the reference picture's, to the true
-picture's; psnr: to the true picture; asked: share of pictures that are nearer to their own true
-picture than to that of any other edit of the same type and scene.
+Every run is `python train.py patch` with the flags shown, unless it stands in --out; unknown flags
+are passed on to it. Each loss takes, of --lrs, the learning rate whose run with seed 0 agrees best
+with the truth.
 """
 import argparse
 import contextlib
+import functools
 import io
-import json
+import math
 import statistics
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
-
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
 import edit
+import train
 from cdpo import markdown_table
+from patch_dpo import PictureStage, prompted
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = {
@@ -47,22 +50,56 @@ CASES = [                    # (reference pictures of mini/sample, words)
 ]
 
 
-def run(args, more, flags, lr, seed):
-    """The report of a training run, trained now unless it stands already."""
-    name = flags.removeprefix("--").replace(" ", "-")
-    out = ROOT / args.out / f"{name}-{lr}-seed{seed}"
-    if not (out / "report.json").is_file():
-        words = flags + f" --steps {args.steps} --batch 8 --paint-steps 10 --lr {lr} --seed {seed}"
-        folders = ["--generated", str(ROOT / args.out / "generated"), "--out", str(out)]
-        command = [sys.executable, "train.py", "patch", *words.split(), *folders, *more]
-        subprocess.run(command, cwd=ROOT, check=True)
-    return json.loads((out / "report.json").read_text())
+@torch.no_grad()
+def measure(settings):
+    """What an image prompt paints of the held-out edits -> {measure: mean}. identity, truth: cosine
+    of the features' class token to the reference picture's, to the true picture's; psnr: to the
+    true picture; asked: share of pictures that are nearer to their own true picture than to that of
+    any other edit of the same scene and type."""
+    edits, prompts = prompted(settings)
+    held = torch.arange(edits.count, len(edits.rows))
+    painted = PictureStage(edits, prompts).paint("policy", held, seed=0)    # (n, 3, size, size)
+    truth = edits.pictures[edits.truth[held]]
+    scene = edits.pictures[edits.scene[held]]
+    embed = functools.partial(edits.in_parts, edits.features.embed)
+    found = embed(painted)                                                  # (n, D)
+    kinds = [(row["scene"], row["edit_type"]) for row in edits.rows[edits.count:]]
+    kind = torch.tensor([kinds.index(other) for other in kinds])            # (n,)
+    away = torch.cdist(painted.flatten(1), truth.flatten(1))                # (n, n)
+    away[kind[:, None] != kind] = math.inf
+    asked = away.argmin(1) == torch.arange(len(held))
+    values = {
+        "identity": F.cosine_similarity(found, embed(scene)),
+        "truth": F.cosine_similarity(found, embed(truth)),
+        "psnr": 10 * torch.log10(4 / (painted - truth).square().mean((1, 2, 3))),
+        "asked": asked.float(),
+    }
+    return {name: value.mean().item() for name, value in values.items()}
+
+
+def command(args, more, flags, lr, seed):
+    """(the command line of a training run, its folder)."""
+    out = f"{args.out}/{flags.removeprefix('--').replace(' ', '-')}-{lr}-seed{seed}"
+    flags += f" --steps {args.steps} --batch 8 --paint-steps 10 --lr {lr} --seed {seed}"
+    folders = ["--generated", f"{args.out}/generated-seed{seed}", "--out", out]
+    return ["patch", *flags.split(), *folders, *more], Path(out)
+
+
+def run(*what):
+    """The measures of a training run (as in `command`)."""
+    argv, out = command(*what)
+    file = out / "image_prompt.safetensors"
+    if not file.is_file():
+        with contextlib.redirect_stdout(sys.stderr):
+            train.main(argv)
+    _, settings, _ = train.parse(argv)
+    return measure(replace(settings, image_prompt=str(file)))
 
 
 def best_runs(args, more, flags):
-    """(the learning rate that is best by truth on seed 0, its reports of all seeds)."""
+    """(the learning rate that is best by truth on seed 0, its measures with every seed)."""
     tried = {lr: run(args, more, flags, lr, 0) for lr in args.lrs}
-    lr = max(tried, key=lambda lr: tried[lr]["after truth"])
+    lr = max(tried, key=lambda lr: tried[lr]["truth"])
     others = [run(args, more, flags, lr, seed) for seed in range(1, args.seeds)]
     return lr, [tried[lr], *others]
 
@@ -86,8 +123,8 @@ def show(file):
     edit.grid(cells, 6).save(file)
 
 
-def spread(runs, measure):
-    values = [report[f"after {measure}"] for report in runs]
+def spread(runs, name):
+    values = [found[name] for found in runs]
     return f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}"
 
 
@@ -103,14 +140,13 @@ def main():
     if args.show:
         show(args.show)
         return
-    rows = []
-    for name, flags in LOSSES.items():
+    argv, _ = command(args, more, "", args.lrs[0], 0)
+    _, settings, _ = train.parse(argv)
+    start = measure(settings)
+    rows = [["start", "", *(f"{start[name]:.3f}" for name in MEASURES)]]
+    for loss, flags in LOSSES.items():
         lr, runs = best_runs(args, more, flags)
-        if not rows:
-            start = [f"{runs[0]['before ' + measure]:.3f}" for measure in MEASURES]
-            rows.append(["start", "", *start])
-        cells = [spread(runs, measure) for measure in MEASURES]
-        rows.append([f"{name} (`{flags}`)", lr, *cells])
+        rows.append([f"{loss} (`{flags}`)", lr, *(spread(runs, name) for name in MEASURES)])
     columns = [f"{args.seeds} seeds, {args.steps} steps", "lr", *MEASURES]
     print("\n" + markdown_table(columns, rows))
 

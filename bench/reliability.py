@@ -893,8 +893,8 @@ def prepare(rng, case, sample, place):
     of which a refusal must have one)."""
     if case.kind == "flags":
         flags = spoil_flags(rng, case.program)
-        words = re.findall(r"[^-=]+", " ".join(flags))
         what = " ".join([case.program, *flags])
+        words = re.findall(r"[^-=]+", what.encode(errors="backslashreplace").decode())
         return Spoiled(what, MISSING, None), flags, ["--", *words]
     source = sample.folder / case.source
     folder = place / ("out" if case.flag == "--out" else source.name)
@@ -984,6 +984,8 @@ def run_case(n, seed, cases, sample):
     if case.program != "eval":
         argv += ["--out", out]
         argv += ["--steps", 4 if case.kind == "resume states" else 1]
+    if case.program == "patch":
+        argv += ["--generated", place / "generated"]      # by the model of this case
     code, text = Run(guarded, *argv, *flags).finish(300)
     found = verdict(code, text, spoiled.wrong, words, out)
     return Outcome(case.kind, spoiled.what, found, sentence(text), text)

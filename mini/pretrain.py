@@ -421,7 +421,7 @@ class Features:
         for scene in prompts:
             for text in scene:
                 labels.append([float(name in text) for name in names])
-        self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))   # (S, 14, names)
+        self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))    # (S, 14, names)
         pixels = read_json(self.folder / "preprocessor_config.json")
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
