@@ -623,8 +623,7 @@ class Evaluation:
     def rates(self, shown, policy, **how):
         """{"likes": share of the answers that name a stated like, ...} where of each user's
         history only what `shown`, a value of CONDITIONS, leaves is known."""
-        repeats = range(self.settings.answers)
-        captions = [[text for text in texts for _ in repeats] for texts in self.captions]
+        captions = [texts * self.settings.answers for texts in self.captions]
         known = [replace(user, **shown) for user in self.users]
         verdicts = []
         for i, _, text, ended in self.answers(known, captions, policy, **how):

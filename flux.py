@@ -416,10 +416,11 @@ class VAE(Pretrained):
 
     def encode(self, image, generator=None):
         """image (B, 3, H, W) in [-1, 1] -> latent (B, 16, H/8, W/8): the posterior's mean, or a
-        sample when a generator (of the CPU) is given."""
+        sample when a generator, of any device, is given."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         if generator:
-            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+            noise = mean.new_empty(mean.shape, device=generator.device)
+            noise.normal_(generator=generator)
             mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(mean.device)
         return (mean - self.shift) * self.scale
 

@@ -15,11 +15,13 @@ import contextlib
 import functools
 import io
 import math
+import os
 import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # as in edit.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -58,7 +60,8 @@ def measure(settings):
     any other edit of the same scene and type."""
     edits, prompts = prompted(settings)
     held = torch.arange(edits.count, len(edits.rows))
-    painted = PictureStage(edits, prompts).paint("policy", held, seed=0)    # (n, 3, size, size)
+    latents = PictureStage(edits, prompts).paint("policy", held, seed=0)    # (n, L, 64)
+    painted = edits.decode(latents).cpu()                                   # (n, 3, size, size)
     truth = edits.pictures[edits.truth[held]]
     scene = edits.pictures[edits.scene[held]]
     embed = functools.partial(edits.in_parts, edits.features.embed)

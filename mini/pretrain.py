@@ -24,7 +24,7 @@ Configurations and the text encoders' tokenizers (each word of the world is one 
 spelled) are shipped, not made. Losses and schedules are ours. Rectified flow as everywhere:
 x_t = (1-t) x_0 + t eps, and the network learns v = eps - x_0.
 
-A recipe is a class with `model`, `lr`, `loss(generator)` of one batch, and `save(average)`;
+A recipe is a class with `model`, `lr`, `one_cycle`, `loss(generator)` of a batch, `save(average)`;
 `train_steps` trains it. S scenes, 14 pictures of each; B batch; a picture is 64 tokens of width 64.
 """
 import argparse
