@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from flux import (VAE, DoubleBlock, Flux, Modulation, SingleBlock,
-                  denoise, encode_prompt, image_ids, move, pack, sigmas,
-                  to_picture, to_tensor, unpack)
+from flux import (
+    VAE, DoubleBlock, Flux, Modulation, SingleBlock,
+    denoise, encode_prompt, image_ids, move, sigmas,
+    pack, unpack,
+    to_picture, to_tensor)
 from qwen import read_json, read_tensors, reading
 
 # InstantX's and Shakker's numbering; 7 to 9 are unused
@@ -37,9 +39,8 @@ def canny(image, low=100, high=200):
     low, high = sorted([low, high])
     dx, dy = gradient(np.atleast_3d(image))                     # (H, W) each
     size = abs(dx) + abs(dy)
-    ridge = thin(size, dx, dy)
-    strong = ridge & (size > high)
-    weak = ridge & (size > low)
+    weak = thin(size, dx, dy) & (size > low)
+    strong = weak & (size > high)
     return np.uint8(255) * follow(strong, weak)
 
 
@@ -78,15 +79,18 @@ def thin(size, dx, dy):
                      [along_x, along_y, falling], rising)
 
 
-def follow(strong, weak):
-    """Hysteresis: the strong pixels, and every weak one that a chain of weak pixels (8 neighbours)
-    ties to them; (H, W) of booleans. Strong pixels are weak, too."""
-    edges = strong
+def smear(p):
+    """Each pixel or those above and below it: (H+2, W) -> (H, W) of booleans."""
+    return p[:-2] | p[1:-1] | p[2:]
+
+
+def follow(edges, weak):
+    """Hysteresis: `edges` (the strong pixels, which are weak, too), and every weak pixel that a
+    chain of weak ones (8 neighbours) ties to them; (H, W) of booleans."""
     while True:
-        p = np.pad(edges, 1)
-        p = p[:-2] | p[1:-1] | p[2:]                            # an edge here, above or below
-        p = p[:, :-2] | p[:, 1:-1] | p[:, 2:]                   # the same to the left and right
-        grown = weak & p
+        near = smear(np.pad(edges, 1))                          # an edge here, above or below
+        near = smear(near.T).T                                  # the same to the left and right
+        grown = weak & near
         if np.array_equal(grown, edges):
             return edges
         edges = grown
@@ -98,7 +102,7 @@ def control_picture(image, mode="canny", low=100, high=200):
     if mode == "canny":
         drawn = canny(image, low, high)
     elif mode == "gray":
-        drawn = np.array(Image.fromarray(image).convert("L"))
+        drawn = Image.fromarray(image).convert("L")
     else:
         raise ValueError(f"the control mode {mode!r} needs a control picture that is ready "
                          "(--control-image); only canny and gray are drawn from the picture itself")
@@ -125,10 +129,10 @@ class ControlNet(Flux):
             nn.Linear(dim, dim)
             for _ in self.single_transformer_blocks)
         for name, p in self.named_parameters():
-            if name.startswith("controlnet_"):
+            if "controlnet_" in name:
                 nn.init.zeros_(p)                               # a new net changes nothing
         modes = config.get("num_mode")                          # Union: 10; for one kind: null
-        self.controlnet_mode_embedder = nn.Embedding(modes, dim) if modes else None
+        self.controlnet_mode_embedder = modes and nn.Embedding(modes, dim)
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
@@ -138,7 +142,8 @@ class ControlNet(Flux):
                              "nets built like InstantX's and Shakker's Union can be read")
         return super().load(path, device, dtype)
 
-    def forward(self, img, control, txt, pooled, timestep, guidance, img_ids, txt_ids,
+    def forward(self, img, control, txt, pooled, timestep, guidance,
+                img_ids, txt_ids,
                 mode=0, scale=1.0):
         """control (B, L, 64): the packed latents of the control picture; mode: its kind, a number
         or one a row (B,), ignored by nets without modes; the rest as in Flux
@@ -147,7 +152,7 @@ class ControlNet(Flux):
         rope = self.rope(txt_ids, img_ids)                                      # (T+L, d/2)
         return self.residuals(img, control, txt, modulation, rope, mode=mode, scale=scale)
 
-    def residuals(self, img, control, txt, modulation, rope, mode=0, scale=1.0):
+    def residuals(self, img, control, txt, modulation, rope, mode, scale):
         """`forward` for a modulation (B, M, D) and rotations (T+L, d/2) that are at hand."""
         img = self.x_embedder(img) + self.controlnet_x_embedder(control)        # (B, L, D)
         txt = self.context_embedder(txt)                                        # (B, T, D)
@@ -155,8 +160,8 @@ class ControlNet(Flux):
         if table:
             mode = torch.as_tensor(mode)
             if mode.min() < 0 or mode.max() >= table.num_embeddings:
-                raise ValueError(f"mode is {mode.tolist()}, "
-                                 f"this net has 0 to {table.num_embeddings - 1}")
+                raise ValueError(
+                    f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
             mode = mode.to(img.device).expand(len(img))                         # (B,)
             txt = torch.cat([table(mode)[:, None], txt], dim=1)                 # (B, 1+T, D)
             rope = torch.cat([rope[:1], rope])                  # it stands where the text stands
@@ -179,12 +184,13 @@ def active(steps, start, end):
             if start <= i / steps and (i + 1) / steps <= end]
 
 
-def steer(net, control, txt, pooled, img_ids, levels, guidance=3.5, mode=0, scale=0.4,
+def steer(net, control, txt, pooled, img_ids, levels,
+          guidance=3.5, mode=0, scale=0.4,
           start=0.0, end=1.0):
     """The `control` argument of flux.denoise: the net's residuals in its `active` steps, else none.
     Modulation and RoPE are computed here, once for all `levels`."""
     rope = net.rope(txt.new_zeros(txt.shape[1], 3), img_ids)                    # (T+L, d/2)
-    modulations = net.modulations(levels[:-1].to(txt.device), guidance, pooled)
+    modulations = net.modulations(levels[:-1], guidance, pooled)
 
     def residuals(step, steps, x, t):
         if step not in active(steps, start, end):
@@ -221,7 +227,7 @@ def load_pair(flux, controlnet, device, dtype, offload):
     the CPU, and of the net all blocks but the one that works."""
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)
-    net = ControlNet.load(controlnet, home, dtype) if controlnet else None
+    net = controlnet and ControlNet.load(controlnet, home, dtype)
     if net and net.x_embedder.weight.shape != model.x_embedder.weight.shape:
         raise ValueError(f"{controlnet} is not a ControlNet for {flux}: its x_embedder is "
                          f"{net.x_embedder}, the transformer's {model.x_embedder}")
@@ -234,15 +240,9 @@ def load_pair(flux, controlnet, device, dtype, offload):
 
 # ---- from prompts and pictures to pictures -----------------------------------------------------
 
-# What to download of a FLUX.1 repository: all but its single-file copy
-FLUX_PARTS = [
-    "transformer/*",
-    "vae/*",
-    "text_encoder/*",                                           # CLIP
-    "text_encoder_2/*",                                         # T5
-    "tokenizer/*",
-    "tokenizer_2/*",
-    "scheduler/*"]
+# What to download of a FLUX.1 repository: its folders (transformer, vae, text_encoder for CLIP,
+# text_encoder_2 for T5, tokenizer, tokenizer_2, scheduler), not the single-file copies beside them
+FLUX_PARTS = ["*/*"]
 
 
 def encode_pictures(vae, pictures, device):
@@ -278,7 +278,7 @@ def render(*, flux, controlnet,
         model (patch_dpo.ImagePrompt.attend_to).
     measure(name): a context around each part; progress: around the steps of each batch."""
     run = steps - int(steps - steps * strength)                 # how many steps denoise runs
-    if controls is None or scale == 0 or not active(run, start, end):
+    if not (controls and scale and active(run, start, end)):
         controlnet = None
 
     with measure("text encoders"):
@@ -291,7 +291,7 @@ def render(*, flux, controlnet,
         w = shape[1] // vae.factor
         edited = sources is not None and strength < 1
         source = encode_pictures(vae, sources, device) if edited else None
-        control = encode_pictures(vae, controls, device).to(dtype) if controlnet else None
+        control = controlnet and encode_pictures(vae, controls, device).to(dtype)
 
     with measure("Flux + ControlNet" if controlnet else "Flux"):
         model, net = load_pair(flux, controlnet, device, dtype, offload)
@@ -307,16 +307,16 @@ def render(*, flux, controlnet,
         noise = pack(torch.cat(noise)).to(device)               # (N, L, 64)
         latents = []
         for rows in torch.arange(len(prompts)).split(batch):
-            words = (txt[rows], pooled[rows])
+            context = (txt[rows], pooled[rows], ids, levels, guidance)
             last = torch.full_like(rows, -1)                    # there stands the negative prompt
             steering = net and steer(
-                net, control[rows], *words, ids, levels, guidance,
+                net, control[rows], *context,
                 mode=MODES.index(mode),
                 scale=scale,
                 start=start,
                 end=end)
             latents.append(denoise(
-                model, noise[rows], *words, ids, levels, guidance,
+                model, noise[rows], *context,
                 source=source[rows] if edited else None,
                 strength=strength,
                 negative=(txt[last], pooled[last]),
@@ -331,6 +331,5 @@ def render(*, flux, controlnet,
 
 
 if __name__ == "__main__":
-    picture = 200 * np.tri(14, 45, 15, np.uint8)
-    for row in np.where(canny(picture), "#", "."):
-        print("".join(row))
+    picture = 200 * np.tri(14, 30, 15, np.uint8)
+    print(canny(picture) // 255)

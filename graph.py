@@ -419,10 +419,8 @@ def load_graph(file):
 
 
 if __name__ == "__main__":
-    cosy = User("cosy", ["wood", "forest", "leaf"], ["neon", "chrome"])
-    urban = User("urban", ["neon", "chrome", "city"], ["wood", "leaf"])
-    names = attribute_names([cosy, urban])
-    toy = PreferenceGraph.build(30 * [cosy, urban], names, torch.eye(6))
+    cosy = User("cosy", ["wood", "leaf"], ["neon"])
+    urban = User("urban", ["neon", "city"], ["wood"])
+    toy = PreferenceGraph.build(30 * [cosy, urban], attribute_names([cosy, urban]), torch.eye(4))
     print("like or dislike on held-out edges:", pretrain(toy, epochs=60)[1])
-    index, _ = similar_users(toy.signs(), 3)
-    print(f"user 1, {toy.users[1]}, is most like", [toy.users[i] for i in index[1]])
+    print("user 0 is most like users", similar_users(toy.signs(), 3)[0][0].tolist())

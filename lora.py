@@ -132,7 +132,7 @@ def merge(model, adapter="policy"):
         plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         change = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]    # (out, in)
         weight = (layer.weight.float() + change).to(layer.weight.dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.weight = nn.Parameter(weight, False)
         plain.bias = layer.bias
         model.set_submodule(name, plain.train(layer.training))
 
@@ -153,8 +153,7 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
     the path or repository noted there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: p.detach().cpu() for name, p in tensors(model, adapter).items()}
-    save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
+    save_file(tensors(model, adapter), folder / "adapter_model.safetensors", {"format": "pt"})
     layer, *_ = layers(model).values()          # all have the same rank, alpha and dropout
     config = {
         "peft_type": "LORA",
@@ -190,7 +189,7 @@ def load_adapter(model, folder, adapter="policy"):
     names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
              for name in stored if name.endswith(".lora_A.weight")]
     with reading(folder):
-        rank = int(config["r"])
+        rank = config["r"]
         dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
         alpha = config["lora_alpha"]
         if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
@@ -201,8 +200,9 @@ def load_adapter(model, folder, adapter="policy"):
         check_fit(folder, own, stored, finite=True)
         layer, *_ = layers(model).values()
         if layer.scale != alpha / rank:
-            raise ValueError(f"{folder}: alpha / rank is {alpha / rank}, "
-                             f"the model's adapters have {layer.scale}")
+            raise ValueError(
+                f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {layer.scale}"
+            )
     for name, p in own.items():
         p.copy_(stored[name])
 
@@ -210,8 +210,8 @@ def load_adapter(model, folder, adapter="policy"):
 if __name__ == "__main__":
     model = nn.Sequential(nn.Linear(64, 64)).eval()
     x = torch.randn(4, 64)
-    print("adapters on", inject(model))
+    inject(model)
     nn.init.normal_(model[0].lora_B["policy"])
     adapted = model(x)
     merge(model)
-    print("merging changes the output by", (model(x) - adapted).abs().max().item())
+    print("merging changes the output by", (model(x) - adapted).norm().item())

@@ -66,7 +66,7 @@ def patch_weights(quality, size):
     p = torch.where(
         span > 1e-4,
         (quality - low) / span,
-        quality.clamp(0, 1)
+        quality
     )
     p = F.interpolate(                                                      # (B, 1, h, w)
         p[:, None], size, mode="bilinear", antialias=True)

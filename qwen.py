@@ -26,7 +26,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -60,21 +59,20 @@ class Config:
     def read(cls, path):
         """From config.json and generation_config.json in the folder `path`. ValueError for a model
         type, rope scaling, activation or attention that is not written here."""
-        file = Path(path) / "config.json"
-        c = read_json(file)
+        path = Path(path)
+        c = read_json(path / "config.json")
         kind = c.get("model_type")
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        qkv_bias = choose(f"{file}: model_type", kind, {"qwen2": True, "mistral": False})
-        choose(f"{file}: rope scaling", scaling, {"default": None})
-        choose(f"{file}: hidden_act", c.get("hidden_act", "silu"), {"silu": F.silu})
-        choose(f"{file}: use_sliding_window", c.get("use_sliding_window"), {False: 0, None: 0})
+        qkv_bias = choose("model_type", kind, {"qwen2": True, "mistral": False})
+        choose("rope_type", rope.get("rope_type", rope.get("type", "default")), {"default": None})
+        choose("hidden_act", c.get("hidden_act", "silu"), {"silu": F.silu})
+        choose("use_sliding_window", c.get("use_sliding_window"), {False: 0, None: 0})
 
         heads = c["num_attention_heads"]
-        generation = read_json(file.with_name("generation_config.json"), {})
-        eos = generation.get("eos_token_id", c.get("eos_token_id"))
+        generation = read_json(path / "generation_config.json", {})
+        eos = generation.get("eos_token_id", c.get("eos_token_id", []))
         if not isinstance(eos, list):
-            eos = [] if eos is None else [eos]
+            eos = [eos]
         return cls(
             vocab=c["vocab_size"],
             width=c["hidden_size"],
@@ -83,13 +81,13 @@ class Config:
             heads=heads,
             kv_heads=c.get("num_key_value_heads") or heads,
             head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            eps=float(c["rms_norm_eps"]),
-            theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)),
+            eps=c["rms_norm_eps"],
+            theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
             qkv_bias=qkv_bias,
             tied=c.get("tie_word_embeddings", False),
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
             window=c.get("sliding_window") if kind == "mistral" else None,
-            eos=tuple(map(int, eos)),
+            eos=tuple(eos),
         )
 
 
@@ -97,8 +95,7 @@ class RMSNorm(nn.RMSNorm):
     """weight * x / sqrt(mean(x^2) + eps): the mean in fp32, the weight after the cast back."""
 
     def forward(self, x):
-        normal = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
-        return self.weight * normal.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 def rope_tables(positions, head_dim, theta):
@@ -114,7 +111,7 @@ def rope_tables(positions, head_dim, theta):
     """
     dims = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = theta ** -(dims / head_dim)                                # (d/2,): a b c d
-    frequency = torch.cat([frequency, frequency])                          # (d,)
+    frequency = frequency.repeat(2)                                        # (d,)
     angle = positions[:, None, :, None].float() * frequency                # (B, 1, T, d)
     return angle.cos(), angle.sin()
 
@@ -259,12 +256,12 @@ class Decoder(nn.Module):
             places = places + cache.held
             cache.held += T
             if attention_mask is None:
-                attention_mask = torch.ones(1, S, device=x.device)
+                attention_mask = x.new_ones(1, S)
         mask, positions = mask_and_positions(attention_mask, places, S)
         rope = rope_tables(positions, c.head_dim, c.theta)
         for i, layer in enumerate(self.layers):
             context = (rope, mask, cache and cache.kv[i], places)
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing:
                 x = checkpoint(layer, x, *context, use_reentrant=False)
             else:
                 x = layer(x, *context)                                     # (B, T, D)
@@ -294,7 +291,7 @@ class Qwen(nn.Module):
         """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve,
         Config.read and load_checkpoint."""
         path = resolve(path, ["*.json", "*.safetensors"])
-        with reading(path), on_meta():
+        with reading(path / "config.json"), on_meta():
             model = cls(Config.read(path))
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval().requires_grad_(False)
@@ -313,11 +310,10 @@ def embed_texts(model, tokenizer, texts, batch_size=32):
     without tokens."""
     vectors = []
     for start in range(0, len(texts), batch_size):
-        part = texts[start:start + batch_size]
-        rows = [torch.tensor(tokenizer.encode(text)) for text in part]
+        rows = [torch.tensor(tokenizer.encode(text)) for text in texts[start:start + batch_size]]
         last = [len(row) - 1 for row in rows]
         if -1 in last:
-            raise ValueError(f"a text without tokens has no embedding: {part}")
+            raise ValueError("a text without tokens has no embedding")
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)            # (B, T), pads at right
         hidden = model.model(ids.to(model.model.embed_tokens.weight.device))    # (B, T, D)
         vectors.append(hidden[torch.arange(len(rows)), last])              # (B, D)
@@ -343,65 +339,42 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def next_logits(model, x, mask, cache):
-    """Reads x (B, T, D) into the cache -> logits (B, V), in fp32, of the token that follows in each
-    row. At first x is the prompt (prefill), whose mask is (B, T), then one token a row (decode).
-    ValueError where the logits are not finite."""
-    T = x.shape[1]
-    hidden = model.model(embeds=x, attention_mask=mask, cache=cache)       # (B, T, D)
-    newest = T - 1 - mask[:, -T:].flip(1).argmax(1)                        # (B,): no padding there
-    hidden = hidden[torch.arange(len(x), device=x.device), newest]         # (B, D)
-    logits = model.lm_head(hidden).float()
-    if not logits.isfinite().all():
-        raise ValueError("the language model's logits are not finite: a spoiled checkpoint or "
-                         "adapter, or numbers too large for its type")
-    return logits
-
-
-def penalise(logits, seen, penalty):
-    """Repetition penalty (CTRL's, as in transformers): tokens that stand in the row already become
-    less likely. logits (B, V); seen (B, V), how often each stands there -> (B, V)."""
-    if penalty == 1:
-        return logits
-    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(seen > 0, lower, logits)
-
-
-def extend(answers, running, token, eos):
-    """Appends token (B,) to the `answers` (B lists of ids) of the rows that are still `running`.
-    An answer ends before its first end token."""
-    for row, new in enumerate(token.tolist()):
-        if new in eos:
-            running.discard(row)
-        if row in running:
-            answers[row].append(new)
-
-
 @torch.inference_mode()
 def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0,
              top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
     """Continues prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> B lists
     of new ids, each ending before its eos.
 
-    repetition_penalty counts the prompt's ids and the new ones, never padding or vectors. Sampling
-    draws from `generator` only."""
+    repetition_penalty (CTRL's, as in transformers) makes tokens that stand in the row already less
+    likely: the prompt's ids and the new ones, never padding or vectors. Sampling draws from
+    `generator` only. ValueError where the logits are not finite."""
     x = model.model.embed_tokens(ids) if embeds is None else embeds        # (B, T, D)
     B, T, _ = x.shape
     if attention_mask is None:
-        attention_mask = torch.ones(B, T, device=x.device)
+        attention_mask = x.new_ones(B, T)
     mask = attention_mask.float()                                          # (B, T)
     seen = torch.zeros(B, model.config.vocab, device=x.device)             # how often in the row
     if ids is not None:
         seen.scatter_add_(1, ids, mask)
     cache = Cache(model.config, B, T + max_new_tokens, x.device, x.dtype)
-
     answers = [[] for _ in range(B)]
     running = set(range(B))                                                # rows without end so far
     for _ in range(max_new_tokens):
-        logits = next_logits(model, x, mask, cache)                        # (B, V)
-        logits = penalise(logits, seen, repetition_penalty)
+        # x is the prompt at first (prefill), then one token a row (decode)
+        hidden = model.model(embeds=x, attention_mask=mask, cache=cache)   # (B, T, D)
+        newest = mask[:, -x.shape[1]:].cumsum(1).argmax(1)                 # (B,): no padding there
+        logits = model.lm_head(hidden[torch.arange(B), newest]).float()    # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError("the language model's logits are not finite: a spoiled checkpoint or "
+                             "adapter, or numbers too large for its type")
+        lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        logits = torch.where(seen > 0, lower, logits)
         token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
-        extend(answers, running, token, model.config.eos)
+        for row, new in enumerate(token.tolist()):
+            if new in model.config.eos:
+                running.discard(row)
+            if row in running:
+                answers[row].append(new)
         if not running:
             break
         seen.scatter_(1, token[:, None], 1.0)
@@ -476,7 +449,8 @@ class Tokenizer:
         return ids if ids[-1:] == self.end else ids + self.end
 
     def decode(self, ids):
-        return self.fast.decode(list(ids), skip_special_tokens=True)
+        """The text of a list of ids, without special tokens."""
+        return self.fast.decode(ids)
 
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in
@@ -505,8 +479,8 @@ def resolve(path_or_repo, patterns=None):
     if name and path.is_dir():
         return path
     if name.count("/") != 1 or path.parent.is_dir():      # mini/qwem is a typo, not a repository
-        raise ValueError(f"{name!r} is not a folder here, nor a hub repository of the form "
-                         "'owner/name'")
+        raise ValueError(
+            f"{name!r} is not a folder here, nor a hub repository of the form 'owner/name'")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except OSError as error:                              # whatever the hub refuses is an OSError
@@ -523,11 +497,13 @@ def reading(file):
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
-        if isinstance(error, ValueError) and str(file) in str(error):
+    except ValueError as error:
+        if str(file) in str(error):
             raise
-        raise ValueError(f"{file} is truncated, absent or not what is expected: "
-                         f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{file} is truncated, absent or not what is expected: {error!r}") from error
 
 
 def read_json(file, default=None):
@@ -556,8 +532,7 @@ def read_tensors(path):
     index = files[0]
     if index.suffix == ".json":
         with reading(index):
-            shards = set(read_json(index)["weight_map"].values())
-            files = [path / name for name in sorted(shards)]
+            files = sorted({path / name for name in read_json(index)["weight_map"].values()})
     tensors = {}
     for file in files:
         with reading(file):
@@ -573,8 +548,8 @@ def check_fit(what, expected, stored, finite=False):
         if name not in expected:
             faults.append(f"unexpected {name}")
         elif tensor.shape != expected[name].shape:
-            faults.append(f"{name} has shape {tuple(tensor.shape)}, "
-                          f"expected {tuple(expected[name].shape)}")
+            faults.append(
+                f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
         if not tensor.is_floating_point() or finite and not tensor.float().isfinite().all():
             faults.append(f"{name} is {tensor.dtype}, or not finite")
     if faults:
@@ -586,8 +561,9 @@ class Unfilled(torch.overrides.TorchFunctionMode):
     compiler (3 s) to do so."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+        if function is nn.init.normal_:
+            return kwargs["tensor"]
+        return function(*args, **kwargs or {})
 
 
 @contextlib.contextmanager
@@ -630,8 +606,8 @@ def flag(mini, paper, about, bounds=None, **how):
     """A row of a table of settings, as the field of a dataclass: the miniature's value, the
     paper's, and what it is. `bounds`: (low, high) of a number, see `settings_from`; `how`: of
     argparse's add_argument (choices, nargs, ...)."""
-    about = {"mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how}
-    return field(default=mini, metadata=about)
+    return field(default=mini, metadata={
+        "mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how})
 
 
 def add_flags(parser, settings, preset="mini"):
@@ -651,17 +627,14 @@ def settings_from(args, settings):
     """The fields of the dataclass `settings` out of parsed flags. ValueError for a number out of
     its bounds. Without bounds of its own a number is at least 0, an int that is 0 in neither preset
     at least 1, and none is beyond 1e13: AdamW's steps must fit into fp32, seeds into 64 bits."""
-    values = {row.name: getattr(args, row.name) for row in fields(settings)}
+    values = {}
     for row in fields(settings):
-        value = values[row.name]
-        if row.type not in (int, float) or value is None:
-            continue
-        may_be_0 = row.type is float or 0 in (row.metadata["mini"], row.metadata["paper"])
-        usual = (0 if may_be_0 else 1, 10 ** 13)
-        low, high = row.metadata["bounds"] or usual
-        if not low <= value <= high:
-            raise ValueError(f"--{row.name.replace('_', '-')} is {value}; "
-                             f"it must lie in {low} .. {high}")
+        value = values[row.name] = getattr(args, row.name)
+        never_0 = row.type is int and 0 not in (row.metadata["mini"], row.metadata["paper"])
+        low, high = row.metadata["bounds"] or (int(never_0), 10 ** 13)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(
+                f"--{row.name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
     return settings(**values)
 
 
@@ -692,8 +665,8 @@ def pick_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).partition(". ")[0].splitlines()[0]
-        raise ValueError(f"--device is {name}, which cannot be used here: {reason}") from None
+        raise ValueError(f"--device is {name}, which cannot be used here: "
+                         f"{str(error).splitlines()[0]}") from None
     return name
 
 
@@ -718,19 +691,19 @@ def collective(operation, *tensors):
     try:
         operation(*tensors)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:80]
-        raise ValueError(f"another process of this run is gone ({reason}); the same command "
-                         "continues from the last checkpoint") from None
+        raise ValueError(
+            f"another process of this run is gone ({str(error).splitlines()[0]}); the same command "
+            "continues from the last checkpoint") from None
 
 
 def all_reduce(tensor):
     """Sum of the processes' tensors, in place."""
-    collective(dist.all_reduce, tensor)
+    collective(torch.distributed.all_reduce, tensor)
 
 
 def barrier():
     """Wait for all processes."""
-    collective(dist.barrier)
+    collective(torch.distributed.barrier)
 
 
 def write_whole(folder, write, what):
@@ -745,22 +718,21 @@ def write_whole(folder, write, what):
         for file in temporary.iterdir():
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-        if not folder.exists():
+        if folder.is_dir():
+            for file in temporary.iterdir():
+                os.replace(file, folder / file.name)
+        else:
             os.replace(temporary, folder)
-            return
-        for file in temporary.iterdir():
-            os.replace(file, folder / file.name)
-        temporary.rmdir()
     except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"could not write {what} to {folder}: {error}; what was saved before is intact"
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise ValueError(f"could not write {what} to {folder}: {error}; "
-                         "what was saved before is intact") from None
 
 
 if __name__ == "__main__":
-    qwen = Qwen.load("mini/qwen")
     tokenizer = Tokenizer.load("mini/qwen")
-    caption = "Caption: A white bowl in front of a grey wall"
-    prompt = torch.tensor([tokenizer.chat([{"role": "user", "content": caption}])])
-    answer = tokenizer.decode(generate(qwen, prompt)[0])
-    print(f"{prompt.shape[1]} tokens, continued by {answer!r}")
+    ids = tokenizer.chat([{"role": "user", "content": "Caption: A white bowl in front of a wall"}])
+    (answer,) = generate(Qwen.load("mini/qwen"), torch.tensor([ids]))
+    print(tokenizer.decode(answer))

@@ -6,17 +6,20 @@
     python train.py patch --quality-features runs/features    # PatchDPO that trusts them
     python bench/features.py facebook/dinov2-base --hpatches hpatches-sequences-release --size 224
 
-Patch training of the encoder (self-supervised, ours: the paper's text of it is not public) is
-patch_dpo.self_supervised_loss on the true pictures of the scenes that are not held out.
+Patch training of the encoder is self-supervised, and ours: the paper's text of it is not public.
+Each patch of one view of a picture must find the same place in another view (InfoNCE), on the true
+pictures of the scenes that are not held out.
 
-Shapes: N pairs of pictures, S pixels a side.
+Shapes: N pairs of pictures, B views, H x W patches, D features.
 """
 import argparse
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.utils import tqdm
 from PIL import Image
 from safetensors.torch import save_file
@@ -24,9 +27,114 @@ from safetensors.torch import save_file
 from clock import table
 
 from flux import read_square, to_tensor
-from patch_dpo import (SAME_OBJECT, ImageFeatures, correspondence, random_views, read_scenes,
-                       s_patch, self_supervised_loss, warp)
+from patch_dpo import SAME_OBJECT, ImageFeatures, read_scenes, unit_patches
 from qwen import generator_for, resolve
+
+
+# ---- self-supervised training of f, and its score (ours) -----------------------------------------
+
+def random_views(B, generator=None):
+    """Views of a picture, rotated by up to 20 degrees, scaled 0.6 to 1, shifted, half of them
+    mirrored -> (B, 3, 3), maps from a view's coordinates, x, y in [-1, 1], to the picture's."""
+    angle, scale, flip, x, y = torch.rand(5, B, generator=generator)
+    angle = (2 * angle - 1) * math.radians(20)
+    scale = 0.6 + 0.4 * scale
+    x = (2 * x - 1) * (1 - scale)
+    y = (2 * y - 1) * (1 - scale)
+    mirror = torch.where(flip < 0.5, -1.0, 1.0)
+    cos = scale * angle.cos()
+    sin = scale * angle.sin()
+    zero = torch.zeros(B)
+    view = [
+        mirror * cos, -sin, x,
+        mirror * sin, cos, y,
+        zero, zero, zero + 1
+    ]
+    view = torch.stack(view, dim=1)                                         # (B, 9)
+    return view.view(B, 3, 3)
+
+
+def centres(H, W, transform=torch.eye(3)):
+    """Centres of H x W cells in [-1, 1], x then y -> (H, W, 2); or where homographies (B, 3, 3)
+    take them -> (B, H, W, 2)."""
+    x = (2 * torch.arange(W) + 1) / W - 1
+    y = (2 * torch.arange(H) + 1) / H - 1
+    points = torch.meshgrid(
+        x, y, torch.ones(1), indexing="xy")
+    points = torch.cat(points, dim=-1).to(transform)                        # (H, W, 3)
+    transform = transform[..., None, :, :]
+    points = points @ transform.mT                                          # (B, H, W, 3)
+    depth = points[..., 2:].clamp_min(1e-6)
+    return points[..., :2] / depth
+
+
+def warp(image, view):
+    """The picture (B, C, H, W) seen through `view` (B, 3, 3), from the result's coordinates to the
+    picture's."""
+    places = centres(*image.shape[2:], view)
+    return F.grid_sample(
+        image, places, padding_mode="reflection", align_corners=False)
+
+
+def correspondence(transform, H, W):
+    """For each of a's H x W patches, which patch of picture b shows the same place -> (B, S), -1
+    where b does not show it. `transform` (B, 3, 3) maps a's coordinates to b's."""
+    x, y = centres(H, W, transform).unbind(-1)                              # (B, H, W)
+    column = (x + 1) / 2 * W
+    row = (y + 1) / 2 * H
+    column = column.floor().long()
+    row = row.floor().long()
+    inside = (column >= 0) & (column < W)
+    inside &= (row >= 0) & (row < H)
+    target = torch.where(inside, row * W + column, -1)
+    return target.flatten(1)
+
+
+def jitter(image, generator=None):
+    """Random brightness, contrast and tint, the same for a whole picture (B, 3, H, W)."""
+    B = len(image)
+    gain = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
+    tint = torch.rand(B, 3, 1, 1, generator=generator) - 0.5
+    shift = torch.rand(B, 1, 1, 1, generator=generator) - 0.5
+    gain = 1 + 0.6 * gain + 0.2 * tint                                      # (B, 3, 1, 1)
+    image = image * gain.to(image) + 0.4 * shift.to(image)
+    return image.clamp(-1, 1)
+
+
+def self_supervised_loss(features, image, generator=None, tau=0.07):
+    """Two views of each picture (B, 3, H, W) with known geometry and other colours. InfoNCE: each
+    patch of the first must find the same place in the second among all pictures' patches ->
+    scalar. Ours."""
+    a = random_views(len(image), generator).to(image.device)
+    b = random_views(len(image), generator).to(image.device)
+    f_a = features(jitter(warp(image, a), generator))                       # (B, H, W, D)
+    f_b = features(jitter(warp(image, b), generator))
+    a_to_b = torch.linalg.inv(b) @ a
+    target = correspondence(a_to_b, *f_a.shape[1:3])                        # (B, S)
+    B, S = target.shape
+    first = S * torch.arange(B).to(target)                                  # of each picture
+    right = target + first[:, None]                                         # among all BS patches
+    right = torch.where(target < 0, target, right)
+    from_a = unit_patches(f_a).flatten(0, 1)                                # (BS, D)
+    in_b = unit_patches(f_b).flatten(0, 1)
+    cosine = from_a @ in_b.T                                                # (BS, BS)
+    return F.cross_entropy(cosine / tau, right.flatten(), ignore_index=-1)
+
+
+def s_patch(f_a, f_b, target):
+    """Of a's patches with a target, the share whose most similar patch in b is it, and is it or
+    next to it -> two floats. f (B, H, W, D), target (B, S) from `correspondence`. The paper's
+    public text is cut before its definition: the first number is our reading, the second ours."""
+    W = f_b.shape[2]
+    seen = target >= 0
+    right = target[seen]
+    cosine = unit_patches(f_a) @ unit_patches(f_b).mT                       # (B, S, S)
+    found = cosine.argmax(2)[seen]
+    rows = (found // W - right // W).abs()
+    columns = (found % W - right % W).abs()
+    exact = (found == right).float()
+    near = ((rows <= 1) & (columns <= 1)).float()
+    return exact.mean().item(), near.mean().item()
 
 
 # ---- pairs of pictures that show the same places -----------------------------------------------
