@@ -3,9 +3,10 @@
     x = (u, I_c, t)    user, caption, the fixed request; y+ is preferred to y-
     L_DPO   = -log sigmoid( beta * (D_theta - D_ref) )                                         (1)
     D_theta = log pi_theta(y+|x) - log pi_theta(y-|x)     of the policy                        (2)
-    D_ref   = log pi_ref(y+|x)   - log pi_ref(y-|x)       of the frozen SFT adapter            (3)
+    D_ref   = log pi_ref(y+|I_c,t) - log pi_ref(y-|I_c,t) of the frozen SFT adapter            (3)
     pi_theta(y | u, I_c, t)    h_u -> MLP -> soft tokens in front of the text                  (4)
     L_C-DPO = L_DPO(u) + lambda * sum_v s(u,v) L_DPO(v) / sum_v s(u,v),   v in N_k(u)          (7)
+    L_DPO(v): Eq. 1 of a pair of v's, read with u's soft tokens (see CDPOSettings.neighbour_user)
 
 (C-DPO, arXiv 2511.05616; Eq. 5 and 6, the graph and who is similar to whom, are in graph.py.)
 The reference is the frozen SFT adapter, not the base model, and never sees a user: only the policy
@@ -59,8 +60,7 @@ def cdpo_loss(own, neighbour, similarity, lam=0.15):
     """own (B,): losses of the users' pairs; neighbour and similarity (B, K) -> (B,). For a user
     without similar users the own term stands alone."""
     total = similarity.sum(-1, keepdim=True)                                # (B, 1)
-    tiny = torch.finfo(similarity.dtype).tiny
-    weight = similarity / total.clamp_min(tiny)                             # (B, K)
+    weight = similarity / total.clamp_min(1e-12)                            # (B, K)
     return own + lam * (weight * neighbour).sum(-1)                         # (7)
 
 
@@ -82,7 +82,7 @@ def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards
 class SoftPrompt(nn.Module):
     """h (B, in) -> soft tokens (B, tokens, out): a two-layer MLP (paper). Ours: LayerNorm before
     it, GELU, and tokens about twice as long as ordinary embeddings, whose standard deviation is
-    `std`: a small model then sees the user from the first step."""
+    `std`, with the default bias: a small model then sees the user from the first step."""
 
     def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
         super().__init__()
@@ -309,12 +309,6 @@ def lines_of(file, items):
     return f"{file}, lines {', '.join(str(item['line']) for item in items)}"
 
 
-def count_items(file, items):
-    if not items:
-        raise ValueError(f"{file} holds nothing to train on")
-    return len(items)
-
-
 def trainable(module, prefix=""):
     """[(name, Parameter)] of what has a gradient."""
     return [(prefix + n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -327,7 +321,7 @@ class SFT:
     def __init__(self, settings):
         self.settings = settings
         self.edits = read_jsonl(settings.edits, {"guidance": ""}, input=str, edit=str)
-        self.items = count_items(settings.edits, self.edits)
+        self.items = len(self.edits)
         device = pick_device(settings.device)
         self.tokenizer = Tokenizer.load(settings.qwen)
         self.model = Qwen.load(settings.qwen, device, DTYPES[settings.dtype])
@@ -372,7 +366,7 @@ class CDPOSettings(TrainSettings):
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
-    lam:            float = flag(0.5, 0.15, "lambda, weight of the neighbours in Eq. 7")
+    lam:            float = flag(0.5, 0.15, "lambda, the neighbours' weight (--user graph only)")
     k:              int   = flag(3, 3, "similar users")
     similarity:     str   = flag("likes", "shared", "what they share: anything named (Eq. 6 to the"
                                  " letter), agreements less clashes, likes (both ours)",
@@ -402,7 +396,9 @@ Row = namedtuple("Row", "pairs readers similarity stay")
 
 
 def load_policy(settings, adapter):
-    """(model, tokenizer): policy and reference are both the adapter in this folder."""
+    """(model, tokenizer) with two adapters, both those of this folder. "policy" is trained;
+    "reference" is frozen here for good: lora.inject gives it no gradient, no optimiser holds it,
+    and CDPO.pair_losses shows it no soft tokens, since SFT has never met a user."""
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
                          "`python train.py cdpo` runs/cdpo")
@@ -421,10 +417,11 @@ class CDPO:
         self.users = read_users(settings.users)
         self.pairs = read_jsonl(settings.pairs, {"guidance": ""}, user=str, caption=str,
                                 chosen=str, rejected=str)
-        self.items = count_items(settings.pairs, self.pairs)
+        self.items = len(self.pairs)
         self.owner, self.pairs_of = self.owners()
-        self.model, self.tokenizer = load_policy(settings, settings.sft)    # in eval mode: DPO
-        self.model.model.checkpointing = settings.checkpointing             # has no dropout (TRL)
+        # In eval mode: DPO has no dropout, as in TRL.
+        self.model, self.tokenizer = load_policy(settings, settings.sft)
+        self.model.model.checkpointing = settings.checkpointing
         self.tokens = self.user_tokens() if settings.user != "none" else None
         self.neighbours, self.similarity = self.similar()
 
@@ -459,8 +456,8 @@ class CDPO:
         return tokens.to(table.device)
 
     def similar(self):
-        """N_k(u) and s(u, v): (U, K) each; K is 0 without a neighbours' term. Who has no pairs
-        is nobody's neighbour."""
+        """N_k(u) and s(u, v): (U, K) each; K is 0 without a neighbours' term (--user id, --lam 0).
+        A neighbour who has no pairs gets s = 0."""
         settings = self.settings
         k = settings.k if settings.user == "graph" and settings.lam else 0
         names = attribute_names(self.users)
@@ -486,7 +483,8 @@ class CDPO:
         return [self.draw_row(pair, stay, generator) for pair in indices]
 
     def draw_row(self, pair, stay, generator):
-        """A pair, and of each similar user, or of one of them, a random pair."""
+        """A pair, and of each similar user, or of one of them, a random pair. One neighbour drawn
+        in proportion to s(u,v) weighs 1 in Eq. 7: on average that is the weighted mean of all."""
         settings = self.settings
         user = self.owner[pair]
         row = Row([pair], [user], [], stay)
@@ -528,10 +526,12 @@ class CDPO:
         texts = [self.encode(self.pairs[pair]) for pair in pairs]
         soft = None
         if self.tokens is not None:
-            h = self.tokens.embeddings(stay.to(self.tokens.vectors.device))  # (U, out): graph
+            # Here the gradient reaches GraphSAGE and the node vectors.
+            h = self.tokens.embeddings(stay.to(self.tokens.vectors.device))     # (U, out)
             soft = self.tokens.soft(h[readers])                             # (N, S, D)
-        with torch.no_grad():                                               # first: checkpointing
-            lora.use(self.model, "reference")                               # runs the policy again
+        # The reference comes first: checkpointing runs the policy again in the backward pass.
+        with torch.no_grad():
+            lora.use(self.model, "reference")
             reference = answer_logprobs(self.model, texts).T                # (2, N), no user
             lora.use(self.model, "policy")
         policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)

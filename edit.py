@@ -160,7 +160,7 @@ def check_together(settings):
 
 def described(settings):
     """Whether --likes or --dislikes describe somebody new."""
-    return settings.likes is not None or settings.dislikes is not None
+    return (settings.likes, settings.dislikes) != (None, None)
 
 
 # ---- who asks ------------------------------------------------------------------------------------

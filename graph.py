@@ -89,8 +89,8 @@ def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
     what both spoke about, the letter of Eq. 6; "signed" takes away what one likes and the other
     dislikes; "likes" is what both like (both ours). Where fewer than k others have anything in
     common with u, the rest of the row is u itself with score 0. `rows` users are compared with all
-    others at a time, never U x U. Ties fall as topk leaves them; it meets the others in the order
-    that begins with these rows, so nobody is everybody's neighbour for standing first."""
+    others at a time, never U x U. Ties fall as topk leaves them; each chunk of rows meets the
+    others in an order of its own, so nobody is everybody's neighbour for standing first."""
     x = likes_and_dislikes.to_dense().float()
     x = {"shared": x.abs(), "signed": x, "likes": x.relu()}[kind]           # (U, A)
     users = torch.arange(len(x), device=x.device)
@@ -169,9 +169,10 @@ def embed_new_user(sage, states, users, attributes):
     """Embeddings (N, out) of users the graph has never seen, from likes and dislikes alone,
     without retraining.
 
-    users: list[User]; attributes: the graph's names; states: the third value of `sage(...)` on the
-    stored graph. Each starts as the zero vector (paper) and only listens: attributes do not hear
-    it, so nobody's embedding depends on who else asks (ours)."""
+    users: list[User]; attributes: the graph's names; states: the attributes' input to each layer,
+    the third value of `sage(...)` on the stored graph. Each user starts as the zero vector (paper)
+    and only listens: attributes do not hear it, so nobody's embedding depends on who else asks
+    (ours)."""
     x_attr, h_attr = states
     back = edges_of(users, attributes)[[1, 0, 2]].to(x_attr.device)
     zero = x_attr.new_zeros(len(users), x_attr.shape[1])                    # (N, F)
@@ -260,11 +261,11 @@ def auc(score, positive):
 
 def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9,
              weight_decay=1e-2, seed=0):
-    """-> (EdgeModel, {accuracy, auc} of the held-out 20 %). `python train.py graph` runs the same
-    loss with checkpoints and a schedule; this is the whole of it."""
+    """-> (EdgeModel, {accuracy, auc} of the held-out 20 %): the whole of it. `python train.py
+    graph` runs the same loss with a schedule and checkpoints."""
     model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
     model.to(graph.features.device)
-    optimizer = torch.optim.Adam(model.groups(weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(model.groups(weight_decay), lr=lr)
     for epoch in range(epochs):
         loss = model.loss(*model.draw(generator_for(seed, epoch)))
         optimizer.zero_grad()
@@ -281,7 +282,7 @@ class GraphSettings:
                                "Qwen or Mistral that embeds the attributes' names")
     hidden:       int   = flag(64, 1024, "width of the first SAGE layer and of the edge decoder")
     out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
-    unsigned:     bool  = flag(False, False, "one kind of edge, likes and dislikes alike (paper)")
+    unsigned:     bool  = flag(False, True, "one kind of edge, likes and dislikes alike")
     feature_norm: float = flag(4.0, 0.0, "length that centred name embeddings get (ours); 0: as is")
     drop:         float = flag(0.9, 0.0, "chance that a user's vector sits out an epoch (ours)",
                                bounds=(0, 1))
@@ -338,8 +339,9 @@ class GraphPretraining:
         config = {"kind": "graph", "hidden_dim": settings.hidden, "out_dim": settings.out_dim,
                   "signed": not settings.unsigned, "soft": None}
         save_graph(folder / "collaborative.safetensors", self.model.graph, tensors, config)
-        self.report = self.model.evaluate("test")
-        (folder / "report.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        report = json.dumps(self.model.evaluate("test"))
+        (folder / "report.json").write_text(report)
+        print("held-out edges:", report)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -372,6 +374,8 @@ def read_jsonl(path, optional=None, **fields):
                 raise ValueError(f'{path}:{number}: "{name}" must be {wanted}, '
                                  f"got {json.dumps(value)[:60]}")
         rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds nothing")
     return rows
 
 
@@ -423,4 +427,4 @@ if __name__ == "__main__":
     urban = User("urban", ["neon", "city"], ["wood"])
     toy = PreferenceGraph.build(30 * [cosy, urban], attribute_names([cosy, urban]), torch.eye(4))
     print("like or dislike on held-out edges:", pretrain(toy, epochs=60)[1])
-    print("user 0 is most like users", similar_users(toy.signs(), 3)[0][0].tolist())
+    print("like user 0 are", similar_users(toy.signs(), 3)[0][0])

@@ -185,7 +185,7 @@ class ImageFeatures(nn.Module):
             {"dinov2": LayerScale, "vit": nn.Identity}
         )
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
-        self.mean_std = [image_mean, image_std]
+        self.mean_std = [[*map(float, image_mean)], [*map(float, image_std)]]
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
         width = config["hidden_size"]
@@ -354,9 +354,8 @@ class PictureSettings(TrainSettings):
 @dataclass
 class PatchSettings(PictureSettings):
     """An image prompt for Flux, by PatchDPO or by what it is compared with."""
-    loss:         str   = flag("patch", "patch", "PatchDPO, the same with equal weights, "
-                               "Diffusion-DPO, Diffusion-DRO",
-                               choices=["patch", "reconstruction", "dpo", "dro"])
+    loss:         str   = flag("patch", "patch", "patch: PatchDPO, reconstruction: with equal "
+                               "weights, dpo, dro: Diffusion-DPO and -DRO; one of LOSSES")
     image_prompt: str   = flag("mini/image_prompt/image_prompt.safetensors",
                                "runs/image_prompt/image_prompt.safetensors",
                                "to begin with; mini/pretrain.py makes one")
@@ -557,9 +556,10 @@ def prompted(settings):
 
 class PictureStage:
     """What the methods below share: what train.py asks of a stage (see there), but for the loss,
-    and Flux with three velocities: the policy's, which is trained, the sampler's, which is an older
-    policy's, and the reference's, where the policy began. `tuned` (ImagePrompts or Adapters) holds
-    policy and sampler, {name: Parameter}, and selects whose velocity comes next."""
+    and Flux with three velocities: the policy's, which is trained, the sampler's, which is the
+    policy's of up to --refresh steps ago, and the reference's, where the policy began. `tuned`
+    (ImagePrompts or Adapters) holds policy and sampler, {name: Parameter}, and selects whose
+    velocity comes next."""
     per_edit = 1                # how many items an edit is
 
     def __init__(self, edits, tuned):
@@ -871,10 +871,8 @@ LOSSES = {                      # of `train.py patch --loss`
 
 if __name__ == "__main__":
     f = ImageFeatures.load("mini/vit")
-    folder = Path("mini/sample/scenes")
-    files = [folder / "00_apple.png", folder / "00_apple_stripes.png"]
-    apple, striped = f(read_squares(files, 64))[:, None]                    # (1, H, W, D) each
-    quality = patch_quality(striped, apple)
+    files = ["mini/sample/scenes/00_apple.png", "mini/sample/scenes/00_apple_stripes.png"]
+    apple, striped = f(read_squares(files, f.side)).split(1)
     print("What is new in a picture of a striped apple? Quality of its patches, 0 worst, 9 best:")
-    weights = patch_weights(quality, (8, 8))
-    print((9 * weights[0]).round().int())
+    for row in patch_weights(patch_quality(striped, apple), (8, 8))[0]:
+        print(*(9 * row).round().int().tolist())

@@ -707,9 +707,9 @@ def barrier():
 
 
 def write_whole(folder, write, what):
-    """`write(temporary folder)`, then move the result to `folder` (new), or its files into it:
-    a reader sees all of it or nothing, also when this process is killed. ValueError when the
-    disk refuses; `what` names it then."""
+    """`write(temporary folder)`, then move the result to `folder` (new), or its files into it, one
+    after the other: a reader sees each whole or not at all, also when this process is killed.
+    ValueError when the disk refuses; `what` names it then."""
     temporary = (folder if folder.is_dir() else folder.parent) / f".tmp_{os.getpid()}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)

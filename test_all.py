@@ -1,9 +1,33 @@
-"""Every test, in one file: `python test_all.py`, or those whose name contains "canny": `python test_all.py canny`. No network, no peer needed; a GPU is left alone.
+"""Every test, in one file: `python test_all.py`, or those whose name contains "canny":
+`python test_all.py canny`. No network, no peer needed; a GPU is left alone.
 
-Each test is a sentence that could be false. Those against a peer (transformers, diffusers, peft, torch-geometric, opencv; `pip install -r bench/requirements.txt`)
-are skipped where it is missing. pytest runs this file too; `tmp_path` is an empty folder, here as there.
+Each test is a sentence that could be false; together they are what the project promises, file by
+file. Those against a peer (transformers, diffusers, peft, torch-geometric, opencv; `pip install -r
+bench/requirements.txt`) are skipped where it is missing. Recorded numbers were printed by code
+that equals its peers. pytest runs this file too; `tmp_path` is an empty folder, here as there.
 """
-import ast, contextlib, functools, gc, importlib, io, json, math, os, re, shlex, signal, subprocess, sys, tempfile, time, traceback, unittest
+import argparse
+import ast
+import contextlib
+import functools
+import gc
+import importlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+import traceback
+import unittest
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,20 +38,30 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent
-sys.path[:0] = [str(ROOT), str(ROOT / "mini")]
-import cdpo, controlnet, edit, flux, graph, lora, patch_dpo, qwen, train, world
-from controlnet import ControlNet, canny
-from flux import T5, VAE, Flux, denoise, image_ids, pack, sigmas
+sys.path.insert(0, str(Path(__file__).resolve().parent / "mini"))
+import cdpo
+import controlnet
+import edit
+import flux
+import graph
+import lora
+import patch_dpo
+import qwen
+import train
+import world
 from graph import PreferenceGraph, User
-from patch_dpo import ImageFeatures, ImagePrompt
-from qwen import Cache, Config, Qwen, Tokenizer, generate, load_checkpoint, resolve
+from judge import Judge
+from qwen import Cache, Config, Qwen, Tokenizer, generate
 
-MINI, SAMPLE = ROOT / "mini", {name: f"mini/sample/{name}.jsonl" for name in ("users", "pairs", "edits")}
-ENCODER = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8, mlp_ratio=4, hidden_act="gelu", layer_norm_eps=1e-6,
-               qkv_bias=True)
+ROOT = Path(__file__).resolve().parent
+MINI = ROOT / "mini"
+SAMPLE = MINI / "sample"
 torch.set_num_threads(1)
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}        # for the scripts it runs, too: a GPU does not give the same bits
+os.environ["OMP_NUM_THREADS"] = "1"              # of the scripts that tests run, too: bits depend
+os.environ["CUDA_VISIBLE_DEVICES"] = ""          # on the number of threads, and on the device
+
+
+# ---- helpers -------------------------------------------------------------------------------------
 
 def peer(name):
     """The peer library, or the test is skipped."""
@@ -36,854 +70,5273 @@ def peer(name):
     except ImportError:
         raise unittest.SkipTest(f"{name} is not installed")
 
+
 def relative(a, b):
-    """||a - b|| / ||b|| in float64; of two lists of tensors the largest."""
-    if isinstance(b, (list, tuple)):
-        return max(map(relative, a, b), default=0) if len(a) == len(b) else math.inf
-    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    """||a - b|| / ||b|| in float64."""
+    a = torch.as_tensor(a).double()
+    b = torch.as_tensor(b).double()
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
+
+def assert_close(a, b, bound=1e-6):
+    """Two tensors, or two lists of them, agree: ||a - b|| <= bound * ||b||."""
+    if isinstance(b, (list, tuple)):
+        assert len(a) == len(b), f"{len(a)} against {len(b)}"
+        for one, other in zip(a, b):
+            assert_close(one, other, bound)
+    else:
+        assert relative(a, b) <= bound, f"{relative(a, b):.2e} apart, allowed are {bound:.0e}"
+
+
 def same(a, b):
-    """Whether two tensors, or two collections of them, are equal bit for bit."""
-    return torch.equal(a, b) if torch.is_tensor(a) else len(a) == len(b) and all(map(torch.equal, a, b))
+    """Whether two tensors, or two lists of tensors, are equal bit for bit."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
 
 def raises(part, function, *args, **kwargs):
     """The message of the ValueError that `function` must raise: one line that contains `part`."""
-    with unittest.TestCase().assertRaises(ValueError) as caught:
+    try:
         function(*args, **kwargs)
-    message = str(caught.exception)
-    assert part in message and "\n" not in message, f"the message {message!r} does not name {part!r} in one line"
-    return message
+    except ValueError as error:
+        message = str(error)
+        assert part in message, f"the message {message!r} does not name {part!r}"
+        assert "\n" not in message, f"the message {message!r} is not one line"
+        return message
+    raise AssertionError(f"nothing was refused, but {part!r} should have been")
+
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=seeded(seed))
+
+
 def loud(module):
-    """The module, frozen, with random weights large enough that a wrong term shows; norms and biases are random too."""
+    """The module, frozen, with random weights large enough that a wrong term shows; norms and
+    biases are random too. They depend on the parameters' names, not on their order."""
     g = seeded()
-    for p in module.eval().requires_grad_(False).parameters():
-        p.copy_(1.5 * torch.randn(p.shape, generator=g) / p[0].numel() ** 0.5 if p.dim() > 1 else (p == 1) + 0.2 * torch.randn(p.shape, generator=g))
+    parameters = dict(module.eval().requires_grad_(False).named_parameters())
+    for _, p in sorted(parameters.items()):
+        random = torch.randn(p.shape, generator=g)
+        if p.dim() > 1:
+            p.copy_(1.5 * random / p[0].numel() ** 0.5)
+        else:
+            p.copy_((p == 1) + 0.2 * random)
     return module
+
 
 def reload(theirs, kind):
     """What our `kind` reads from the files, in shards, that the peer's model writes."""
-    with tempfile.TemporaryDirectory() as at:
-        theirs.save_pretrained(at, max_shard_size="30KB")
-        return kind.load(at)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder, max_shard_size="30KB")
+        return kind.load(folder)
 
-def shell(*args):
-    """Run one of our scripts as a user would: shell("train.py", "graph", "--steps", 3)."""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=170)
+
+def fingerprint(x):
+    """Four random projections of x: they move when any of its numbers does."""
+    flat = x.detach().float().flatten()
+    return noise(4, len(flat), seed=9) @ flat / len(flat) ** 0.5
+
+
+def assert_recorded(x, *numbers, bound=1e-4):
+    """The fingerprint of x is the recorded one."""
+    assert_close(fingerprint(x), torch.tensor(numbers), bound)
+
+
+def shell(command):
+    """Run one of our scripts as a user would: shell("train.py graph --steps 3")."""
+    words = [sys.executable, *shlex.split(command)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=170)
+
 
 @contextlib.contextmanager
 def quiet():
     """In the repository's root, without a word."""
-    with contextlib.chdir(ROOT), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.ExitStack() as held:
+        held.enter_context(contextlib.chdir(ROOT))
+        held.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        held.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
 
-def lines(file):
+
+def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
-def write(file, *rows):
+
+def write_lines(file, *rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
 
 def tiny_qwen(**changes):
     """A random Qwen without peer or file: 4 heads over 2, or what `changes` says."""
-    return loud(Qwen(Config(**{**dict(vocab=61, width=32, inner=48, layers=2, heads=4, kv_heads=2, head_dim=8, eps=1e-6, theta=1e4, qkv_bias=True,
-                                      tied=True, headless=False, window=None, eos=(5,)), **changes})))
+    sizes = dict(vocab=61, width=32, inner=48, layers=2, heads=4, kv_heads=2, head_dim=8, eps=1e-6,
+                 theta=1e4, qkv_bias=True, tied=True, headless=False, window=None, eos=(5,))
+    return loud(Qwen(Config(**{**sizes, **changes})))
+
 
 def tiny_lora(dtype=torch.float32, rank=2, alpha=4, **how):
     """tiny_qwen with adapters that do something."""
     model = tiny_qwen().to(dtype)
     lora.inject(model, rank, alpha, **how)
-    return loud(model)
+    for layer in lora.layers(model).values():
+        loud(layer.lora_A)
+        loud(layer.lora_B)
+    return model.eval()
 
-def peer_qwen(kind="Qwen2ForCausalLM", **changes):
-    kind = getattr(peer("transformers"), kind)
-    sizes = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, eos_token_id=None)
-    return loud(kind(kind.config_class(**{**sizes, **changes})))
 
 def padded_batch():
     """ids (3, 17), and masks of 17, 11 and 6 tokens with padding on the right and on the left."""
-    right = (torch.arange(17) < torch.tensor([17, 11, 6])[:, None]).long()
-    return torch.randint(8, 61, (3, 17), generator=seeded(1)), right, right.flip(1)
+    length = torch.tensor([17, 11, 6])
+    right = (torch.arange(17) < length[:, None]).long()
+    ids = torch.randint(8, 61, (3, 17), generator=seeded(1))
+    return ids, right, right.flip(1)
 
-def test_qwen_equals_transformers():
-    """In every shape logits agree to 1e-5, greedy tokens are the same, bf16 is at most 1.2 times as far from fp32; embedded texts are the peer's last states."""
+
+# ---- qwen.py: the model --------------------------------------------------------------------------
+
+QWEN_SHAPES = [
+    {},
+    {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 36},
+    {"num_attention_heads": 5, "num_key_value_heads": 1, "hidden_size": 40},
+    {"tie_word_embeddings": True},
+    {"kind": "MistralForCausalLM", "head_dim": 10},
+]
+
+
+def peer_qwen(kind="Qwen2ForCausalLM", **changes):
+    """transformers' model: 6 heads over 2, or what `changes` says."""
+    kind = getattr(peer("transformers"), kind)
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "eos_token_id": None,
+    }
+    return loud(kind(kind.config_class(**{**sizes, **changes})))
+
+
+def test_qwen_logits_equal_transformers():
+    """To 1e-5, in every shape, with padding on either side."""
     ids, right, left = padded_batch()
-    for shape in (dict(), dict(num_attention_heads=3, num_key_value_heads=3, hidden_size=36), dict(num_attention_heads=5, num_key_value_heads=1, hidden_size=40),
-                  dict(tie_word_embeddings=True), dict(kind="MistralForCausalLM", head_dim=10)):
-        theirs, prompt = peer_qwen(**shape), ids.masked_fill(left == 0, 0)      # its repetition penalty counts padding too: let it be a token that nobody generates
-        ours, exact = reload(theirs, Qwen), theirs(ids).logits
+    for shape in QWEN_SHAPES:
+        theirs = peer_qwen(**shape)
+        ours = reload(theirs, Qwen)
         for mask in (right, left):
-            assert relative(ours(ids, mask)[mask > 0], theirs(ids, attention_mask=mask).logits[mask > 0]) < 1e-5, shape
-        for how in (dict(attention_mask=left, max_new_tokens=12, repetition_penalty=penalty) for penalty in (1.0, 1.3)):
-            assert generate(ours, prompt, **how) == theirs.generate(prompt, do_sample=False, **how)[:, 17:].tolist(), shape
-        assert relative(ours.bfloat16()(ids), exact) < 1.2 * relative(theirs.bfloat16()(ids).logits, exact) < 0.1, shape
-    tokenizer, texts = Tokenizer.load(MINI / "qwen"), ["red", "a very long text about a bowl", "x"]
+            want = theirs(ids, attention_mask=mask).logits
+            assert_close(ours(ids, mask)[mask > 0], want[mask > 0], 1e-5)
+
+
+def test_qwen_greedy_tokens_equal_transformers():
+    """With a repetition penalty and without. The peer's counts padding too, so padding is a token
+    here that nobody generates."""
+    ids, _, left = padded_batch()
+    ids = ids.masked_fill(left == 0, 0)
+    for shape in QWEN_SHAPES:
+        theirs = peer_qwen(**shape)
+        ours = reload(theirs, Qwen)
+        for penalty in (1.0, 1.3):
+            how = {
+                "attention_mask": left,
+                "max_new_tokens": 12,
+                "repetition_penalty": penalty,
+            }
+            want = theirs.generate(ids, do_sample=False, **how)[:, 17:]
+            assert generate(ours, ids, **how) == want.tolist(), shape
+
+
+def test_qwen_bf16_is_as_near_to_fp32_as_transformers():
+    """At most 1.2 times as far."""
+    ids, _, _ = padded_batch()
+    for shape in QWEN_SHAPES:
+        theirs = peer_qwen(**shape)
+        ours = reload(theirs, Qwen)
+        exact = theirs(ids).logits
+        found = relative(ours.bfloat16()(ids), exact)
+        allowed = relative(theirs.bfloat16()(ids).logits, exact)
+        assert found < 1.2 * allowed < 0.1, shape
+
+
+def test_qwen_embedded_texts_are_the_last_states_of_transformers():
+    tokenizer = Tokenizer.load(MINI / "qwen")
     theirs = peer_qwen("MistralModel", vocab_size=tokenizer.fast.get_vocab_size())
-    last = torch.cat([theirs(torch.tensor([tokenizer.encode(text)])).last_hidden_state[:, -1] for text in texts])
-    assert relative(qwen.embed_texts(reload(theirs, Qwen), tokenizer, texts, batch_size=2), nn.functional.normalize(last, dim=-1)) < 1e-5
+    texts = ["red", "a very long text about a bowl", "x"]
+    last = []
+    for text in texts:
+        states = theirs(torch.tensor([tokenizer.encode(text)])).last_hidden_state
+        last.append(states[0, -1])
+    want = nn.functional.normalize(torch.stack(last), dim=-1)
+    found = qwen.embed_texts(reload(theirs, Qwen), tokenizer, texts, batch_size=2)
+    assert_close(found, want, 1e-5)
 
-def test_qwen_row_is_the_same_alone_padded_cached_or_as_vectors():
-    """Hidden states and greedy tokens of a row are those it has alone, padded on either side, in pieces, as vectors, compiled; RoPE depends on distances only."""
-    model, (ids, right, left) = tiny_qwen(), padded_batch()
-    rows, how, ends = [ids[i:i + 1, :n] for i, n in enumerate((17, 11, 6))], dict(max_new_tokens=9, repetition_penalty=1.2), (0, 5, 6, 14, 17)
-    alone, embeds = torch.cat([model.model(row)[0] for row in rows]), model.model.embed_tokens(ids)
-    for batch, mask in ((ids, right), (ids.masked_scatter(left > 0, ids[right > 0]), left)):
+
+def written_out(model, ids):
+    """Qwen2.5 in double precision, head by head: ids (T,) -> logits (T, V)."""
+    c = model.config
+    weights = {name: p.double() for name, p in model.state_dict().items()}
+
+    def norm(x, name):
+        size = (x.square().mean(-1, keepdim=True) + c.eps).sqrt()
+        return weights[f"{name}.weight"] * x / size
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+    def turn(x):                                                            # (T, d)
+        half = c.head_dim // 2
+        speed = c.theta ** (-torch.arange(half).double() / half)
+        angle = torch.arange(len(x))[:, None] * speed
+        z = torch.complex(x[:, :half], x[:, half:])                         # dim i with i + d/2
+        z = z * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([z.real, z.imag], dim=1)
+
+    def attention(x, name):
+        q = linear(x, f"{name}.q_proj").split(c.head_dim, dim=1)
+        k = linear(x, f"{name}.k_proj").split(c.head_dim, dim=1)
+        v = linear(x, f"{name}.v_proj").split(c.head_dim, dim=1)
+        future = torch.ones(len(x), len(x)).triu(1).bool()
+        out = []
+        for head in range(c.heads):
+            shared = head * c.kv_heads // c.heads                           # which key head
+            score = turn(q[head]) @ turn(k[shared]).T / c.head_dim**0.5
+            score = score.masked_fill(future, -torch.inf)
+            out.append(score.softmax(-1) @ v[shared])
+        return linear(torch.cat(out, dim=1), f"{name}.o_proj")
+
+    x = weights["model.embed_tokens.weight"][ids]
+    for i in range(c.layers):
+        layer = f"model.layers.{i}"
+        x = x + attention(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attn")
+        h = norm(x, f"{layer}.post_attention_layernorm")
+        gate = nn.functional.silu(linear(h, f"{layer}.mlp.gate_proj"))
+        x = x + linear(
+            gate * linear(h, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj"
+        )
+    return linear(norm(x, "model.norm"), "lm_head")
+
+
+def test_qwen_logits_are_those_of_the_model_written_out():
+    """Grouped, equal and single key heads; with and without biases; a tied head and its own."""
+    ids, _, _ = padded_batch()
+    for changes in (
+        {},
+        {"tied": False, "layers": 3},
+        {"kv_heads": 4, "eps": 0.1},
+        {"kv_heads": 1, "theta": 100.0, "head_dim": 6},
+        {"qkv_bias": False},
+    ):
+        model = tiny_qwen(**changes)
+        assert_close(model(ids[:1])[0], written_out(model, ids[0]), 1e-5)
+
+
+def test_qwen_miniature_gives_the_recorded_logits():
+    """mini/qwen, in fp32 and in bf16, on a chat; transformers gives the same."""
+    model = Qwen.load(MINI / "qwen")
+    ids = torch.tensor([Tokenizer.load(MINI / "qwen").chat(cdpo.prompt("A red mug"))])
+    exact = model(ids)
+    assert_recorded(exact, 0.2133, 3.6306, -0.046589, -1.0892)
+    rough = Qwen.load(MINI / "qwen", dtype=torch.bfloat16)
+    assert rough.lm_head.weight.dtype == torch.bfloat16 and not rough.training
+    assert 1e-4 < relative(rough(ids), exact) < 0.02
+
+
+def test_qwen_norm_multiplies_by_its_weight_after_the_cast_back():
+    """transformers' order: in bf16 another one changes a quarter of the numbers."""
+    norm = loud(qwen.RMSNorm(64, 1e-6)).bfloat16()
+    x = noise(5, 64).bfloat16()
+    size = (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert same(norm(x), norm.weight * (x.float() / size).bfloat16())
+
+
+def test_qwen_rope_turns_dim_i_with_dim_i_plus_half():
+    """At position p the pair (i, i + d/2) is turned by p * theta^(-2i/d); d is 4 here."""
+    cos, sin = qwen.rope_tables(torch.tensor([[3]]), 4, 100.0)
+    turned = qwen.rotate(torch.eye(4)[:, None, None], cos, sin)[:, 0, 0]
+    want = torch.zeros(4, 4)
+    for i, angle in enumerate((3.0, 0.3)):
+        want[i, i] = want[i + 2, i + 2] = math.cos(angle)
+        want[i, i + 2] = math.sin(angle)
+        want[i + 2, i] = -math.sin(angle)
+    assert_close(turned, want)
+
+
+def test_qwen_rope_depends_on_distances_only():
+    """A query times a key is the same 100 tokens later, and another one token farther apart."""
+    q = noise(1, 1, 1, 16)
+    k = noise(1, 1, 1, 16, seed=1)
+
+    def product(m, n):
+        a = qwen.rotate(q, *qwen.rope_tables(torch.tensor([[m]]), 16, 1e4))
+        b = qwen.rotate(k, *qwen.rope_tables(torch.tensor([[n]]), 16, 1e4))
+        return (a * b).sum()
+
+    assert abs(product(3, 8) - product(103, 108)) < 1e-4
+    assert abs(product(3, 8) - product(3, 9)) > 1e-2
+
+
+def test_qwen_token_sees_itself_and_what_stands_before():
+    """A change at token 9 changes no state before it and each one from there on."""
+    model = tiny_qwen()
+    ids, _, _ = padded_batch()
+    other = ids.clone()
+    other[:, 9] = 7
+    moved = (model(other) - model(ids)).norm(dim=-1) > 1e-4
+    assert not moved[:, :9].any() and moved[:, 9:].all()
+
+
+def padded_rows():
+    """[(ids (3, 17), mask)] of the same three rows, padded on the right and on the left, and the
+    rows alone, each (1, its length)."""
+    ids, right, left = padded_batch()
+    moved = ids.masked_scatter(left > 0, ids[right > 0])
+    rows = [ids[i : i + 1, :n] for i, n in enumerate((17, 11, 6))]
+    return [(ids, right), (moved, left)], rows
+
+
+def test_qwen_padding_on_either_side_changes_no_row():
+    """Hidden states of a row are those that it has alone."""
+    model = tiny_qwen()
+    batches, rows = padded_rows()
+    alone = torch.cat([model.model(row)[0] for row in rows])
+    for ids, mask in batches:
+        assert_close(model.model(ids, attention_mask=mask)[mask > 0], alone, 1e-5)
+
+
+def test_qwen_cache_in_pieces_equals_the_whole():
+    """A prompt that is read into the cache piece by piece has the states of the whole."""
+    model = tiny_qwen()
+    batches, rows = padded_rows()
+    alone = torch.cat([model.model(row)[0] for row in rows])
+    for ids, mask in batches:
         cache = Cache(model.config, 3, 17, "cpu", torch.float32)
-        pieces = torch.cat([model.model(batch[:, a:b], attention_mask=mask[:, :b], cache=cache) for a, b in zip(ends, ends[1:])], 1)
-        assert relative([hidden[mask > 0] for hidden in (model.model(batch, attention_mask=mask), pieces)], [alone, alone]) < 1e-5
-        assert generate(model, batch, attention_mask=mask, **how) == [generate(model, row, **how)[0] for row in rows]
-    assert same(model(embeds=embeds), model(ids)) and generate(model, embeds=embeds) == generate(model, ids)
-    assert relative(torch.compile(model, backend="aot_eager", fullgraph=True)(ids), model(ids)) < 1e-5
-    q, k = torch.randn(2, 1, 1, 1, 16, generator=seeded())
-    turned = lambda x, at: qwen.rotate(x, *qwen.rope_tables(torch.tensor([[at]]), 16, 1e4))
-    near, far, other = ((turned(q, m) * turned(k, n)).sum() for m, n in ((3, 8), (103, 108), (3, 9)))
-    assert abs(near - far) < 1e-4 < 1e-2 < abs(near - other)
+        pieces = []
+        for start, end in ((0, 5), (5, 6), (6, 14), (14, 17)):
+            part = model.model(
+                ids[:, start:end], attention_mask=mask[:, :end], cache=cache
+            )
+            pieces.append(part)
+        assert_close(torch.cat(pieces, dim=1)[mask > 0], alone, 1e-5)
 
-def test_qwen_generation_stops_and_samples():
-    """A row ends before its own first eos; sampling moves only its own generator and draws from exactly the top-k and top-p sets."""
-    model, (ids, _, _), state = tiny_qwen(eos=()), padded_batch(), torch.get_rng_state()
+
+def test_qwen_cache_needs_no_mask_where_nothing_is_padded():
+    """Token by token, in a cache that is longer than the text."""
+    model = tiny_qwen()
+    ids, _, _ = padded_batch()
+    cache = Cache(model.config, 3, 30, "cpu", torch.float32)
+    found = [model.model(ids[:, i : i + 1], cache=cache) for i in range(17)]
+    assert_close(torch.cat(found, dim=1), model.model(ids), 1e-5)
+    assert cache.held == 17
+
+
+def test_qwen_two_continuations_share_a_row():
+    """With a mask (B, 1, T, S) a second continuation that does not see the first has the states
+    that it has right behind the prompt."""
+    model = tiny_qwen()
+    ids = noise(12).abs().mul(20).long()[None]
+    mask = torch.ones(12, 12).tril().bool()
+    mask[9:, 6:9] = False                                                   # prompt 6, 3 and 3
+    packed = model.model(ids, attention_mask=mask[None, None])
+    first = model.model(ids[:, :9])
+    second = model.model(torch.cat([ids[:, :6], ids[:, 9:]], dim=1))
+    assert_close(packed[:, :9], first, 1e-5)
+    assert_close(packed[:, 9:], second[:, 6:], 1e-5)
+
+
+def test_qwen_reads_vectors_as_it_reads_ids():
+    model = tiny_qwen()
+    ids, right, _ = padded_batch()
+    embeds = model.model.embed_tokens(ids)
+    assert same(model(embeds=embeds), model(ids))
+    assert same(model(None, right, embeds), model(ids, right))
+    assert generate(model, embeds=embeds) == generate(model, ids)
+
+
+def test_qwen_compiles_into_one_graph():
+    model = tiny_qwen()
+    ids, _, _ = padded_batch()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(ids), model(ids), 1e-5)
+
+
+def test_qwen_sliding_window_refuses_what_it_would_cut():
+    """A text or a cache longer than Mistral's window is refused, one as long as it is read."""
+    model = tiny_qwen(window=4)
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    assert_close(model(ids[:, :4]), tiny_qwen()(ids[:, :4]))
+    raises("window of 4", model, ids)
+    raises("window of 4", generate, model, ids[:, :2], max_new_tokens=3)
+
+
+def test_qwen_recomputed_layers_give_the_same_gradient():
+    """`checkpointing` runs each layer again in the backward pass, and changes no bit."""
+    model = tiny_qwen()
+    ids, right, _ = padded_batch()
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    found = []
+    for model.model.checkpointing in (False, True):
+        embeds = model.model.embed_tokens(ids).requires_grad_()
+        loss = model(None, right, embeds).square().mean()
+        found += torch.autograd.grad(loss, embeds)
+    assert same(*found) and len(seen) == 3
+    with torch.no_grad():
+        model(ids)
+    assert len(seen) == 4
+
+
+def test_qwen_large_frozen_product_is_the_plain_one():
+    """x W^T + b and its gradients, whether oneDNN computes it (large, fp32, frozen) or not."""
+    x = noise(3, 2, 600).requires_grad_()
+    bias = noise(500, seed=1)
+    for trained in (False, True):
+        weight = noise(500, 600, seed=2).requires_grad_(trained)
+        inputs = [x, weight] if trained else [x]
+        found = []
+        for product in (qwen.linear, nn.functional.linear):
+            y = product(x, weight, bias)
+            found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+        assert_close(*found)
+        chosen = qwen.linear(x, weight, bias).grad_fn.name()
+        assert ("FrozenProduct" in chosen) == (not trained)
+    assert_close(qwen.linear(x, weight), nn.functional.linear(x, weight))
+
+
+# ---- qwen.py: generation and embedding -----------------------------------------------------------
+
+def test_generate_gives_a_row_the_same_alone_or_padded():
+    model = tiny_qwen()
+    batches, rows = padded_rows()
+    how = {"max_new_tokens": 9, "repetition_penalty": 1.2}
+    alone = [generate(model, row, **how)[0] for row in rows]
+    for ids, mask in batches:
+        assert generate(model, ids, attention_mask=mask, **how) == alone
+
+
+def test_generate_takes_the_likeliest_token_each_time():
+    """Greedy tokens are those of reading the whole row anew for each."""
+    model = tiny_qwen(eos=())
+    ids, _, _ = padded_batch()
+    want = ids
+    for _ in range(8):
+        token = model(want)[:, -1].argmax(-1, keepdim=True)
+        want = torch.cat([want, token], dim=1)
+    assert generate(model, ids, max_new_tokens=8) == want[:, 17:].tolist()
+
+
+def test_generate_is_greedy_and_without_penalty_unless_told_otherwise():
+    model = tiny_qwen(eos=())
+    ids, _, _ = padded_batch()
+    usual = generate(model, ids)
+    plain = {"max_new_tokens": 64, "temperature": 0.0, "repetition_penalty": 1.0}
+    assert usual == generate(model, ids, **plain)
+    assert usual != generate(model, ids, repetition_penalty=1.1)
+    one = generate(model, ids, temperature=1.0, generator=seeded())
+    assert one == generate(
+        model, ids, temperature=1.0, top_k=0, top_p=1.0, generator=seeded()
+    )
+
+
+def test_generate_stops_each_row_before_its_own_end():
+    """Any of the config's end tokens ends a row, and is no part of the answer."""
+    model = tiny_qwen(eos=())
+    ids, _, _ = padded_batch()
     free = generate(model, ids, max_new_tokens=20)
-    model.config.eos = eos = (free[0][6], free[1][9])
-    assert generate(model, ids, max_new_tokens=20) == [row[:next((i for i, t in enumerate(row) if t in eos), 20)] for row in free] != free
-    logits, how = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log().repeat(400, 1), ((1.0, 0, 1.0), (1.0, 2, 1.0), (1.0, 0, 0.8), (0.1, 3, 0.99))
-    assert [set(qwen.sample(logits, *given, seeded()).tolist()) for given in how] == [{0, 1, 2, 3, 4}, {0, 1}, {0, 1, 2}, {0}]
-    one, two = (generate(model, ids, temperature=1.0, generator=seeded(1)) for _ in range(2))
-    assert one == two and same(state, torch.get_rng_state())
+    ends = (free[0][6], free[1][9])
+    model.config.eos = ends
+    want = []
+    for row in free:
+        stop = [i for i, token in enumerate(row) if token in ends]
+        want.append(row[: min(stop, default=20)])
+    assert generate(model, ids, max_new_tokens=20) == want
+    assert want != free
 
-def test_qwen_tokenizer_writes_the_template_of_transformers():
-    """A chat is Qwen2.5's template, with its default system turn when none is given; tokens, chats and logits of mini/qwen are transformers'."""
-    ours, messages = Tokenizer.load(MINI / "qwen"), cdpo.prompt("A white bowl in front of a grey wall", "with stripes")
-    ids, text = ours.chat(messages), ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
-                                      f"<|im_start|>user\n{messages[0]['content']}<|im_end|>\n<|im_start|>assistant\n")
-    assert ours.fast.decode(ids, skip_special_tokens=False) == text and ids.count(ours.fast.token_to_id("<|im_start|>")) == 3
-    theirs, model = (getattr(peer("transformers"), kind).from_pretrained(MINI / "qwen", dtype=torch.float32) for kind in ("AutoTokenizer", "AutoModelForCausalLM"))
-    assert relative(Qwen.load(MINI / "qwen")(torch.tensor([ids])), model(torch.tensor([ids])).logits) < 1e-5
-    for chat in (messages, [{"role": "system", "content": "Be brief."}, *messages, {"role": "assistant", "content": "Paint the bowl red"}]):
-        assert all(ours.chat(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False) for prompt in (True, False))
-    for text in ("Paint the bowl neon green", "it's 3  holographic\n\n caf\u00e9s \U0001f600"):
-        assert ours.encode(text) == theirs(text).input_ids and ours.decode(ours.encode(text)) == text
 
-def test_loader_fills_meta_modules_and_names_what_does_not_fit(tmp_path):
-    """On the meta device or not a module gets the stored values, a tied head once; whatever does not fit, half a file and a lost shard are named."""
-    tied, file = tiny_qwen(), tmp_path / "model.safetensors"
-    stored = {k: v for k, v in tied.state_dict().items() if k != "lm_head.weight"}
-    save_file(stored, file)
-    for device in ("meta", "cpu"):
-        with torch.device(device):
-            copy = Qwen(tied.config)
-        load_checkpoint(copy, tmp_path)
-        assert copy.lm_head.weight is copy.model.embed_tokens.weight and same([*copy.parameters()], [*tied.parameters()])
-    save_file(stored | {"model.norm.weight": torch.zeros(5), "model.embed_tokens.weight": torch.zeros(61, 32).int(), "ghost": torch.zeros(1)}, file)
-    for part in ("missing lm_head.weight", "unexpected ghost", "model.norm.weight has shape (5,), expected (32,)", "model.embed_tokens.weight is torch.int32"):
-        raises(part, load_checkpoint, tiny_qwen(tied=False), tmp_path)
+def test_generate_reads_no_more_when_every_row_has_ended():
+    model = tiny_qwen(eos=())
+    ids, _, _ = padded_batch()
+    model.config.eos = generate(model, ids[:1], max_new_tokens=1)[0]
+    seen = []
+    model.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    assert generate(model, ids[:1]) == [[]] and len(seen) == 1
+
+
+def test_generate_penalises_what_stands_in_the_row_already():
+    """The logits of the prompt's and the answer's tokens are divided by the penalty where they are
+    positive, and multiplied where not; padding does not count."""
+    model = tiny_qwen(eos=())
+    ids, _, left = padded_batch()
+    how = {"max_new_tokens": 6, "repetition_penalty": 1.7}
+    answers = generate(model, ids, attention_mask=left, **how)
+    for row, mask, answer in zip(ids, left, answers):
+        text = row[mask > 0].tolist()
+        for token in answer:
+            logits = model(torch.tensor([text]))[0, -1]
+            seen = torch.tensor(sorted(set(text)))
+            there = logits[seen]
+            logits[seen] = torch.where(there > 0, there / 1.7, there * 1.7)
+            assert token == logits.argmax()
+            text.append(token)
+
+
+def test_generate_samples_from_its_own_generator_alone():
+    model = tiny_qwen()
+    ids, _, _ = padded_batch()
+    before = torch.get_rng_state()
+    found = []
+    for seed in (1, 1, 2):
+        found.append(generate(model, ids, temperature=1.0, generator=seeded(seed)))
+    assert found[0] == found[1] != found[2]
+    assert same(before, torch.get_rng_state())
+
+
+def test_generate_refuses_logits_that_are_not_finite():
+    model = tiny_qwen()
+    model.lm_head.weight[3] = math.inf
+    raises("logits are not finite", generate, model, torch.ones(1, 3, dtype=torch.long))
+
+
+LOGITS = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05]).log()
+
+
+def drawn(temperature=1.0, top_k=0, top_p=1.0, logits=LOGITS, rows=400):
+    """The tokens of `rows` draws, as often as they come."""
+    logits = logits.repeat(rows, 1)
+    return qwen.sample(logits, temperature, top_k, top_p, seeded()).tolist()
+
+
+def test_generate_draws_from_the_top_k_and_top_p_sets():
+    """All of these tokens and no others come: of k the likeliest; of p the fewest that reach it;
+    the probability of p counts among the k that are left."""
+    assert set(drawn()) == {0, 1, 2, 3, 4}
+    assert set(drawn(top_k=1)) == {0}
+    assert set(drawn(top_k=2)) == {0, 1}
+    assert set(drawn(top_k=5)) == set(drawn(top_k=9)) == {0, 1, 2, 3, 4}
+    assert set(drawn(top_p=0.0)) == {0}
+    assert set(drawn(top_p=0.6)) == {0, 1}
+    assert set(drawn(top_p=0.8)) == {0, 1, 2}
+    assert set(drawn(top_k=2, top_p=0.6)) == {0}
+    assert len(set(drawn(top_p=0.5, logits=torch.zeros(2)))) == 1
+    assert set(drawn(top_k=3, temperature=0.02)) == {0}
+    shuffled = LOGITS[[3, 0, 4, 1, 2]]
+    assert set(drawn(top_p=0.8, logits=shuffled)) == {1, 3, 4}
+
+
+def test_generate_draws_as_often_as_the_temperature_says():
+    """At temperature T a token comes in proportion to p^(1/T); at 0 the likeliest comes always."""
+    p = LOGITS.exp()
+    for temperature in (0.5, 1.0, 2.0):
+        count = torch.tensor(drawn(temperature, rows=5000)).bincount(minlength=5)
+        want = p ** (1 / temperature)
+        assert (count / 5000 - want / want.sum()).abs().max() < 0.025
+    assert drawn(temperature=0, top_k=3, rows=3) == [0, 0, 0]
+
+
+def test_generate_embeds_texts_by_their_last_token():
+    """Of unit length, each as it is alone, in the order of the texts; a text without tokens is
+    refused."""
+    model = Qwen.load(MINI / "qwen")
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    texts = ["red", "a very long text about a bowl", "neon green"]
+    vectors = qwen.embed_texts(model, tokenizer, texts, batch_size=2)
+    assert_close(vectors.norm(dim=1), torch.ones(3))
+    for text, vector in zip(texts, vectors):
+        state = model.model(torch.tensor([tokenizer.encode(text)]))[0, -1]
+        assert_close(vector, state / state.norm(), 1e-5)
+    raises("a text without tokens", qwen.embed_texts, model, tokenizer, ["red", ""])
+
+
+# ---- qwen.py: tokenizer --------------------------------------------------------------------------
+
+def test_tokenizer_writes_qwens_chat_template():
+    """A default system turn where none is given, one turn a message, an open turn at the end."""
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    default = (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+        "You are a helpful assistant.<|im_end|>\n"
+    )
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Hello"}
+    asked = "<|im_start|>user\nHello<|im_end|>\n"
+
+    def text(messages, *how):
+        ids = tokenizer.chat(messages, *how)
+        return tokenizer.fast.decode(ids, skip_special_tokens=False)
+
+    assert text([user]) == default + asked + "<|im_start|>assistant\n"
+    assert text([user], False) == default + asked
+    assert text([]) == default + "<|im_start|>assistant\n"
+    assert (
+        text([system, user], False)
+        == f"<|im_start|>system\nBe brief.<|im_end|>\n{asked}"
+    )
+    ids = tokenizer.chat([user])
+    assert ids.count(tokenizer.fast.token_to_id("<|im_start|>")) == 3
+    raises(
+        "unknown role 'tool'", tokenizer.chat, [user, {"role": "tool", "content": ""}]
+    )
+
+
+def test_tokenizer_decodes_what_it_encodes():
+    """Any text comes back; special tokens do not show."""
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    for text in (
+        "Paint the bowl neon green",
+        "it's 3  holographic\n\n caf\u00e9s \U0001f600",
+    ):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode("red<|im_end|>")) == "red"
+    assert len(tokenizer.encode("<|im_end|>")) == 1
+
+
+def test_tokenizer_equals_transformers():
+    """Tokens and chats of mini/qwen, and the logits of a chat."""
+    transformers = peer("transformers")
+    ours = Tokenizer.load(MINI / "qwen")
+    theirs = transformers.AutoTokenizer.from_pretrained(MINI / "qwen")
+    messages = cdpo.prompt("A white bowl in front of a grey wall", "with stripes")
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *messages,
+        {"role": "assistant", "content": "Paint the bowl red"},
+    ]
+    for chat in (messages, turns):
+        for prompt in (True, False):
+            how = {"add_generation_prompt": prompt, "return_dict": False}
+            assert ours.chat(chat, prompt) == theirs.apply_chat_template(chat, **how)
+    for text in (
+        "Paint the bowl neon green",
+        "it's 3  holographic\n\n caf\u00e9s \U0001f600",
+    ):
+        assert ours.encode(text) == theirs(text).input_ids
+    ids = torch.tensor([ours.chat(messages)])
+    kind = transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(MINI / "qwen", dtype=torch.float32)
+    assert_close(Qwen.load(MINI / "qwen")(ids), model(ids).logits, 1e-5)
+
+
+def test_tokenizer_of_an_embedding_model_ends_every_text(tmp_path):
+    """Where tokenizer_config.json says add_eos_token, that token ends a text, once."""
+    plain = Tokenizer.load(MINI / "qwen")
+    end = plain.fast.token_to_id("<|im_end|>")
+    ids = plain.encode("red")
+    file = tmp_path / "tokenizer_config.json"
+    (tmp_path / "tokenizer.json").write_bytes(
+        (MINI / "qwen/tokenizer.json").read_bytes()
+    )
+    for eos in ("<|im_end|>", {"content": "<|im_end|>"}):
+        write_lines(file, {"add_eos_token": True, "eos_token": eos})
+        ending = Tokenizer.load(tmp_path)
+        assert ending.encode("red") == ending.encode("red<|im_end|>") == [*ids, end]
+    write_lines(file, {"add_eos_token": False, "eos_token": "<|im_end|>"})
+    assert Tokenizer.load(tmp_path).encode("red") == ids
+    file.unlink()
+    assert Tokenizer.load(tmp_path).encode("red") == ids
+    (tmp_path / "tokenizer.json").unlink()
+    raises("tokenizer.json", Tokenizer.load, tmp_path)
+
+
+# ---- qwen.py: reading of checkpoints -------------------------------------------------------------
+
+def stored_qwen(model, folder):
+    """The tensors of `model` as a checkpoint holds them, a tied head once -> (tensors, file)."""
+    tensors = dict(model.named_parameters())
+    file = folder / "model.safetensors"
+    save_file(tensors, file)
+    return tensors, file
+
+
+def test_loader_fills_modules_with_and_without_memory(tmp_path):
+    """On the meta device or not a module gets the stored values, and a tied head stays tied."""
+    model = tiny_qwen()
+    stored_qwen(model, tmp_path)
+    for device in (qwen.on_meta(), torch.device("cpu")):
+        with device:
+            copy = Qwen(model.config)
+        qwen.load_checkpoint(copy, tmp_path)
+        assert copy.lm_head.weight is copy.model.embed_tokens.weight
+        assert same([*copy.parameters()], [*model.parameters()])
+
+
+def test_loader_reads_shards(tmp_path):
+    """Shards and their index are one checkpoint; a lost shard is named."""
+    model = tiny_qwen(tied=False)
+    tensors, file = stored_qwen(model, tmp_path)
+    file.unlink()
+    where = {}
+    for part, names in ((1, [*tensors][:5]), (2, [*tensors][5:])):
+        shard = f"part-{part}.safetensors"
+        save_file({name: tensors[name] for name in names}, tmp_path / shard)
+        where.update(dict.fromkeys(names, shard))
+    write_lines(tmp_path / "model.safetensors.index.json", {"weight_map": where})
+    copy = Qwen(model.config)
+    qwen.load_checkpoint(copy, tmp_path)
+    assert same([*copy.parameters()], [*model.parameters()])
+    (tmp_path / "part-2.safetensors").unlink()
+    raises("part-2.safetensors", qwen.load_checkpoint, copy, tmp_path)
+
+
+def test_loader_names_every_tensor_that_does_not_fit(tmp_path):
+    """Missing, unexpected, misshapen and integer tensors, all in one message."""
+    tensors, file = stored_qwen(tiny_qwen(), tmp_path)
+    tensors["model.norm.weight"] = torch.zeros(5)
+    tensors["model.embed_tokens.weight"] = torch.zeros(61, 32).int()
+    tensors["ghost"] = torch.zeros(1)
+    save_file(tensors, file)
+    model = tiny_qwen(tied=False)
+    message = raises("missing lm_head.weight", qwen.load_checkpoint, model, tmp_path)
+    assert "unexpected ghost" in message and str(tmp_path) in message
+    assert "model.norm.weight has shape (5,), expected (32,)" in message
+    assert "model.embed_tokens.weight is torch.int32" in message
+    assert "model.layers.0.self_attn.q_proj" not in message
+
+
+def test_loader_names_a_truncated_file(tmp_path):
+    _, file = stored_qwen(tiny_qwen(), tmp_path)
     file.write_bytes(file.read_bytes()[:-8])
-    raises("model.safetensors is truncated", load_checkpoint, tied, tmp_path)
-    write(tmp_path / "m.safetensors.index.json", {"weight_map": {"a.weight": "part-2.safetensors"}})
-    raises("part-2.safetensors", load_checkpoint, tied, tmp_path)
+    raises(
+        "model.safetensors is truncated", qwen.load_checkpoint, tiny_qwen(), tmp_path
+    )
+    raises("found: none", qwen.read_tensors, tmp_path / "absent")
+    save_file({}, tmp_path / "second.safetensors")
+    raises("second.safetensors", qwen.read_tensors, tmp_path)
 
-def test_loader_refuses_what_it_cannot_read(tmp_path):
-    """Another model's folder, settings that are not written here, a net for another Flux, a mistyped path, a gated repository, an XLabs net: each is named."""
-    c, is_flux, is_net, file = flux_config(), {"_class_name": "FluxTransformer2DModel"}, {"_class_name": "FluxControlNetModel"}, tmp_path / "x.safetensors"
-    for kind, settings, part in ((Qwen, {"model_type": "llama"}, "'llama'"), (Qwen, {"model_type": "qwen2", "rope_scaling": {"type": "yarn"}}, "'yarn'"),
-                                 (Flux, is_net, "FluxControlNetModel"), (Flux, flux_config(axes=(4, 4, 4)) | is_flux, "[4, 4, 4]"),
-                                 (T5, {"model_type": "t5", "feed_forward_proj": "relu"}, "'relu'")):
-        write(tmp_path / "config.json", settings)
-        raises(part, kind.load, tmp_path)
-    save_file({"input_hint_block.0.weight": torch.zeros(1)}, file)
-    raises("XLabs", ControlNet.load, tmp_path)
-    write(tmp_path / "config.json", control_config(c) | is_net), save_file(ControlNet(control_config(c)).state_dict(), file)
-    for part, function, *args in (("is not a ControlNet for", controlnet.load_pair, MINI / "flux", tmp_path, "cpu", torch.float32, False),
-                                  ("guidance is needed", Flux(c).modulation, torch.ones(2), None, torch.zeros(2, 8)), ("tokenizer.json", Tokenizer.load, tmp_path),
-                                  ("window of 4", tiny_qwen(window=4), torch.zeros(1, 5, dtype=torch.long)), ("mini/qwem", resolve, ROOT / "mini/qwem")):
-        raises(part, function, *args)
+
+def test_loader_checks_numbers_only_where_it_is_asked_to():
+    """A nan is refused in adapters, not in checkpoints of 7 billion numbers."""
+    spoiled = {"a": torch.tensor([1.0, math.nan])}
+    qwen.check_fit("x", spoiled, spoiled)
+    raises(
+        "a is torch.float32, or not finite",
+        qwen.check_fit,
+        "x",
+        spoiled,
+        spoiled,
+        finite=True,
+    )
+    whole = {"a": torch.ones(2, dtype=torch.bfloat16)}
+    qwen.check_fit("x", whole, whole, finite=True)
+
+
+def test_loader_reads_sizes_from_either_kind_of_config(tmp_path):
+    """What config.json leaves out has transformers' value; the end tokens of
+    generation_config.json win."""
+    sizes = {
+        "vocab_size": 7,
+        "hidden_size": 24,
+        "intermediate_size": 5,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "rms_norm_eps": 1e-5,
+        "model_type": "qwen2",
+    }
+    file = tmp_path / "config.json"
+
+    def read(**more):
+        write_lines(file, {**sizes, **more})
+        return Config.read(tmp_path)
+
+    assert read() == Config(
+        vocab=7,
+        width=24,
+        inner=5,
+        layers=2,
+        heads=6,
+        kv_heads=6,
+        head_dim=4,
+        eps=1e-5,
+        theta=1e4,
+        qkv_bias=True,
+        tied=False,
+        headless=False,
+        window=None,
+        eos=(),
+    )
+    assert (
+        read(num_key_value_heads=2).kv_heads == 2 and read(head_dim=10).head_dim == 10
+    )
+    assert read(rope_theta=5.0).theta == 5 and read(tie_word_embeddings=True).tied
+    new = {"rope_type": "default", "rope_theta": 7.0}
+    assert read(rope_parameters=new).theta == 7
+    assert read(architectures=["MistralModel"]).headless
+    assert not read(architectures=["MistralForCausalLM"], sliding_window=9).headless
+    assert read(sliding_window=9).window is None
+    mistral = read(model_type="mistral", sliding_window=9)
+    assert mistral.window == 9 and not mistral.qkv_bias
+    assert read(eos_token_id=3).eos == (3,) and read(eos_token_id=[3, 4]).eos == (3, 4)
+    write_lines(tmp_path / "generation_config.json", {"eos_token_id": [5]})
+    assert read(eos_token_id=3).eos == (5,)
+
+
+def test_loader_refuses_settings_that_are_not_written_here(tmp_path):
+    """Another model, rope scaling, activation, attention or size is named."""
+    file = tmp_path / "config.json"
+
+    def refused(part, kind="qwen2", **settings):
+        write_lines(file, {"model_type": kind, **settings})
+        assert str(file) in raises(part, Qwen.load, tmp_path)
+
+    refused("'llama'", kind="llama")
+    refused("'yarn'", rope_scaling={"type": "yarn"})
+    refused("'linear'", rope_parameters={"rope_type": "linear"})
+    refused("'gelu'", hidden_act="gelu")
+    refused("use_sliding_window is True", use_sliding_window=True)
+    refused("num_hidden_layers is 1001", num_hidden_layers=1001)
+    write_lines(file, {"model_type": "qwen2"})
+    raises("num_attention_heads", Qwen.load, tmp_path)
+    write_lines(file, [1])
+    raises("config.json is truncated, absent or not", Qwen.load, tmp_path)
+    file.unlink()
+    raises("config.json", Qwen.load, tmp_path)
+    assert qwen.read_json(file, {}) == {}
+    write_lines(file, {"num_hidden_layers": 1000})
+    assert qwen.read_json(file, {}) == {"num_hidden_layers": 1000}
+
+
+def test_loader_reads_embedding_models_without_prefix_and_head(tmp_path):
+    """Linq's and e5's files leave out "model." and the head."""
+    model = tiny_qwen(headless=True, qkv_bias=False)
+    tensors = {name.removeprefix("model."): p for name, p in model.named_parameters()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    settings = {
+        "architectures": ["MistralModel"],
+        "model_type": "mistral",
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+    }
+    write_lines(tmp_path / "config.json", settings)
+    copy = Qwen.load(tmp_path)
+    ids, _, _ = padded_batch()
+    assert same(copy.model(ids), model.model(ids)) and copy.lm_head is None
+    assert not any(p.requires_grad for p in copy.parameters())
+
+
+def test_loader_takes_a_folder_or_a_repository_and_no_typo(tmp_path):
+    """A folder is itself; owner/name is downloaded, only the files asked for; a gated repository
+    and a mistyped path are explained."""
+    assert qwen.resolve(tmp_path) == tmp_path
+    with mock.patch("qwen.snapshot_download", return_value=str(tmp_path)) as download:
+        assert qwen.resolve("a/name", ["*.json"]) == tmp_path
+    download.assert_called_once_with("a/name", allow_patterns=["*.json"])
     with mock.patch("qwen.snapshot_download", side_effect=OSError("403")):
-        assert "huggingface.co/a/gated" in raises("HF_TOKEN", resolve, "a/gated")
+        message = raises("HF_TOKEN", qwen.resolve, "a/gated")
+        assert "huggingface.co/a/gated" in message
+        for name in (ROOT / "mini/qwem", "", "a/b/c", "name"):
+            raises(f"{str(name)!r} is not a folder here", qwen.resolve, name)
+        with contextlib.chdir(ROOT):
+            raises("'mini/qwem' is not a folder here", qwen.resolve, "mini/qwem")
 
-def test_lora_files_are_pefts(tmp_path):
-    """An adapter made by peft gives peft's logits here, rank-stabilised or not, on all layers or some; saved again, it gives them in peft."""
-    pf, base, (ids, _, _) = peer("peft"), peer_qwen(), padded_batch()
-    for targets, stabilised in (("all-linear", False), (["layers.1.self_attn.q_proj", "down_proj"], True)):
-        config = pf.LoraConfig(r=3, lora_alpha=8, lora_dropout=0.1, target_modules=targets, use_rslora=stabilised, init_lora_weights=False, task_type="CAUSAL_LM")
-        theirs, ours = pf.get_peft_model(peer_qwen(), config).eval(), reload(base, Qwen)
-        theirs.save_pretrained(tmp_path / "theirs")
+
+def test_loader_builds_without_drawing_weights():
+    """On the meta device a model takes no memory and moves no random generator."""
+    config = tiny_qwen().config
+    before = torch.get_rng_state()
+    with qwen.on_meta():
+        model = Qwen(config)
+    assert all(p.is_meta for p in model.parameters())
+    assert same(before, torch.get_rng_state())
+
+
+# ---- qwen.py: what every stage and script shares -------------------------------------------------
+
+@dataclass
+class Toy:
+    """A table of settings."""
+
+    steps: int = qwen.flag(3, 9375, "how many")
+    warmup: int = qwen.flag(0, 7, "how many of them")
+    lr: float = qwen.flag(0.5, 1e-6, "peak")
+    drop: float = qwen.flag(0.1, 0.0, "share", (0, 1))
+    dtype: str = qwen.flag("fp32", "bf16", "of the base", choices=["fp32", "bf16"])
+    signed: bool = qwen.flag(False, True, "signs")
+
+
+def toy(line, preset="mini"):
+    parser = argparse.ArgumentParser()
+    qwen.add_flags(parser, Toy, preset)
+    return qwen.settings_from(parser.parse_args(line.split()), Toy)
+
+
+def test_shared_flags_are_the_fields_and_a_preset_is_a_column():
+    assert toy("") == Toy()
+    paper = Toy(steps=9375, warmup=7, lr=1e-6, drop=0.0, dtype="bf16", signed=True)
+    assert toy("", "paper") == paper
+    assert toy("--steps 8 --drop 1 --signed") == Toy(steps=8, drop=1.0, signed=True)
+    assert toy("--lr 2", "paper").lr == 2
+
+
+def test_shared_settings_stay_within_their_bounds():
+    """An int that is 0 in no preset is at least 1, anything else at least 0, or as its row says."""
+    for line in (
+        "--steps 0",
+        "--warmup -1",
+        "--lr -0.1",
+        "--drop 1.1",
+        "--drop -0.1",
+        "--lr nan",
+        "--steps 10000000000001",
+        "--lr inf",
+    ):
+        name = line.split()[0]
+        assert "it must lie in" in raises(name, toy, line)
+    for line in ("--steps 1", "--warmup 0", "--lr 0", "--drop 1", "--drop 0"):
+        toy(line)
+
+
+def test_shared_seeds_depend_on_everything_that_is_said():
+    seeds = {
+        qwen.seed_for(*what)
+        for what in ((0, "step", 1), (0, "step", 2), (1, "step", 1))
+    }
+    assert len(seeds) == 3 and max(seeds) < 2**63
+    assert qwen.seed_for(0, "step", 1) == 28679623850856145
+    one = torch.rand(3, generator=qwen.generator_for(0, "step"))
+    assert same(one, torch.rand(3, generator=seeded(qwen.seed_for(0, "step"))))
+
+
+def test_shared_device_is_the_best_there_is_or_what_is_asked_for():
+    assert qwen.pick_device("") == qwen.pick_device("cpu") == "cpu"
+    assert "cannot be used here" in raises("--device is cuda", qwen.pick_device, "cuda")
+    raises("--device is nonsense", qwen.pick_device, "nonsense")
+
+
+def test_shared_collectives_do_nothing_alone():
+    """In one process a sum over processes is what it was."""
+    x = torch.ones(2)
+    qwen.all_reduce(x)
+    qwen.barrier()
+    assert x.tolist() == [1, 1] and (qwen.RANK, qwen.WORLD) == (0, 1)
+
+
+def test_shared_lost_process_is_named():
+    gone = mock.Mock(side_effect=RuntimeError("Connection closed\nby peer"))
+    with mock.patch("qwen.WORLD", 2):
+        raises(
+            "another process of this run is gone", qwen.collective, gone, torch.ones(1)
+        )
+
+
+def test_shared_folder_is_written_whole_or_not_at_all(tmp_path):
+    """New, or into one that is there; a failure leaves what was there, and nothing else."""
+
+    def write(folder, text="new"):
+        (folder / "a.txt").write_text(text)
+
+    folder = tmp_path / "out"
+    qwen.write_whole(folder, write, "a file")
+    (folder / "b.txt").write_text("old")
+    qwen.write_whole(folder, functools.partial(write, text="newer"), "a file")
+
+    def fail(folder):
+        write(folder, "half")
+        raise OSError(28, "No space left on device")
+
+    raises("could not write a file to", qwen.write_whole, folder, fail, "a file")
+    raises("No space left", qwen.write_whole, tmp_path / "other", fail, "a file")
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert {f.name: f.read_text() for f in folder.iterdir()} == {
+        "a.txt": "newer",
+        "b.txt": "old",
+    }
+
+
+# ---- lora.py -------------------------------------------------------------------------------------
+
+LORA_SHAPES = [
+    {"target_modules": "all-linear"},
+    {"target_modules": ["layers.1.self_attn.q_proj", "down_proj"], "use_rslora": True},
+]
+
+
+def peer_lora(**how):
+    """peft's adapters, random, on peer_qwen."""
+    peft = peer("peft")
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=8,
+        lora_dropout=0.1,
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        **how,
+    )
+    return peft.get_peft_model(peer_qwen(), config).eval()
+
+
+def test_lora_reads_pefts_adapters(tmp_path):
+    """An adapter made by peft gives peft's logits here: on all layers or some, rank-stabilised or
+    not."""
+    ids, _, _ = padded_batch()
+    for how in LORA_SHAPES:
+        theirs = peer_lora(**how)
+        theirs.save_pretrained(tmp_path)
+        ours = reload(peer_qwen(), Qwen)
+        before = ours(ids)
+        lora.load_adapter(ours, tmp_path)
+        assert_close(ours(ids), theirs(ids).logits, 1e-5)
+        assert relative(before, ours(ids)) > 1e-2
+
+
+def test_lora_writes_what_peft_reads(tmp_path):
+    """An adapter saved here gives the same logits in peft."""
+    ids, _, _ = padded_batch()
+    for how in LORA_SHAPES:
+        peer_lora(**how).save_pretrained(tmp_path / "theirs")
+        ours = reload(peer_qwen(), Qwen)
         lora.load_adapter(ours, tmp_path / "theirs")
-        assert relative(ours(ids), theirs(ids).logits) < 1e-5 < 1e-2 < relative(base(ids).logits, ours(ids))
         lora.save_adapter(ours, tmp_path / "ours", base_model="base")
-        assert relative(pf.PeftModel.from_pretrained(peer_qwen(), tmp_path / "ours").eval()(ids).logits, ours(ids)) < 1e-5
+        theirs = peer("peft").PeftModel.from_pretrained(peer_qwen(), tmp_path / "ours")
+        assert_close(theirs.eval()(ids).logits, ours(ids), 1e-5)
 
-def test_lora_trains_the_policy_alone():
-    """At first nothing changes; training moves the policy alone, in fp32 over a bf16 base, the same with layers that are recomputed in the backward pass."""
-    (ids, _, _), found, calls = padded_batch(), [], []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        model = tiny_qwen().bfloat16()
-        before, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(ids)
-        assert len(lora.inject(model, rank=2, alpha=4, dropout=0.5)) == 14 and same(model(ids), logits)
-        model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(recompute))
-        model.model.checkpointing, trained = recompute, [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=0.1)
-        for _ in range(2):
-            model.train()(ids).float().square().mean().backward()
-            optimizer.step()
-        assert not same(model(ids), model(ids)), "no dropout in training"
-        for adapter in ("policy", "reference", None):
-            lora.use(model.eval(), adapter)
-            found.append(model(ids))
-            assert same(found[-1], logits) == (adapter != "policy")
-        assert all(p.dtype == torch.float32 for p in trained) and all(same(model.state_dict()[k], v) for k, v in before.items())
-    assert same(found[0], found[3]) and calls.count(True) == calls.count(False) + 2
 
-def test_lora_merges_once_in_fp32_and_refuses_what_it_cannot_honour(tmp_path):
-    """Merged logits equal the adapter's; a bf16 weight is the exact sum rounded once; a second merge, another scale, other layers, unknown settings are named."""
-    for dtype, precision in ((torch.float32, 1e-6), (torch.bfloat16, 2.0 ** -8)):
-        model, (ids, _, _) = tiny_lora(dtype), padded_batch()
-        layer, logits = model.model.layers[0].mlp.up_proj, model(ids)
-        exact = layer.weight.double() + 2 * layer.lora_B["policy"].double() @ layer.lora_A["policy"].double()
+def lora_layer(dtype=torch.float32, dropout=0.0):
+    """A layer of 5 -> 3 with loud adapters of rank 2, alpha 6 -> (model, layer)."""
+    model = loud(nn.Sequential(nn.Linear(5, 3))).to(dtype)
+    lora.inject(model, 2, 6, dropout)
+    loud(model[0].lora_A)
+    loud(model[0].lora_B)
+    return model, model[0]
+
+
+def test_lora_adds_b_a_x_times_alpha_over_rank():
+    """y = W x + b + (alpha / rank) B A x, of the adapter in use; of none W x + b."""
+    model, layer = lora_layer()
+    x = noise(4, 5)
+    plain = x @ layer.weight.T + layer.bias
+    for adapter in ("policy", "reference"):
+        lora.use(model, adapter)
+        low = x @ layer.lora_A[adapter].T
+        assert_close(model(x), plain + 3 * low @ layer.lora_B[adapter].T)
+    lora.use(model, None)
+    assert_close(model(x), plain)
+    raises("adapter 'sft': allowed are", lora.use, model, "sft")
+
+
+def test_lora_computes_in_fp32_beside_a_bf16_base():
+    """The adapter's part is rounded once, when it is added."""
+    model, layer = lora_layer(torch.bfloat16)
+    x = noise(4, 5).bfloat16()
+    A = layer.lora_A["policy"]
+    B = layer.lora_B["policy"]
+    assert A.dtype == B.dtype == torch.float32
+    added = (3 * (x.float() @ A.T) @ B.T).bfloat16()
+    assert same(model(x), nn.functional.linear(x, layer.weight, layer.bias) + added)
+
+
+def test_lora_dropout_is_on_the_adapters_input_in_training():
+    """It drops that share of the inputs and scales up the others; W x never loses any."""
+    model, layer = lora_layer(dropout=0.25)
+    x = torch.ones(4000, 5)
+    assert same(model(x), model(x))
+    model.train()
+    torch.manual_seed(0)
+    added = model(x) - nn.functional.linear(x, layer.weight, layer.bias)
+    torch.manual_seed(0)
+    kept = nn.functional.dropout(x, 0.25)
+    low = kept @ layer.lora_A["policy"].T
+    assert_close(added, 3 * low @ layer.lora_B["policy"].T, 1e-5)
+    assert 0.24 < (kept == 0).float().mean() < 0.26
+
+
+def test_lora_starts_without_effect_as_peft_does():
+    """A is uniform within 1 / sqrt(in), B is zero; only the policy learns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 30))
+    lora.inject(model, rank=40)
+    layer = model[0]
+    for adapter, learns in (("policy", True), ("reference", False)):
+        A = layer.lora_A[adapter]
+        B = layer.lora_B[adapter]
+        assert A.shape == (40, 100) and B.shape == (30, 40)
+        assert 0.099 < A.abs().max() <= 0.1 and abs(A.std() - 0.1 / 3**0.5) < 0.002
+        assert not B.any()
+        assert A.requires_grad == B.requires_grad == learns
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    assert (
+        layer.adapter == "policy" and layer.scale == 32 / 40 and layer.dropout == 0.05
+    )
+
+
+def test_lora_is_of_rank_16_unless_told_otherwise():
+    model = nn.Sequential(nn.Linear(100, 30))
+    assert lora.inject(model) == ["0"]
+    assert model[0].lora_A["policy"].shape == (16, 100) and model[0].scale == 2
+
+
+def test_lora_goes_where_it_is_told():
+    """all-linear is all but the head; a target is a name or its last parts."""
+    model = tiny_qwen(tied=False)
+    names = lora.inject(model)
+    assert len(names) == 14 and "lm_head" not in names
+    assert names == list(lora.layers(model)) and "model.layers.1.mlp.up_proj" in names
+    assert lora.inject(
+        tiny_qwen(), targets=["layers.1.self_attn.q_proj", "down_proj"]
+    ) == [
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+    raises("has adapters already", lora.inject, model)
+    raises(
+        "no linear layer named k, x_proj",
+        lora.inject,
+        tiny_qwen(),
+        targets=["q_proj", "k", "x_proj"],
+    )
+    raises("has no adapters", lora.use, tiny_qwen(), "policy")
+
+
+def test_lora_changes_nothing_at_first():
+    model = tiny_qwen()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    ids, _, _ = padded_batch()
+    logits = model(ids)
+    lora.inject(model, rank=2, alpha=4, dropout=0.5)
+    assert same(model(ids), logits)
+    assert all(same(model.state_dict()[name], p) for name, p in before.items())
+
+
+def trained_lora(recompute):
+    """tiny_qwen in bf16, before and after two steps with adapters -> (the logits before, model,
+    calls of its first layer in these steps)."""
+    torch.manual_seed(0)
+    model = tiny_qwen().bfloat16()
+    ids, _, _ = padded_batch()
+    before = model(ids)
+    lora.inject(model, rank=2, alpha=4, dropout=0.5)
+    calls = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.model.checkpointing = recompute
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    for _ in range(2):
+        model.train()(ids).float().square().mean().backward()
+        optimizer.step()
+    return before, model, len(calls)
+
+
+def test_lora_training_moves_the_policy_alone():
+    """In fp32 over a bf16 base, whose weights do not move; the reference stays the base."""
+    before, model, _ = trained_lora(False)
+    ids, _, _ = padded_batch()
+    base = tiny_qwen().bfloat16().state_dict()
+    assert all(same(model.state_dict()[name], p) for name, p in base.items())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 28 and all(p.dtype == torch.float32 for p in trained)
+    assert not same(model(ids), model(ids)), "no dropout in training"
+    for adapter in ("policy", "reference", None):
+        lora.use(model.eval(), adapter)
+        assert same(model(ids), before) == (adapter != "policy")
+
+
+def test_lora_training_is_the_same_with_recomputed_layers():
+    """Gradient checkpointing draws the same dropout again: after two steps no bit differs."""
+    ids, _, _ = padded_batch()
+    _, plain, calls = trained_lora(False)
+    _, recomputed, more = trained_lora(True)
+    assert same(plain.eval()(ids), recomputed.eval()(ids))
+    assert (calls, more) == (2, 4)
+
+
+def test_lora_copies_the_policy_to_the_reference():
+    """What SFT taught becomes the reference, and does not move with the policy then."""
+    model, layer = lora_layer()
+    x = noise(4, 5)
+    lora.use(model, "policy")
+    want = model(x)
+    lora.copy_adapter(model)
+    layer.lora_A["policy"].zero_()
+    lora.use(model, "reference")
+    assert same(model(x), want)
+    lora.copy_adapter(model, "reference", "policy")
+    lora.use(model, "policy")
+    assert same(model(x), want)
+
+
+def test_lora_merges_in_fp32_and_rounds_once():
+    """A merged weight is the exact sum, rounded to its type; biases stay."""
+    for dtype, precision in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
+        for adapter in ("policy", "reference"):
+            model, layer = lora_layer(dtype)
+            change = 3 * layer.lora_B[adapter].double() @ layer.lora_A[adapter].double()
+            exact = layer.weight.double() + change
+            lora.merge(model, adapter)
+            error = (model[0].weight - exact).abs()
+            assert (error <= precision * exact.abs() + 1e-7).all()
+            assert model[0].weight.dtype == dtype and not model[0].weight.requires_grad
+            assert same(model[0].bias, layer.bias)
+
+
+def test_lora_merged_model_is_plain_and_gives_the_same_logits():
+    """The tensors are a plain model's; a second merge is refused."""
+    ids, _, _ = padded_batch()
+    for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 0.12)):
+        model = tiny_lora(dtype)
+        logits = model(ids)
         lora.merge(model)
-        assert ((model.model.layers[0].mlp.up_proj.weight - exact).abs() <= precision * exact.abs() + 1e-7).all() and relative(model(ids), logits) < 20 * precision
+        assert_close(model(ids), logits, bound)
         assert set(model.state_dict()) == set(tiny_qwen().state_dict())
         raises("no adapters", lora.merge, model)
-    lora.save_adapter(tiny_lora(targets=["q_proj", "up_proj"]), tmp_path)
-    raises("unexpected base_model.model.model.layers.0.self_attn.q_proj", lora.load_adapter, tiny_lora(targets=["up_proj"]), tmp_path)
-    raises("alpha / rank is 2", lora.load_adapter, tiny_lora(alpha=8, targets=["q_proj", "up_proj"]), tmp_path)
+    assert not model.model.layers[0].mlp.up_proj.training
+
+
+def test_lora_file_is_what_peft_expects(tmp_path):
+    """Its settings and names; fp32 tensors, of the adapter asked for."""
+    model = tiny_lora(torch.bfloat16, rank=3, alpha=7, dropout=0.2, targets=["v_proj"])
+    lora.save_adapter(model, tmp_path / "new/folder", "reference", tmp_path / "base")
+    config = json.loads((tmp_path / "new/folder/adapter_config.json").read_text())
+    names = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(tmp_path / "base"),
+        "r": 3,
+        "lora_alpha": 7,
+        "lora_dropout": 0.2,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": names,
+    }
+    stored = load_file(tmp_path / "new/folder/adapter_model.safetensors")
+    assert len(stored) == 4
+    for name in names:
+        layer = model.get_submodule(name)
+        assert same(
+            stored[f"base_model.model.{name}.lora_A.weight"], layer.lora_A["reference"]
+        )
+        assert same(
+            stored[f"base_model.model.{name}.lora_B.weight"], layer.lora_B["reference"]
+        )
+    plain, _ = lora_layer()
+    lora.save_adapter(plain, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    write(tmp_path / "adapter_config.json", config | {"use_dora": True, "rank_pattern": {"q_proj": 9}, "loftq_config": {}})
-    raises("use_dora = True, rank_pattern = {'q_proj': 9}", lora.load_adapter, tiny_qwen(), tmp_path)
+    assert config["task_type"] is None and config["base_model_name_or_path"] is None
 
-def flux_config(heads=3, head_dim=16, axes=(4, 6, 6), guided=True, doubles=2, singles=3, txt=12, pooled=8):
-    return dict(num_attention_heads=heads, attention_head_dim=head_dim, axes_dims_rope=list(axes), guidance_embeds=guided, num_layers=doubles,
-                num_single_layers=singles, joint_attention_dim=txt, pooled_projection_dim=pooled, in_channels=64)
 
-def control_config(c, modes=10, doubles=2, singles=3):
-    return c | dict(num_mode=modes, num_layers=doubles, num_single_layers=singles)
+def test_lora_file_restores_model_and_settings(tmp_path):
+    """Into a model without adapters, which are made as the file says; or into either adapter of
+    one that has them."""
+    model = tiny_lora(rank=3, alpha=7, dropout=0.2, targets=["v_proj", "up_proj"])
+    ids, _, _ = padded_batch()
+    lora.save_adapter(model, tmp_path)
+    copy = tiny_qwen()
+    lora.load_adapter(copy, tmp_path)
+    assert same(copy(ids), model(ids))
+    for layer in lora.layers(copy).values():
+        assert layer.dropout == 0.2 and layer.scale == 7 / 3 and layer.alpha == 7
+    other = tiny_qwen()
+    lora.inject(other, 3, 7, targets=["v_proj", "up_proj"])
+    lora.load_adapter(other, tmp_path, "reference")
+    assert same(other(ids), tiny_qwen()(ids))
+    lora.use(other, "reference")
+    assert same(other(ids), model(ids))
+
+
+def test_lora_rank_stabilised_scale_is_alpha_over_the_root(tmp_path):
+    model = tiny_lora(rank=4, alpha=3)
+    lora.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    write_lines(file, {**config, "use_rslora": True})
+    stabilised = tiny_qwen()
+    lora.load_adapter(stabilised, tmp_path)
+    assert {layer.scale for layer in lora.layers(stabilised).values()} == {3 / 2}
+
+
+def test_lora_refuses_files_that_it_cannot_honour(tmp_path):
+    """Other layers, another scale, unknown settings, a nan: each is named."""
+    model = tiny_lora(targets=["q_proj", "up_proj"])
+    lora.save_adapter(model, tmp_path)
+    raises(
+        "unexpected base_model.model.model.layers.0.self_attn.q_proj",
+        lora.load_adapter,
+        tiny_lora(targets=["up_proj"]),
+        tmp_path,
+    )
+    raises(
+        "missing base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight",
+        lora.load_adapter,
+        tiny_lora(),
+        tmp_path,
+    )
+    message = raises(
+        "alpha / rank is 2.0",
+        lora.load_adapter,
+        tiny_lora(alpha=8, targets=["q_proj", "up_proj"]),
+        tmp_path,
+    )
+    assert "the model's adapters have 4.0" in message
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+
+    def refused(part, **settings):
+        write_lines(file, {**config, **settings})
+        raises(part, lora.load_adapter, tiny_qwen(), tmp_path)
+
+    refused(
+        "use_dora = True, rank_pattern = {'q_proj': 9}",
+        use_dora=True,
+        loftq_config={},
+        rank_pattern={"q_proj": 9},
+    )
+    refused("peft_type = 'LOHA'", peft_type="LOHA")
+    refused("bias = 'all'", bias="all")
+    refused("dropout", lora_dropout=2)
+    refused(str(tmp_path), r=0)
+    write_lines(file, {**config, "init_lora_weights": "gaussian", "revision": "main"})
+    lora.load_adapter(tiny_qwen(), tmp_path)
+    lora.layers(model)["model.layers.0.mlp.up_proj"].lora_A["policy"][0, 0] = math.nan
+    lora.save_adapter(model, tmp_path)
+    raises(
+        "up_proj.lora_A.weight is torch.float32, or not finite",
+        lora.load_adapter,
+        tiny_qwen(),
+        tmp_path,
+    )
+
+
+def test_lora_shipped_policy_gives_the_recorded_logits():
+    """mini/policy on mini/qwen, loaded and merged; peft gives the same."""
+    model = Qwen.load(MINI / "qwen")
+    ids = torch.tensor([Tokenizer.load(MINI / "qwen").chat(cdpo.prompt("A red mug"))])
+    lora.load_adapter(model, MINI / "policy")
+    assert_recorded(model(ids), -1.645, 3.6611, -0.52838, -1.6487)
+    before = model(ids)
+    lora.merge(model)
+    assert_close(model(ids), before, 1e-5)
+
+
+# ---- flux.py and controlnet.py: the networks -----------------------------------------------------
+
+def flux_config(
+    heads=3,
+    head_dim=16,
+    axes=(4, 6, 6),
+    guided=True,
+    doubles=2,
+    singles=3,
+    txt=12,
+    pooled=8,
+):
+    """config.json of a tiny Flux."""
+    return {
+        "num_attention_heads": heads,
+        "attention_head_dim": head_dim,
+        "axes_dims_rope": list(axes),
+        "guidance_embeds": guided,
+        "num_layers": doubles,
+        "num_single_layers": singles,
+        "joint_attention_dim": txt,
+        "pooled_projection_dim": pooled,
+        "in_channels": 64,
+    }
+
+
+def control_config(config, modes=10, doubles=2, singles=3):
+    """config.json of a ControlNet for the Flux of `config`."""
+    return {
+        **config,
+        "num_mode": modes,
+        "num_layers": doubles,
+        "num_single_layers": singles,
+    }
+
 
 def vae_config(widths=(8, 8, 8), groups=4, depth=1, **more):
-    return dict(block_out_channels=list(widths), layers_per_block=depth, norm_num_groups=groups, latent_channels=16, in_channels=3, out_channels=3,
-                use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
-                down_block_types=["DownEncoderBlock2D"] * len(widths), up_block_types=["UpDecoderBlock2D"] * len(widths), **more)
+    """config.json of a tiny autoencoder."""
+    return {
+        "block_out_channels": list(widths),
+        "layers_per_block": depth,
+        "norm_num_groups": groups,
+        "latent_channels": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        **more,
+    }
 
-def flux_inputs(c, B=2, h=4, w=8, T=5, seed=0):
-    torch.manual_seed(seed)
-    return dict(img=torch.randn(B, h * w // 4, 64), txt=torch.randn(B, T, c["joint_attention_dim"]), pooled=torch.randn(B, c["pooled_projection_dim"]),
-                timestep=torch.rand(B), guidance=torch.rand(B) * 35 if c["guidance_embeds"] else None, img_ids=9 * image_ids(h, w), txt_ids=torch.zeros(T, 3))
 
-def test_full_size_models_have_the_published_names_and_counts():
-    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0, T5-XXL have the public numbers of parameters, the peers' names and shapes."""
-    qwens = ((152064, 3584, 18944, 28, 28, 4, 128, 1e-6, 1e6, True, False), (151936, 896, 4864, 24, 14, 2, 64, 1e-6, 1e6, True, True))
-    dev, vae = flux_config(24, 128, (16, 56, 56), doubles=19, singles=38, txt=4096, pooled=768), vae_config((128, 256, 512, 512), 32, 2)
-    t5 = dict(d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128, relative_attention_num_buckets=32, layer_norm_epsilon=1e-6,
-              feed_forward_proj="gated-gelu")
+def t5_config(**more):
+    """config.json of a tiny T5."""
+    return {
+        "vocab_size": 60,
+        "d_model": 20,
+        "d_kv": 6,
+        "d_ff": 30,
+        "num_layers": 3,
+        "num_heads": 5,
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 32,
+        "layer_norm_epsilon": 1e-6,
+        **more,
+    }
+
+
+def clip_config(**more):
+    """config.json of a tiny CLIP text tower."""
+    return {
+        "vocab_size": 60,
+        "hidden_size": 20,
+        "intermediate_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "max_position_embeddings": 12,
+        "hidden_act": "quick_gelu",
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def flux_inputs(config, B=2, h=4, w=8, T=5, seed=0):
+    """Random arguments of Flux.forward; positions nine apart."""
+    g = seeded(seed)
+    guidance = torch.rand(B, generator=g) * 35
+    return {
+        "img": torch.randn(B, h * w // 4, 64, generator=g),
+        "txt": torch.randn(B, T, config["joint_attention_dim"], generator=g),
+        "pooled": torch.randn(B, config["pooled_projection_dim"], generator=g),
+        "timestep": torch.rand(B, generator=g),
+        "guidance": guidance if config["guidance_embeds"] else None,
+        "img_ids": 9 * flux.image_ids(h, w),
+        "txt_ids": torch.zeros(T, 3),
+    }
+
+
+def tiny_flux(**changes):
+    return loud(flux.Flux(flux_config(**changes)))
+
+
+def tiny_net(config, *sizes):
+    return loud(controlnet.ControlNet(control_config(config, *sizes)))
+
+
+def count_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+DEV = flux_config(
+    heads=24,
+    head_dim=128,
+    axes=(16, 56, 56),
+    doubles=19,
+    singles=38,
+    txt=4096,
+    pooled=768,
+)
+DEV_VAE = vae_config((128, 256, 512, 512), 32, 2)
+DEV_NETS = [control_config(DEV, 10, 5, 10), control_config(DEV, None, 6, 0)]
+QWEN_SIZES = [
+    {
+        "vocab": 152064,
+        "width": 3584,
+        "inner": 18944,
+        "layers": 28,
+        "heads": 28,
+        "kv_heads": 4,
+        "head_dim": 128,
+        "tied": False,
+    },
+    {
+        "vocab": 151936,
+        "width": 896,
+        "inner": 4864,
+        "layers": 24,
+        "heads": 14,
+        "kv_heads": 2,
+        "head_dim": 64,
+        "tied": True,
+    },
+]
+FULL_T5 = t5_config(
+    d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, vocab_size=32128
+)
+
+
+@functools.cache
+def full_size_models():
+    """Qwen2.5-7B and 0.5B, FLUX.1-dev, its autoencoder, ControlNet-Union and Union-Pro-2.0, and
+    T5-XXL, without memory."""
+    models = []
+    with qwen.on_meta():
+        for sizes in QWEN_SIZES:
+            config = Config(
+                **sizes,
+                eps=1e-6,
+                theta=1e6,
+                qkv_bias=True,
+                headless=False,
+                window=None,
+                eos=(),
+            )
+            models.append(Qwen(config))
+        models.append(flux.Flux(DEV))
+        models.append(flux.VAE(DEV_VAE))
+        models += [controlnet.ControlNet(config) for config in DEV_NETS]
+        models.append(flux.T5(FULL_T5))
+    return models
+
+
+def test_full_size_models_have_the_published_numbers_of_parameters():
+    assert [count_parameters(model) for model in full_size_models()] == [
+        7_615_616_512,
+        494_032_768,
+        11_901_408_320,
+        83_819_683,
+        3_301_956_608,
+        2_140_876_800,
+        4_762_310_656,
+    ]
+
+
+def shapes(model):
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def test_full_size_qwens_have_the_names_and_shapes_of_transformers():
+    transformers = peer("transformers")
+    names = {
+        "vocab": "vocab_size",
+        "width": "hidden_size",
+        "inner": "intermediate_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "tied": "tie_word_embeddings",
+    }
+    for sizes, ours in zip(QWEN_SIZES, full_size_models()):
+        config = {theirs: sizes[name] for name, theirs in names.items()}
+        with torch.device("meta"):
+            theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
+        assert shapes(ours) == shapes(theirs)
+
+
+def test_full_size_flux_has_the_names_and_shapes_of_diffusers():
+    """The transformer, the autoencoder and both ControlNets."""
+    diffusers = peer("diffusers")
     with torch.device("meta"):
-        nets = [control_config(dev, *sizes) for sizes in ((10, 5, 10), (None, 6, 0))]
-        models = [*(Qwen(Config(*sizes, False, None, ())) for sizes in qwens), Flux(dev), VAE(vae), *map(ControlNet, nets), T5(t5)]
-    counts = [sum(p.numel() for p in model.parameters()) for model in models]
-    assert counts == [7_615_616_512, 494_032_768, 11_901_408_320, 83_819_683, 3_301_956_608, 2_140_876_800, 4_762_310_656]
-    tf, d = peer("transformers"), peer("diffusers")
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    with torch.device("meta"):
-        theirs = [tf.Qwen2ForCausalLM(tf.Qwen2Config(**dict(zip(names, sizes)), tie_word_embeddings=sizes[-1])) for sizes in qwens]
-        theirs += [d.FluxTransformer2DModel(**dev), d.AutoencoderKL(**vae), *(d.FluxControlNetModel(**net) for net in nets)]
-    for mine, model in zip(models, theirs):
-        assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+        theirs = [
+            diffusers.FluxTransformer2DModel(**DEV),
+            diffusers.AutoencoderKL(**DEV_VAE),
+        ]
+        theirs += [diffusers.FluxControlNetModel(**config) for config in DEV_NETS]
+    for ours, model in zip(full_size_models()[2:], theirs):
+        assert shapes(ours) == shapes(model)
+
 
 def ask(model, x, **more):
     """What diffusers' Flux or ControlNet answers to our inputs."""
-    names = dict(img="hidden_states", txt="encoder_hidden_states", pooled="pooled_projections")
-    return model(**{names.get(name, name): value for name, value in x.items()}, **more, return_dict=False)
+    names = {
+        "img": "hidden_states",
+        "txt": "encoder_hidden_states",
+        "pooled": "pooled_projections",
+    }
+    inputs = {names.get(name, name): value for name, value in x.items()}
+    return model(**inputs, **more, return_dict=False)
+
+
+UNGUIDED = flux_config(
+    heads=5, head_dim=24, axes=(8, 8, 8), guided=False, doubles=1, singles=4
+)
+
+# (Flux, batch, the net's modes, double and single blocks)
+FLUX_SHAPES = [
+    (flux_config(), 2, (10, 2, 3)),
+    (UNGUIDED, 3, (None, 1, 0)),
+    (flux_config(1, doubles=5, singles=7), 1, (7, 3, 3)),
+    (flux_config(doubles=0, singles=2), 2, (None, 0, 2)),
+]
+
 
 def test_flux_and_controlnet_equal_diffusers():
-    """Residuals in each mode or without modes, and velocities under them agree to 1e-4: odd head counts, guidance or none; bf16 is no further from fp32."""
-    d = peer("diffusers")
-    for c, B, *sizes in ((flux_config(), 2, 10, 2, 3), (flux_config(5, 24, (8, 8, 8), False, 1, 4), 3, None, 1, 0),
-                         (flux_config(1, doubles=5, singles=7), 1, 7, 3, 3), (flux_config(doubles=0, singles=2), 2, None, 0, 2)):
-        theirs, their_net = loud(d.FluxTransformer2DModel(**c)), loud(d.FluxControlNetModel(**control_config(c, *sizes)))
-        net, x, control = reload(their_net, ControlNet), flux_inputs(c, B), torch.randn(B, 8, 64)
+    """To 1e-4: residuals in each mode or without modes, and velocities under them; odd numbers of
+    heads, guidance or none."""
+    diffusers = peer("diffusers")
+    for config, B, sizes in FLUX_SHAPES:
+        theirs = loud(diffusers.FluxTransformer2DModel(**config))
+        their_net = loud(
+            diffusers.FluxControlNetModel(**control_config(config, *sizes))
+        )
+        net = reload(their_net, controlnet.ControlNet)
+        x = flux_inputs(config, B)
+        control = noise(B, 8, 64, seed=5)
         for mode in range(sizes[0] or 1):
             modes = torch.full((B, 1), mode) if sizes[0] else None
-            double, single = ask(their_net, x, controlnet_cond=control, controlnet_mode=modes, conditioning_scale=0.7)
+            double, single = ask(
+                their_net,
+                x,
+                controlnet_cond=control,
+                controlnet_mode=modes,
+                conditioning_scale=0.7,
+            )
             found = net(control=control, mode=mode, scale=0.7, **x)
-            assert relative([*found[0], *found[1]], [*(double or []), *(single or [])]) < 1e-4, (c, mode)
-        velocity, = ask(theirs, x, controlnet_block_samples=double, controlnet_single_block_samples=single)
-        assert relative(reload(theirs, Flux)(**x, double_residuals=found[0], single_residuals=found[1]), velocity) < 1e-4, c
-    c, held = flux_config(4, 32, (8, 12, 12)), dict(timestep=torch.tensor([1.0, 0.5, 0.25, 0.125]), guidance=torch.full((4,), 4.0))
-    for x, bound in ((flux_inputs(c, 4) | held, 1.1), (flux_inputs(c, 4), 0.1)):        # at times that bf16 does not hold the peer rounds 1000 t
-        theirs, rough = loud(d.FluxTransformer2DModel(**c)), x | {k: x[k].bfloat16() for k in ("img", "txt", "pooled")}
-        (velocity,), mine = ask(theirs, x), reload(theirs, Flux).bfloat16()(**rough)
-        assert relative(mine, velocity) <= bound * relative(ask(theirs.bfloat16(), rough)[0], velocity)
+            assert_close(
+                [*found[0], *found[1]], [*(double or []), *(single or [])], 1e-4
+            )
+        (want,) = ask(
+            theirs,
+            x,
+            controlnet_block_samples=double,
+            controlnet_single_block_samples=single,
+        )
+        residuals = {"double_residuals": found[0], "single_residuals": found[1]}
+        assert_close(reload(theirs, flux.Flux)(**x, **residuals), want, 1e-4)
 
-def test_flux_encoders_equal_their_peers():
-    """Prompts become the peers' vectors (of the peers' ids: cut, padded, any letters) in a batch as alone; latents and pictures are the peer's: all to 1e-4."""
-    prompts, at = ["A red mug, 12!", "", "  a\tB  <|endoftext|> c", "banana " * 40, "Caf\u00e9 na\u00efve", "mug"], MINI / "flux"
-    states, pooled = flux.encode_prompt(at, prompts, batch=4)
-    assert relative([states[3:4], pooled[3:4]], flux.encode_prompt(at, prompts[3:4])) < 1e-6
-    tf, d = peer("transformers"), peer("diffusers")
-    for found, part, pad, tokenizer, kind, answer in ((pooled, "", "<|endoftext|>", tf.CLIPTokenizer, tf.CLIPTextModel, "pooler_output"),
-                                                      (states, "_2", "<pad>", tf.PreTrainedTokenizerFast, tf.T5EncoderModel, "last_hidden_state")):
-        ids = tokenizer.from_pretrained(at / f"tokenizer{part}", pad_token=pad)(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        assert relative(found, getattr(kind.from_pretrained(at / f"text_encoder{part}", dtype=torch.float32)(ids), answer)) < 1e-4, part
-    config = tf.T5Config(vocab_size=60, d_model=20, d_kv=6, d_ff=30, num_layers=3, num_heads=5, feed_forward_proj="gated-gelu")
-    theirs, far, image, latent = loud(tf.T5EncoderModel(config)), torch.arange(150)[None] % 60, *(torch.randn(2, n, 16, 24, generator=seeded()) for n in (3, 16))
-    assert relative(reload(theirs, T5)(far), theirs(far).last_hidden_state) < 1e-4
-    for widths, depth, attention in (((16, 24, 40), 1, False), ((8, 16), 2, True), ((8,), 1, True)):
-        theirs = loud(d.AutoencoderKL(**vae_config(widths, 8, depth, mid_block_add_attention=attention)))
-        ours, posterior = reload(theirs, VAE), theirs.encode(image).latent_dist
-        want = [(z - 0.1159) * 0.3611 for z in (posterior.mode(), posterior.sample(seeded(1)))] + [theirs.decode(latent / 0.3611 + 0.1159).sample]
-        assert relative([ours.encode(image), ours.encode(image, seeded(1)), ours.decode(latent)], want) < 1e-4
 
-def test_flux_sampler_equals_the_diffusers_pipelines():
-    """Levels to 2e-6, latents to 1e-4: FluxPipeline (guidance; true CFG; schnell) and ControlNet at scale 0.7 in part of 5 steps."""
-    d, vae = peer("diffusers"), loud(peer("diffusers").AutoencoderKL(**vae_config()))
-    vae.encoder.conv_out.weight[16:], vae.encoder.conv_out.bias[16:] = 0, -100           # the pipeline samples the posterior: leave it no width
-    picture, ids = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8), image_ids(8, 16)
-    control = pack(reload(vae, VAE).encode(flux.to_tensor(picture)[None])).expand(2, -1, -1)
-    for guided, schedule in ((True, flux.SCHEDULE), (False, flux.SCHEDULE | {"use_dynamic_shifting": False, "shift": 1.0})):
-        c, levels, scheduler = flux_config(guided=guided), sigmas(5, 32, schedule), d.FlowMatchEulerDiscreteScheduler(**schedule)
-        x, no = flux_inputs(c, h=8, w=16), flux_inputs(c, seed=1)
-        theirs, net = loud(d.FluxTransformer2DModel(**c)), loud(d.FluxControlNetModel(**control_config(c)))
-        common = dict(prompt_embeds=x["txt"], pooled_prompt_embeds=x["pooled"], height=32, width=64, num_inference_steps=5, guidance_scale=5.0,
-                      output_type="latent", latents=x["img"])
-        steering = controlnet.steer(reload(net, ControlNet), control, x["txt"], x["pooled"], ids, levels, 5.0, mode=3, scale=0.7, start=0.2, end=0.9)
-        steered = dict(control_image=Image.fromarray(picture), control_mode=3, controlnet_conditioning_scale=0.7, control_guidance_start=0.2,
-                       control_guidance_end=0.9)
-        negative = dict(negative_prompt_embeds=no["txt"], negative_pooled_prompt_embeds=no["pooled"], true_cfg_scale=2.0)
-        for given, flags in (({}, {}), (negative, dict(negative=(no["txt"], no["pooled"]), cfg=2.0)), (steered, dict(control=steering))):
-            kind, more = (d.FluxControlNetPipeline, {"controlnet": net}) if given is steered else (d.FluxPipeline, {})
-            pipe = kind(scheduler, vae, None, None, None, None, theirs, **more)
-            pipe.set_progress_bar_config(disable=True)
-            got = denoise(reload(theirs, Flux), x["img"], x["txt"], x["pooled"], ids, levels, guidance=5.0, **flags)
-            assert relative(got, pipe(**common | given).images) < 1e-4 and (levels - scheduler.sigmas).abs().max() < 2e-6, (guided, flags)
+def test_flux_bf16_is_as_near_to_fp32_as_diffusers():
+    """At most 1.1 times as far; a tenth at times that bf16 does not hold, where the peer rounds
+    1000 t."""
+    diffusers = peer("diffusers")
+    config = flux_config(4, 32, (8, 12, 12))
+    exact_times = {
+        "timestep": torch.tensor([1.0, 0.5, 0.25, 0.125]),
+        "guidance": torch.full((4,), 4.0),
+    }
+    for more, bound in ((exact_times, 1.1), ({}, 0.1)):
+        x = {**flux_inputs(config, 4), **more}
+        theirs = loud(diffusers.FluxTransformer2DModel(**config))
+        (want,) = ask(theirs, x)
+        rough = dict(x)
+        for name in ("img", "txt", "pooled"):
+            rough[name] = x[name].bfloat16()
+        found = reload(theirs, flux.Flux).bfloat16()(**rough)
+        (allowed,) = ask(theirs.bfloat16(), rough)
+        assert relative(found, want) <= bound * relative(allowed, want)
 
-def exact(x0):
-    """A stand-in for Flux whose velocity is exact: x = (1-t) x0 + t eps, so eps - x0 = (x - x0) / t. It keeps the times of its calls."""
-    def velocity(x, txt, t, *_):
-        calls.append(t[0].item())
-        return (x - x0 + txt.mean()) / t[:, None, None]
-    calls, modulations = [], lambda levels, guidance, pooled: [t.expand(len(pooled)) for t in levels]
-    return SimpleNamespace(velocity=velocity, calls=calls, modulations=modulations, rope=lambda *ids: None)
+
+def test_flux_gives_the_recorded_velocities():
+    """Tiny and loud: guided, unguided, more double blocks, none; diffusers gives the same."""
+    found = []
+    for config, B, sizes in FLUX_SHAPES:
+        model = loud(flux.Flux(config))
+        found.append(model(**flux_inputs(config, B)))
+    assert_recorded(found[0], 2.6431, 1.4003, 0.084441, -1.4607)
+    assert_recorded(found[1], 1.116, -2.6999, 1.3959, 0.99095)
+    assert_recorded(found[2], 5.2622, -2.7858, -9.3287, -5.671)
+    assert_recorded(found[3], 5.6245, 2.5847, 2.9623, 0.30933)
+
+
+def test_controlnet_gives_the_recorded_residuals():
+    """Union nets in one mode and in one mode a row, and nets without modes."""
+    found = []
+    for config, B, sizes in FLUX_SHAPES:
+        net = tiny_net(config, *sizes)
+        mode = torch.arange(B) if B == 2 and sizes[0] else 5
+        double, single = net(
+            control=noise(B, 8, 64, seed=5), mode=mode, **flux_inputs(config, B)
+        )
+        assert (len(double), len(single)) == sizes[1:]
+        found.append(torch.stack(double + single))
+    assert_recorded(found[0], 10.82, 5.8011, -8.7185, -39.324)
+    assert_recorded(found[1], 19.125, 16.764, -14.128, 10.427)
+    assert_recorded(found[2], 3.9195, 2.2729, 5.0505, -1.8707)
+    assert_recorded(found[3], 4.8794, -10.91, -32.63, -11.059)
+
+
+def test_flux_miniature_gives_the_recorded_velocity():
+    """mini/flux and mini/controlnet; diffusers gives the same."""
+    model = flux.Flux.load(MINI / "flux/transformer")
+    net = controlnet.ControlNet.load(MINI / "controlnet")
+    x = flux_inputs(
+        {
+            "joint_attention_dim": 128,
+            "pooled_projection_dim": 64,
+            "guidance_embeds": True,
+        }
+    )
+    double, single = net(control=noise(2, 8, 64, seed=5), mode=0, scale=0.4, **x)
+    assert_recorded(torch.stack(double + single), 121.83, 424.38, 208.97, 195.24)
+    velocity = model(**x, double_residuals=double, single_residuals=single)
+    assert_recorded(velocity, 0.78199, 3.7418, -3.9365, 0.35395)
+    assert not model.training and model.proj_out.weight.dtype == torch.float32
+    rough = flux.Flux.load(MINI / "flux/transformer", dtype=torch.bfloat16)
+    assert rough.proj_out.weight.dtype == torch.bfloat16
+
+
+def row_of(x, i):
+    """The arguments of row i alone; positions belong to all rows."""
+    return {
+        name: value if name.endswith("_ids") else value[i : i + 1]
+        for name, value in x.items()
+    }
+
+
+def test_flux_row_is_what_it_is_alone():
+    config = flux_config()
+    model = loud(flux.Flux(config))
+    x = flux_inputs(config, B=3)
+    velocity = model(**x)
+    for i in range(3):
+        assert_close(model(**row_of(x, i)), velocity[i : i + 1], 1e-5)
+
+
+def test_flux_rope_depends_on_distances_only():
+    """A shift of all positions, text's included, changes nothing; stretched distances do."""
+    config = flux_config()
+    model = loud(flux.Flux(config))
+    x = flux_inputs(config, B=3)
+    velocity = model(**x)
+    offset = torch.tensor([3.0, 50.0, 17.0])
+    moved = {"img_ids": x["img_ids"] + offset, "txt_ids": x["txt_ids"] + offset}
+    assert_close(model(**{**x, **moved}), velocity, 1e-4)
+    stretched = model(**{**x, "img_ids": 2 * x["img_ids"]})
+    assert relative(stretched, velocity) > 1e-3
+
+
+def test_flux_rope_turns_neighbouring_pairs():
+    """Axis k turns its pairs (2i, 2i+1) by position * 10000^(-2i / its width)."""
+    table = flux.rope_table(torch.tensor([[2.0, 3.0, 5.0]]), (2, 4, 2))
+    angles = torch.tensor([2.0, 3.0, 3.0 * 0.01, 5.0])
+    x = noise(1, 1, 2, 8)
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
+    turned = flux.rotate(x, table)
+    assert_close(turned[..., 0::2], even * angles.cos() - odd * angles.sin(), 1e-5)
+    assert_close(turned[..., 1::2], even * angles.sin() + odd * angles.cos(), 1e-5)
+    assert flux.rotate(x.bfloat16(), table).dtype == torch.bfloat16
+
+
+def test_flux_attention_is_softmax_in_each_head():
+    """attend(q, k, v, heads) by hand, with its scale and with another and an addition."""
+    q, k, v = noise(3, 2, 4, 6)
+    bias = noise(1, 3, 4, 4, seed=1)
+    found = flux.attend(q, k, v, 3)
+    other = flux.attend(q, k, v, 3, attn_mask=bias, scale=1.0)
+    for head in range(3):
+        part = slice(2 * head, 2 * head + 2)
+        score = q[..., part] @ k[..., part].mT
+        p = (score / 2**0.5).softmax(-1)
+        assert_close(found[..., part], p @ v[..., part])
+        p = (score + bias[0, head]).softmax(-1)
+        assert_close(other[..., part], p @ v[..., part])
+
+
+def test_flux_residuals_stand_behind_their_runs_of_blocks():
+    """Of n blocks and m residuals block i adds residual i // ceil(n / m), on image tokens."""
+    config = flux_config(doubles=5, singles=3)
+    model = loud(flux.Flux(config))
+    x = flux_inputs(config)
+    a, b = noise(2, 2, 8, 48)
+    few = model(**x, double_residuals=[a, b], single_residuals=[b, a])
+    all_of_them = model(
+        **x, double_residuals=[a, a, a, b, b], single_residuals=[b, b, a]
+    )
+    assert same(few, all_of_them)
+    assert relative(few, model(**x)) > 1e-2
+    only = model(**x, single_residuals=[a])
+    assert same(only, model(**x, single_residuals=[a, a, a]))
+
+
+def test_flux_needs_guidance_exactly_where_it_has_an_embedding_of_it():
+    for guided, part in ((True, "guidance is needed"), (False, "it must be None")):
+        model = tiny_flux(guided=guided)
+        given = None if guided else torch.ones(2)
+        raises(part, model.modulation, torch.ones(2), given, torch.zeros(2, 8))
+        assert model.guided == guided
+
+
+def test_flux_modulation_of_all_levels_is_that_of_each():
+    """What a sampler computes once is what forward computes, for a guided checkpoint or not."""
+    levels = torch.tensor([1.0, 0.6, 0.25])
+    pooled = noise(2, 8)
+    for guided in (True, False):
+        model = tiny_flux(guided=guided)
+        together = model.modulations(levels, 3.5, pooled)
+        for t, found in zip(levels, together):
+            guidance = torch.full((2,), 3.5) if guided else None
+            alone = model.modulation(t.expand(2), guidance, pooled)
+            assert alone.shape == (2, 2 * 12 + 3 * 3 + 2, 48)
+            assert_close(found, alone, 1e-5)
+
+
+def test_flux_recomputed_blocks_give_the_same_gradient():
+    config = flux_config()
+    model = loud(flux.Flux(config))
+    calls = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    found = []
+    for model.checkpointing in (False, True):
+        x = flux_inputs(config)
+        x["img"].requires_grad_()
+        found += torch.autograd.grad(model(**x).square().mean(), x["img"])
+    assert same(*found) and len(calls) == 3
+
+
+def test_flux_image_prompt_adds_to_the_image_tokens_attention():
+    """The hook gets the image tokens' queries before their rotation, in double and single blocks;
+    zeros change nothing."""
+    config = flux_config()
+    model = loud(flux.Flux(config))
+    x = flux_inputs(config)
+    plain = model(**x)
+    seen = []
+
+    def zeros(q):
+        seen.append(q)
+        return 0 * q
+
+    for block in model.blocks():
+        block.attn.image_prompt = zeros
+    assert same(model(**x), plain)
+    moved = model(**{**x, "img_ids": x["img_ids"] + 1})
+    assert len(seen) == 10 and seen[0].shape == (2, 3, 8, 16)
+    assert same(seen[0], seen[5]) and relative(moved, plain) > 1e-4
+    model.blocks()[-1].attn.image_prompt = torch.ones_like
+    assert relative(model(**x), plain) > 1e-3
+
+
+def test_flux_refuses_checkpoints_of_another_kind(tmp_path):
+    """Another class, axes that do not fit, settings that are not written here: each is named."""
+
+    def refused(part, kind, settings):
+        write_lines(tmp_path / "config.json", settings)
+        raises(part, kind.load, tmp_path)
+
+    refused("FluxControlNetModel", flux.Flux, {"_class_name": "FluxControlNetModel"})
+    odd = flux_config(axes=(4, 4, 4))
+    refused("[4, 4, 4]", flux.Flux, {**odd, "_class_name": "FluxTransformer2DModel"})
+    relu = t5_config(feed_forward_proj="relu")
+    refused("'relu'", flux.T5, {**relu, "model_type": "t5"})
+    relu = clip_config(hidden_act="relu")
+    refused("'relu'", flux.CLIPText, {**relu, "model_type": "clip_text_model"})
+    older = vae_config(_class_name="AutoencoderKL", use_quant_conv=True)
+    refused("use_quant_conv is True", flux.VAE, older)
+    older.pop("use_quant_conv")
+    refused("use_quant_conv is True", flux.VAE, older)
+    refused(str(tmp_path), flux.VAE, {"_class_name": "AutoencoderKL"})
+
+
+def test_controlnet_that_is_new_adds_nothing():
+    """Its residuals are zero, and a Flux with them gives what it gives alone."""
+    config = flux_config()
+    net = controlnet.ControlNet(control_config(config, 4))
+    model = loud(flux.Flux(config))
+    x = flux_inputs(config)
+    double, single = net(control=noise(2, 8, 64, seed=5), **x)
+    assert not any(residual.any() for residual in double + single)
+    assert same(
+        model(**x, double_residuals=double, single_residuals=single), model(**x)
+    )
+    assert not net.controlnet_x_embedder.weight.any() and net.x_embedder.weight.any()
+
+
+def test_controlnet_row_is_what_it_is_alone_in_its_mode():
+    """Whatever the others' modes are; residuals are proportional to the scale."""
+    config = flux_config()
+    net = tiny_net(config, 4)
+    x = flux_inputs(config, B=3)
+    control = noise(3, 8, 64, seed=9)
+    modes = torch.tensor([0, 3, 1])
+    want = sum(net(control=control, mode=modes, **x), [])
+    for i, mode in enumerate(modes.tolist()):
+        alone = net(control=control[i : i + 1], mode=mode, scale=2.0, **row_of(x, i))
+        assert_close(
+            sum(alone, []), [2 * residual[i : i + 1] for residual in want], 1e-5
+        )
+
+
+def test_controlnet_mode_is_a_token_before_the_text():
+    """A net without modes gives the same when the mode's embedding stands before the text."""
+    config = flux_config(txt=48)
+    net = tiny_net(config, 4)
+    x = flux_inputs(config)
+    control = noise(2, 8, 64, seed=9)
+    want = sum(net(control=control, mode=3, **x), [])
+    token = net.controlnet_mode_embedder.weight[3].expand(2, 1, 48)
+    weight = net.context_embedder.weight.double()
+    vector = torch.linalg.solve(
+        weight, (token - net.context_embedder.bias).double().mT
+    ).mT
+    net.controlnet_mode_embedder = None
+    txt = torch.cat([vector.float(), x["txt"]], dim=1)
+    plain = net(control=control, **{**x, "txt": txt, "txt_ids": torch.zeros(6, 3)})
+    assert_close(sum(plain, []), want, 1e-3)
+
+
+def test_controlnet_refuses_modes_that_it_has_not():
+    config = flux_config()
+    net = tiny_net(config, 4)
+    x = flux_inputs(config)
+    control = noise(2, 8, 64, seed=9)
+    for mode in (4, -1, torch.tensor([0, 4]), torch.tensor([0, -1])):
+        raises("this net has 0 to 3", net, control=control, mode=mode, **x)
+    net(control=control, mode=3, **x)
+
+
+def test_controlnet_of_another_design_or_for_another_flux_is_refused(tmp_path):
+    """XLabs' nets are named; so is a net whose width is not the transformer's."""
+    file = tmp_path / "x.safetensors"
+    save_file({"input_hint_block.0.weight": torch.zeros(1)}, file)
+    raises("XLabs", controlnet.ControlNet.load, tmp_path)
+    config = control_config(flux_config())
+    write_lines(
+        tmp_path / "config.json", {**config, "_class_name": "FluxControlNetModel"}
+    )
+    save_file(controlnet.ControlNet(config).state_dict(), file)
+    how = {"device": "cpu", "dtype": torch.float32, "offload": False}
+    paths = (MINI / "flux", tmp_path)
+    raises("is not a ControlNet for", controlnet.load_pair, *paths, **how)
+
+
+def test_controlnet_whose_weights_travel_changes_no_bit():
+    """A streamed net gives the same residuals, and its blocks' weights stay at home."""
+    config = flux_config()
+    net = tiny_net(config, 4)
+    x = flux_inputs(config)
+    control = noise(2, 8, 64, seed=9)
+    want = sum(net(control=control, mode=2, **x), [])
+    homes = [p.data_ptr() for p in net.parameters()]
+    streamed = controlnet.stream(net, "cpu")
+    with mock.patch("controlnet.visit", side_effect=controlnet.visit) as visit:
+        found = streamed(control=control, mode=2, **x)
+    assert same(sum(found, []), want) and visit.call_count == 5
+    assert homes == [p.data_ptr() for p in net.parameters()]
+
+
+def test_controlnet_offloaded_pair_keeps_the_named_parts_at_home():
+    """With offload only Flux's modulation and the net's blocks stay on the CPU. (There is no other
+    device here: float64 stands for it, what has moved there is double.)"""
+    paths = (MINI / "flux", MINI / "controlnet")
+    model, net = controlnet.load_pair(*paths, torch.float64, torch.float32, True)
+    for name, p in model.named_parameters():
+        stays = re.search(r"norm(1|1_context|_out)?\.linear", name)
+        assert p.dtype == (torch.float32 if stays else torch.float64), name
+    for name, p in net.named_parameters():
+        stays = "transformer_blocks." in name
+        assert p.dtype == (torch.float32 if stays else torch.float64), name
+    assert net.streamed
+    model, net = controlnet.load_pair(*paths, "cpu", torch.bfloat16, False)
+    assert not net.streamed and net.x_embedder.weight.dtype == torch.bfloat16
+    assert model.x_embedder.weight.dtype == torch.bfloat16
+    assert (
+        controlnet.load_pair(MINI / "flux", None, "cpu", torch.float32, True)[1] is None
+    )
+
+
+# ---- flux.py: text encoders ----------------------------------------------------------------------
+
+PROMPTS = [
+    "A red mug, 12!",
+    "",
+    "  a\tB  <|endoftext|> c",
+    "banana " * 40,
+    "Caf\u00e9 na\u00efve",
+    "mug",
+]
+
+
+def padded_ids(tokenizer, pad):
+    """The prompts' ids, from a tokenizer of transformers."""
+    tokenizer.pad_token = pad
+    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(PROMPTS, **how).input_ids
+
+
+def test_flux_prompt_vectors_equal_transformers():
+    """Of the peers' ids (cut, padded, any letters), to 1e-4."""
+    transformers = peer("transformers")
+    folder = MINI / "flux"
+    states, pooled = flux.encode_prompt(folder, PROMPTS)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = padded_ids(tokenizer, "<|endoftext|>")
+    kind = transformers.CLIPTextModel
+    model = kind.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    assert_close(pooled, model(ids).pooler_output, 1e-4)
+    assert same(flux.TextTokenizer(folder / "tokenizer")(PROMPTS), ids)
+    kind = transformers.PreTrainedTokenizerFast
+    ids = padded_ids(kind.from_pretrained(folder / "tokenizer_2"), "<pad>")
+    kind = transformers.T5EncoderModel
+    model = kind.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
+    assert_close(states, model(ids).last_hidden_state, 1e-4)
+    assert same(flux.TextTokenizer(folder / "tokenizer_2")(PROMPTS), ids)
+
+
+def test_flux_t5_equals_transformers():
+    """At distances beyond the last bucket, too."""
+    transformers = peer("transformers")
+    ids = torch.arange(150)[None] % 60
+    theirs = loud(transformers.T5EncoderModel(transformers.T5Config(**t5_config())))
+    assert_close(reload(theirs, flux.T5)(ids), theirs(ids).last_hidden_state, 1e-4)
+
+
+def test_flux_clip_equals_transformers():
+    """Either activation; the end is the config's id, or the largest where it says 2."""
+    transformers = peer("transformers")
+    ids = torch.tensor([[1, 5, 9, 40, 40, 7], [1, 40, 59, 40, 2, 3]])
+    for changes in ({}, {"hidden_act": "gelu", "eos_token_id": 40}):
+        config = transformers.CLIPTextConfig(**clip_config(**changes))
+        theirs = loud(transformers.CLIPTextModel(config))
+        want = theirs(ids).pooler_output
+        assert_close(reload(theirs, flux.CLIPText)(ids), want, 1e-4)
+
+
+def test_flux_encoders_give_the_recorded_vectors():
+    """Tiny and loud, and mini/flux on six prompts; transformers gives the same."""
+    ids = torch.arange(150)[None] % 60
+    assert_recorded(loud(flux.T5(t5_config()))(ids), -0.42659, -1.4158, 1.4584, 1.1339)
+    ids = torch.tensor([[1, 5, 9, 40, 40, 7], [1, 40, 59, 40, 2, 3]])
+    assert_recorded(
+        loud(flux.CLIPText(clip_config()))(ids), -0.37302, 0.47079, 1.3639, -0.14411
+    )
+    gelu = clip_config(hidden_act="gelu", eos_token_id=40)
+    assert_recorded(loud(flux.CLIPText(gelu))(ids), -0.28765, 0.72125, 1.5403, -0.53828)
+    states, pooled = flux.encode_prompt(MINI / "flux", PROMPTS)
+    assert_recorded(states, -1.6186, 0.70232, -1.5361, -0.12606)
+    assert_recorded(pooled, 0.88202, -0.72101, 0.24572, 0.054034)
+
+
+def test_flux_prompt_is_encoded_the_same_alone():
+    states, pooled = flux.encode_prompt(MINI / "flux", PROMPTS, batch=4)
+    for i in (3, 5):
+        alone = flux.encode_prompt(MINI / "flux", PROMPTS[i : i + 1])
+        assert_close(alone, [states[i : i + 1], pooled[i : i + 1]])
+    rough, _ = flux.encode_prompt(MINI / "flux", PROMPTS[:1], dtype=torch.bfloat16)
+    assert rough.dtype == torch.bfloat16 and not states.requires_grad
+
+
+def test_flux_clip_token_sees_what_stands_before_and_t5_all():
+    """CLIP's pooled state is that of the end, whatever padding follows it."""
+    clip = loud(flux.CLIPText(clip_config()))
+    ids = torch.tensor(
+        [[1, 5, 59, 7, 7], [1, 5, 59, 8, 9], [1, 5, 59, 59, 59], [1, 6, 59, 7, 7]]
+    )
+    pooled = clip(ids)
+    assert_close(pooled[:3], pooled[:1].expand(3, -1), 1e-5)
+    assert relative(pooled[3], pooled[0]) > 1e-3
+    t5 = loud(flux.T5(t5_config()))
+    states = t5(ids[:2])
+    assert ((states[0] - states[1]).norm(dim=-1) > 1e-4).all()
+
+
+def test_flux_t5_has_a_bias_for_each_bucket_of_distances():
+    """key - query: up to 7 exact, then logarithmic up to 127; keys behind count from 16 on."""
+    t5 = flux.T5(t5_config())
+    table = t5.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+    table.weight.data.copy_(torch.arange(32)[:, None].expand(32, 5) + 0.0)
+    bucket = t5.bias(200, "cpu")[0, 3]
+    wanted = {
+        0: 0,
+        1: 1,
+        7: 7,
+        8: 8,
+        11: 8,
+        12: 9,
+        16: 10,
+        32: 12,
+        64: 14,
+        90: 14,
+        91: 15,
+        199: 15,
+    }
+    for distance, want in wanted.items():
+        assert bucket[distance, 0] == want
+        assert bucket[0, distance] == want + (16 if distance else 0)
+    assert same(bucket[5:, 5:], bucket[:-5, :-5])
+
+
+def test_flux_clip_files_may_leave_the_prefix_out(tmp_path):
+    """transformers 5 writes CLIP's names without text_model., and T5 may hold its embedding
+    twice."""
+    clip = loud(flux.CLIPText(clip_config()))
+    tensors = {
+        name.removeprefix("text_model."): p for name, p in clip.state_dict().items()
+    }
+    write_lines(tmp_path / "config.json", clip_config(model_type="clip_text_model"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    ids = torch.tensor([[1, 5, 9]])
+    assert_close(flux.CLIPText.load(tmp_path)(ids), clip(ids))
+    t5 = loud(flux.T5(t5_config()))
+    tensors = {**t5.state_dict(), "encoder.embed_tokens.weight": torch.zeros(60, 20)}
+    write_lines(tmp_path / "config.json", t5_config(model_type="t5"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_close(flux.T5.load(tmp_path)(ids), t5(ids))
+
+
+def test_flux_tokenizers_cut_and_pad_and_know_any_letter(tmp_path):
+    """CLIP's lower case, its two special tokens, T5's; each prompt as long as the config says."""
+    clip = flux.TextTokenizer(MINI / "flux/tokenizer")
+    t5 = flux.TextTokenizer(MINI / "flux/tokenizer_2")
+    assert clip(PROMPTS).shape == (6, 32)
+    assert zlib.crc32(clip(PROMPTS).numpy()) == 4044444527
+    assert zlib.crc32(t5(PROMPTS).numpy()) == 2738129079
+    same_words = clip(["A  RED mug", " a red\n mug "])
+    assert same(same_words[0], same_words[1])
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        file = MINI / "flux/tokenizer" / name
+        if file.is_file():
+            (tmp_path / name).write_bytes(file.read_bytes())
+    lines = (tmp_path / "merges.txt").read_text().splitlines()
+    (tmp_path / "merges.txt").write_text("\n".join(lines[:-1]))
+    raises("merges", flux.TextTokenizer, tmp_path)
+
+
+# ---- flux.py: autoencoder and pictures -----------------------------------------------------------
+
+VAE_SHAPES = [
+    vae_config((16, 24, 40), 8, mid_block_add_attention=False),
+    vae_config((8, 16), 8, 2),
+    vae_config((8,), 8),
+]
+
+
+def test_flux_autoencoder_equals_diffusers():
+    """The posterior's mean, a sample of it, and the picture, to 1e-4."""
+    diffusers = peer("diffusers")
+    image = noise(2, 3, 16, 24)
+    latent = noise(2, 16, 16, 24)
+    for config in VAE_SHAPES:
+        theirs = loud(diffusers.AutoencoderKL(**config))
+        ours = reload(theirs, flux.VAE)
+        posterior = theirs.encode(image).latent_dist
+        assert_close(ours.encode(image), (posterior.mode() - 0.1159) * 0.3611, 1e-4)
+        drawn_latent = (posterior.sample(seeded(1)) - 0.1159) * 0.3611
+        assert_close(ours.encode(image, seeded(1)), drawn_latent, 1e-4)
+        want = theirs.decode(latent / 0.3611 + 0.1159).sample
+        assert_close(ours.decode(latent), want, 1e-4)
+
+
+def test_flux_autoencoder_gives_the_recorded_numbers():
+    """Tiny and loud, with attention and without, and mini/flux; diffusers gives the same."""
+    image = noise(1, 3, 16, 24)
+    latents = []
+    pictures = []
+    for config in VAE_SHAPES:
+        vae = loud(flux.VAE(config))
+        latents.append(vae.encode(image))
+        pictures.append(vae.decode(noise(1, 16, 4, 6)))
+        assert vae.factor == 2 ** (len(config["block_out_channels"]) - 1)
+    assert_recorded(latents[0], 0.089602, 0.011885, -0.021571, 0.15117)
+    assert_recorded(latents[1], -0.28397, 0.11644, 0.22781, -0.13566)
+    assert_recorded(latents[2], 0.1956, 0.11728, 0.1992, 0.46585)
+    assert_recorded(pictures[0], 0.11817, 0.96969, 0.17857, -0.34741)
+    assert_recorded(pictures[1], 0.27081, -0.023714, -0.76622, -0.76752)
+    assert_recorded(pictures[2], 0.51257, 0.28687, 0.75275, -0.03871)
+    vae = flux.VAE.load(MINI / "flux/vae")
+    latent = vae.encode(flux.to_tensor(apple())[None])
+    assert_recorded(latent, -0.041255, -1.5528, 0.79168, -0.41621)
+    assert latent.shape == (1, 16, 16, 16)
+    seen = flux.to_picture(vae.decode(latent)[0])
+    assert np.abs(seen.astype(float) - apple()).mean() < 6
+
+
+def test_flux_autoencoder_samples_the_posterior():
+    """encode(image, generator) is mean + exp(logvar / 2) * noise, then shifted and scaled; logvar
+    lies within -30 .. 20."""
+    vae = loud(flux.VAE(vae_config()))
+    image = noise(2, 3, 8, 8)
+    mean, logvar = vae.encoder(image).chunk(2, dim=1)
+    for add in (0, 1e3, -1e3):
+        vae.encoder.conv_out.bias[16:] += add
+        width = ((logvar + add).clamp(-30, 20) / 2).exp()
+        want = mean + width * noise(2, 16, 2, 2, seed=3)
+        found = vae.encode(image, seeded(3))
+        assert_close(found, (want - 0.1159) * 0.3611, 1e-5)
+        vae.encoder.conv_out.bias[16:] -= add
+    assert_close(vae.encode(image), (mean - 0.1159) * 0.3611)
+
+
+def test_flux_pictures_become_tensors_and_come_back():
+    """0 .. 255 is -1 .. 1; what lies outside is cut, what lies between is rounded, nan refused."""
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+    tensor = flux.to_tensor(picture)
+    assert tensor.shape == (3, 4, 4) and tensor[2, 0, 0] == picture[0, 0, 2] / 127.5 - 1
+    assert (flux.to_picture(tensor) == picture).all()
+    assert same(flux.to_tensor(Image.fromarray(picture)), tensor)
+    values = torch.tensor([-3.0, -1.0, 0.001, 1.0, 7.0])
+    wanted = [0, 0, 128, 255, 255]
+    assert flux.to_picture(values.expand(3, 1, 5))[0, :, 1].tolist() == wanted
+    for bad in (math.nan, math.inf):
+        raises("the picture is not finite", flux.to_picture, torch.full((3, 2, 2), bad))
+
+
+def test_flux_square_is_the_middle_of_a_picture(tmp_path):
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 2:6] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    square = flux.read_square(tmp_path / "wide.png", 4)
+    assert (
+        square.shape == (4, 4, 3) and square.dtype == np.uint8 and (square == 200).all()
+    )
+
+
+def test_flux_tokens_are_patches_of_two_by_two():
+    """Token by token in reading order, inside it channel, row, column; unpack is the inverse."""
+    z = noise(2, 16, 4, 6)
+    tokens = flux.pack(z)
+    assert tokens.shape == (2, 6, 64) and same(
+        tokens[:, 1], z[:, :, :2, 2:4].flatten(1)
+    )
+    assert same(tokens[:, 3], z[:, :, 2:, :2].flatten(1))
+    assert same(flux.unpack(tokens, 4, 6), z)
+    want = [[0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 1, 1], [0, 1, 2]]
+    assert flux.image_ids(4, 6).tolist() == want
+    for shape in ((1, 16, 3, 4), (1, 16, 4, 3)):
+        raises("cannot be cut into 2 x 2 patches", flux.pack, torch.zeros(shape))
+
+
+# ---- flux.py: the sampler ------------------------------------------------------------------------
+
+SCHNELL = {**flux.SCHEDULE, "use_dynamic_shifting": False, "shift": 1.0}
+
+
+def apple():
+    """A shipped picture, uint8 (64, 64, 3)."""
+    return flux.read_square(SAMPLE / "scenes/00_apple.png", 64)
+
+
+def quiet_pipeline(kind, *parts, **more):
+    """A pipeline of diffusers, without text encoders."""
+    names = ["scheduler", "vae", "transformer"]
+    absent = ["text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    pipe = kind(**dict(zip(names, parts)), **dict.fromkeys(absent), **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def peer_sampler(guided, schedule):
+    """What both samplers below need: our inputs, and diffusers' scheduler, autoencoder, transformer
+    and arguments. The pipeline samples the posterior: its width is set to nothing."""
+    diffusers = peer("diffusers")
+    vae = loud(diffusers.AutoencoderKL(**vae_config()))
+    vae.encoder.conv_out.weight[16:] = 0
+    vae.encoder.conv_out.bias[16:] = -100
+    config = flux_config(guided=guided)
+    x = flux_inputs(config, h=8, w=16)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**schedule)
+    parts = (scheduler, vae, loud(diffusers.FluxTransformer2DModel(**config)))
+    common = {
+        "prompt_embeds": x["txt"],
+        "pooled_prompt_embeds": x["pooled"],
+        "height": 32,
+        "width": 64,
+        "num_inference_steps": 5,
+        "guidance_scale": 5.0,
+        "output_type": "latent",
+        "latents": x["img"],
+    }
+    return config, x, parts, common
+
+
+def test_flux_sampler_equals_the_diffusers_pipeline():
+    """Levels to 2e-6, latents to 1e-4: with an embedding of guidance (dev), without (schnell), and
+    with true CFG."""
+    for guided, schedule in ((True, flux.SCHEDULE), (False, SCHNELL)):
+        config, x, parts, common = peer_sampler(guided, schedule)
+        pipe = quiet_pipeline(peer("diffusers").FluxPipeline, *parts)
+        levels = flux.sigmas(5, 32, schedule)
+        no = flux_inputs(config, seed=1)
+        negative = {
+            "negative_prompt_embeds": no["txt"],
+            "negative_pooled_prompt_embeds": no["pooled"],
+            "true_cfg_scale": 2.0,
+        }
+        cfg = {"negative": (no["txt"], no["pooled"]), "cfg": 2.0}
+        for given, how in (({}, {}), (negative, cfg)):
+            want = pipe(**common, **given).images
+            words = {
+                "txt": x["txt"],
+                "pooled": x["pooled"],
+                "img_ids": flux.image_ids(8, 16),
+            }
+            model = reload(parts[2], flux.Flux)
+            found = flux.denoise(
+                model, x["img"], **words, levels=levels, guidance=5.0, **how
+            )
+            assert_close(found, want, 1e-4)
+            assert (levels - parts[0].sigmas).abs().max() < 2e-6
+
+
+def test_controlnet_sampler_equals_the_diffusers_pipeline():
+    """At scale 0.7, in part of 5 steps, in mode 3."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    ids = flux.image_ids(8, 16)
+    for guided, schedule in ((True, flux.SCHEDULE), (False, SCHNELL)):
+        config, x, parts, common = peer_sampler(guided, schedule)
+        their_net = loud(
+            peer("diffusers").FluxControlNetModel(**control_config(config))
+        )
+        kind = peer("diffusers").FluxControlNetPipeline
+        pipe = quiet_pipeline(kind, *parts, controlnet=their_net)
+        steered = {
+            "control_image": Image.fromarray(picture),
+            "control_mode": 3,
+            "controlnet_conditioning_scale": 0.7,
+            "control_guidance_start": 0.2,
+            "control_guidance_end": 0.9,
+        }
+        want = pipe(**common, **steered).images
+        latent = reload(parts[1], flux.VAE).encode(flux.to_tensor(picture)[None])
+        net = reload(their_net, controlnet.ControlNet)
+        levels = flux.sigmas(5, 32, schedule)
+        words = {
+            "txt": x["txt"],
+            "pooled": x["pooled"],
+            "img_ids": ids,
+            "levels": levels,
+        }
+        how = {"guidance": 5.0, "mode": 3, "scale": 0.7, "start": 0.2, "end": 0.9}
+        control = controlnet.steer(
+            net, flux.pack(latent).expand(2, -1, -1), **words, **how
+        )
+        model = reload(parts[2], flux.Flux)
+        found = flux.denoise(model, x["img"], **words, guidance=5.0, control=control)
+        assert_close(found, want, 1e-4)
+
+
+def test_flux_levels_are_the_published():
+    """FLUX.1-dev's at three sizes; schnell's are evenly spaced, or shifted by a constant."""
+    large = torch.tensor([1, 0.904531, 0.759511, 0.512844, 0])
+    middle = torch.tensor([1, 0.849235, 0.652489, 0.384945, 0])
+    small = torch.tensor([1, 0.831824, 0.622459, 0.354661, 0])
+    for tokens, want in ((4096, large), (1024, middle), (256, small)):
+        assert (flux.sigmas(4, tokens) - want).abs().max() < 1e-6
+    sixty = flux.sigmas(60, 4096)
+    assert_close(sixty[:3], torch.tensor([1, 0.994662, 0.989199]))
+    assert_close(sixty[-4:], torch.tensor([0.142529, 0.098208, 0.050809, 0]), 1e-5)
+    assert sixty.shape == (61,) and sixty.dtype == torch.float32
+    assert_close(flux.sigmas(4, 99, SCHNELL), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    shifted = flux.sigmas(2, 99, {**SCHNELL, "shift": 3.0})
+    assert_close(shifted, torch.tensor([1, 3 / 4, 0]))
+    assert_close(flux.sigmas(1, 99), torch.tensor([1.0, 0]))
+    raises("steps is 0", flux.sigmas, 0, 256)
+
+
+class Exact:
+    """A stand-in for Flux whose velocity is exact: x = (1-t) x0 + t eps, so v = (x - x0) / t, and
+    the text's mean is added. It keeps the times and guidances of its calls."""
+
+    def __init__(self, x0):
+        self.x0 = x0
+        self.times = []
+        self.residuals = []
+
+    def rope(self, txt_ids, img_ids):
+        assert len(txt_ids) == 3 and not txt_ids.any() and len(img_ids) == 6
+        return None
+
+    def modulations(self, levels, guidance, pooled):
+        self.guidance = guidance
+        return [t.expand(len(pooled)) for t in levels]
+
+    def velocity(self, x, txt, t, rope, double=(), single=()):
+        self.times.append(t[0].item())
+        self.residuals.append((double, single))
+        return (x - self.x0 + txt.mean()) / t[:, None, None]
+
+
+def denoise_exactly(model, steps, txt=0.0, **how):
+    words = torch.full((2, 3, 4), txt)
+    return flux.denoise(
+        model,
+        noise(2, 6, 64, seed=1),
+        words,
+        torch.zeros(2, 4),
+        img_ids=flux.image_ids(4, 6),
+        levels=flux.sigmas(steps, 6),
+        **how,
+    )
+
 
 def test_flux_euler_with_the_exact_velocity_recovers_the_picture():
-    """Levels are the published; any number of steps ends at x_0, from a noised source in the last strength * steps, rounded up; cfg extrapolates; nan is refused."""
-    for tokens, want in ((4096, [1, .904531, .759511, .512844, 0]), (1024, [1, .849235, .652489, .384945, 0]), (256, [1, .831824, .622459, .354661, 0])):
-        assert (sigmas(4, tokens) - torch.tensor(want)).abs().max() < 1e-6
-    x0, source, noise, txt, pooled = *torch.randn(3, 2, 6, 64, generator=seeded()), torch.zeros(2, 3, 4), torch.zeros(2, 4)
-    sample = lambda model, steps, txt=txt, **how: denoise(model, noise, txt, pooled, image_ids(4, 6), sigmas(steps, 6), **how)
-    for steps, strength, calls in ((1, 1.0, 1), (7, 1.0, 7), (10, 0.6, 6), (10, 0.32, 4), (10, 0.0, 0)):
-        out = sample(model := exact(x0), steps, source=source, strength=strength)
-        assert relative(out, x0 if calls else source) < 1e-5 and model.calls == sigmas(steps, 6)[steps - calls:steps].tolist()
-    assert relative(sample(exact(x0), 1, txt + 1, negative=(txt, pooled), cfg=3.0), x0 - 3) < 1e-5
-    for part, x0, how in (("strength is 1.5", x0, dict(source=source, strength=1.5)), ("cfg is 3.0", x0, dict(cfg=3.0)), ("not finite", x0 / 0, {})):
-        raises(part, sample, exact(x0), 2, **how)
+    """In any number of steps; a noised source does so in the last strength * steps, rounded up,
+    and strength 0 gives the source."""
+    x0 = noise(2, 6, 64)
+    source = noise(2, 6, 64, seed=2)
+    cases = [
+        (1, 1.0, 1),
+        (7, 1.0, 7),
+        (10, 0.6, 6),
+        (10, 0.32, 4),
+        (10, 0.0, 0),
+        (4, 0.25, 1),
+    ]
+    for steps, strength, run in cases:
+        model = Exact(x0)
+        found = denoise_exactly(model, steps, source=source, strength=strength)
+        assert_close(found, x0 if run else source, 1e-5)
+        assert model.times == flux.sigmas(steps, 6)[steps - run : steps].tolist()
+    assert_close(denoise_exactly(Exact(x0), 3), x0, 1e-5)
 
-def test_flux_and_controlnet_row_depends_on_itself_and_on_distances_alone():
-    """A row is what it is alone, whatever the others' mode; RoPE sees no common shift; a new net adds nothing; weights that travel change no bit and come home."""
-    c, control, modes, z = flux_config(), torch.randn(3, 8, 64, generator=seeded(9)), torch.tensor([0, 3, 1]), torch.randn(2, 16, 4, 6)
-    net, model, x, offset = ControlNet(control_config(c, 4)), loud(Flux(c)), flux_inputs(c, B=3), torch.tensor([3.0, 50.0, 17.0])
-    v = model(**x, **dict(zip(("double_residuals", "single_residuals"), net(control=control, **x))))
-    expected, homes = sum(loud(net)(control=control, mode=modes, **x), []), [p.data_ptr() for p in net.parameters()]
-    for i, mode in enumerate(modes.tolist()):
-        row = {name: value if name.endswith("_ids") else value[i:i + 1] for name, value in x.items()}
-        alone = sum(net(control=control[i:i + 1], mode=mode, scale=2.0, **row), [])
-        assert relative([model(**row), *alone], [v[i:i + 1], *(2 * r[i:i + 1] for r in expected)]) < 1e-5
-    shifted, stretched = (model(**x | {"img_ids": x["img_ids"] * by + add, "txt_ids": x["txt_ids"] + add}) for by, add in ((1, offset), (2, 0)))
-    assert relative(shifted, v) < 1e-4 < 1e-3 < relative(stretched, v)
-    assert same(sum(controlnet.stream(net, "cpu")(control=control, mode=modes, **x), []), expected) and homes == [p.data_ptr() for p in net.parameters()]
-    assert same(flux.unpack(pack(z), 4, 6), z) and same(pack(z)[:, 1], z[:, :, :2, 2:4].flatten(1)) and image_ids(4, 6)[[1, -1]].tolist() == [[0, 0, 1], [0, 1, 2]]
+
+def test_flux_sampler_starts_at_the_noised_source():
+    """(1 - t) source + t noise: with a velocity of zero it is what comes out."""
+    model = Exact(0)
+    model.velocity = lambda x, *_: torch.zeros_like(x)
+    source = noise(2, 6, 64, seed=2)
+    start = noise(2, 6, 64, seed=1)
+    t = flux.sigmas(10, 6)[4]
+    found = denoise_exactly(model, 10, source=source, strength=0.6)
+    assert_close(found, (1 - t) * source + t * start)
+    assert_close(denoise_exactly(model, 10), start)
+
+
+def test_flux_cfg_extrapolates_from_the_negative_prompt():
+    """v = v_negative + cfg (v - v_negative), in two passes a step; without cfg one."""
+    x0 = noise(2, 6, 64)
+    negative = (torch.full((2, 3, 4), -1.0), torch.zeros(2, 4))
+    model = Exact(x0)
+    found = denoise_exactly(model, 1, txt=1.0, negative=negative, cfg=3.0)
+    assert_close(found, x0 + 1 - 3 * 2, 1e-5)
+    assert model.times == [1, 1]
+    model = Exact(x0)
+    assert_close(denoise_exactly(model, 1, txt=1.0, negative=negative), x0 - 1, 1e-5)
+    assert model.times == [1]
+
+
+def test_flux_sampler_asks_the_control_once_a_step():
+    """With (step, steps, x, t); what it answers goes into each pass of the step."""
+    x0 = noise(2, 6, 64)
+    model = Exact(x0)
+    asked = []
+
+    def control(step, steps, x, t):
+        asked.append((step, steps, x.shape, t.tolist()))
+        return [step], [steps]
+
+    negative = (torch.zeros(2, 3, 4), torch.zeros(2, 4))
+    how = {
+        "source": x0,
+        "strength": 0.5,
+        "negative": negative,
+        "cfg": 2.0,
+        "guidance": 7.0,
+    }
+    seen = []
+
+    def progress(steps):
+        for step in steps:
+            seen.append(step)
+            yield step
+
+    denoise_exactly(model, 4, control=control, progress=progress, **how)
+    levels = flux.sigmas(4, 6)[2:4].tolist()
+    assert asked == [(i, 2, (2, 6, 64), [t, t]) for i, t in enumerate(levels)]
+    assert model.residuals == [([0], [2]), ([0], [2]), ([1], [2]), ([1], [2])]
+    assert seen == [0, 1] and model.guidance == 7
+
+
+def test_flux_sampler_refuses_what_makes_no_picture():
+    model = Exact(noise(2, 6, 64))
+    source = noise(2, 6, 64)
+    raises("strength is 1.5", denoise_exactly, model, 2, source=source, strength=1.5)
+    raises("strength is -0.5", denoise_exactly, model, 2, source=source, strength=-0.5)
+    raises("strength is 0.5", denoise_exactly, model, 2, strength=0.5)
+    raises("cfg is 3.0", denoise_exactly, model, 2, cfg=3.0)
+    raises("not finite", denoise_exactly, Exact(source / 0), 2)
+
+
+def test_flux_sampler_gives_the_recorded_latents():
+    """mini/flux, with true CFG, from a noised source, under mini/controlnet in part of the steps;
+    the pipelines of diffusers give the same."""
+    model = flux.Flux.load(MINI / "flux/transformer")
+    net = controlnet.ControlNet.load(MINI / "controlnet")
+    states, pooled = flux.encode_prompt(MINI / "flux", ["A red mug", "blurry"])
+    x = {
+        "noise": noise(1, 16, 64),
+        "txt": states[:1],
+        "pooled": pooled[:1],
+        "img_ids": flux.image_ids(8, 8),
+        "levels": flux.sigmas(5, 16),
+    }
+    negative = (states[1:], pooled[1:])
+    shared = {name: x[name] for name in ("txt", "pooled", "img_ids", "levels")}
+    steering = {"guidance": 3.5, "scale": 0.7, "start": 0.2, "end": 0.9}
+    control = controlnet.steer(net, noise(1, 16, 64, seed=5), **shared, **steering)
+    found = flux.denoise(model, **x)
+    assert_recorded(found, 0.37996, -1.0861, -2.7442, 0.47111)
+    found = flux.denoise(model, **x, negative=negative, cfg=2.0)
+    assert_recorded(found, 0.98425, -2.2067, -4.1344, 0.62216)
+    found = flux.denoise(model, **x, control=control)
+    assert_recorded(found, 0.42957, -1.2406, -2.829, 0.8189)
+    source = noise(1, 16, 64, seed=3)
+    found = flux.denoise(model, **x, control=control, source=source, strength=0.7)
+    assert_recorded(found, 0.49896, -1.1544, -2.7321, 0.66715)
+
+
+# ---- controlnet.py: edges ------------------------------------------------------------------------
+
+def noisy_pictures():
+    """Pictures of every shape that is special: colour, grey, flat, slivers of one or two pixels."""
+    rng = np.random.default_rng(0)
+    pictures = [apple(), rng.integers(100, 110, (99, 64, 3), dtype=np.uint8)]
+    for shape in ((200, 331, 3), (128, 128), (1, 1), (1, 9, 3), (7, 1), (2, 2)):
+        pictures.append(rng.integers(0, 256, shape, dtype=np.uint8))
+    return pictures
+
+
+THRESHOLDS = [
+    (100, 200),
+    (50, 200),
+    (0, 0),
+    (10, 30),
+    (200, 100),
+    (33.7, 99.9),
+    (-5, 20),
+    (300, 900),
+]
+
 
 def test_canny_is_bit_for_bit_opencvs():
-    """A weak square has edges exactly when a strong one touches it; on photographs, noise and slivers no pixel differs from OpenCV's at any threshold."""
-    image, rng = np.pad(np.full((20, 20), 30, np.uint8), 10), np.random.default_rng(0)
-    assert not canny(image).any()
+    """On photographs, noise and slivers no pixel differs at any threshold."""
+    cv2 = peer("cv2")
+    data = peer("skimage.data")
+    photographs = [data.astronaut(), data.coffee(), data.camera(), data.page()]
+    for image in photographs + noisy_pictures():
+        for low, high in THRESHOLDS:
+            found = controlnet.canny(image, low, high)
+            same_pixels = found == cv2.Canny(image, low, high)
+            assert same_pixels.all(), (image.shape, low, high)
+
+
+def test_canny_gives_the_recorded_edges():
+    """Checksums of the edges at eight thresholds; OpenCV gives the same pixels."""
+    found = []
+    for image in noisy_pictures():
+        code = 0
+        for low, high in THRESHOLDS:
+            code = zlib.crc32(controlnet.canny(image, low, high), code)
+        found.append(code)
+        assert (controlnet.canny(image) == controlnet.canny(image, 100, 200)).all()
+    assert found == [
+        3570281683,
+        3743709413,
+        2100062963,
+        671225442,
+        1696784233,
+        3031436712,
+        3378748440,
+        2101155825,
+    ]
+
+
+def test_canny_keeps_weak_edges_that_touch_strong_ones():
+    """A weak square has edges exactly when a strong one touches it."""
+    image = np.pad(np.full((20, 20), 30, np.uint8), 10)
+    assert not controlnet.canny(image).any()
     image[10:14, 10:14] = 255
-    assert canny(image)[28:32, 12:28].any() and set(np.unique(canny(image))) == {0, 255}
-    cv2, data = peer("cv2"), peer("skimage.data")
-    noise = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((200, 331, 3), (128, 128), (1, 1), (1, 9, 3), (7, 1), (2, 2))]
-    for image in [data.astronaut(), data.coffee(), data.camera(), data.page(), rng.integers(100, 110, (99, 64, 3), dtype=np.uint8), *noise]:
-        for low, high in ((100, 200), (50, 200), (0, 0), (10, 30), (200, 100), (33.7, 99.9), (-5, 20), (300, 900)):
-            assert (canny(image, low, high) == cv2.Canny(image, low, high)).all(), (image.shape, low, high)
+    edges = controlnet.canny(image)
+    assert edges[28:32, 12:28].any() and set(np.unique(edges)) == {0, 255}
+    assert edges.dtype == np.uint8 and edges.shape == image.shape
+
+
+def test_canny_edge_lies_before_the_step_and_above_the_threshold():
+    """A step between columns 3 and 4 is an edge in column 3, one pixel wide, where 4 times its
+    height is more than `high`; in colour the channel with the largest step counts."""
+    for height, seen in ((50, False), (51, True)):
+        image = np.zeros((8, 8), np.uint8)
+        image[:, 4:] = height
+        want = np.zeros((8, 8), bool)
+        want[:, 3] = seen
+        assert ((controlnet.canny(image) > 0) == want).all()
+        assert ((controlnet.canny(image.T) > 0) == want.T).all()
+        colour = np.dstack([image // 2, image, 0 * image])
+        assert ((controlnet.canny(colour, 200, 100) > 0) == want).all()
+
+
+def test_canny_refuses_what_is_no_picture():
+    for wrong in (
+        np.zeros((4, 4)),
+        np.zeros(4, np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+    ):
+        raises("canny wants uint8 (H,W) or (H,W,3)", controlnet.canny, wrong)
+
+
+def test_controlnet_draws_canny_and_gray_and_asks_for_the_others():
+    """Three equal channels of edges, at the thresholds given, or of grey."""
+    image = noisy_pictures()[0]
+    edges = controlnet.canny(image, 10, 30)
+    drawn = controlnet.control_picture(image, "canny", 10, 30)
+    assert (drawn == edges[..., None]).all() and drawn.shape == image.shape
+    noisy = noisy_pictures()[2]
+    for picture in (image, noisy):
+        assert (
+            controlnet.control_picture(picture)[..., 2] == controlnet.canny(picture)
+        ).all()
+    gray = np.array(Image.fromarray(image).convert("L"))
+    assert (controlnet.control_picture(image, "gray") == gray[..., None]).all()
+    for mode in ("depth", "tile", "sketch"):
+        raises(f"the control mode '{mode}'", controlnet.control_picture, image, mode)
+    assert controlnet.MODES == ["canny", "tile", "depth", "blur", "pose", "gray", "lq"]
+
+
+# ---- controlnet.py: steering and rendering -------------------------------------------------------
+
+def test_controlnet_works_in_the_steps_between_start_and_end():
+    assert controlnet.active(4, 0.0, 1.0) == [0, 1, 2, 3]
+    assert controlnet.active(4, 0.25, 0.75) == [1, 2]
+    assert controlnet.active(5, 0.3, 0.9) == [2, 3]
+    assert controlnet.active(4, 0.5, 0.6) == []
+    assert controlnet.active(0, 0.0, 1.0) == []
+
+
+def test_controlnet_steering_gives_the_nets_residuals_at_its_time():
+    """In its steps those of `forward` at the level's time, guidance, mode and scale; else none;
+    when only the last levels run, those count."""
+    config = flux_config()
+    net = tiny_net(config)
+    x = flux_inputs(config)
+    control = noise(2, 8, 64, seed=5)
+    levels = flux.sigmas(4, 8)
+    ids = flux.image_ids(4, 8)
+    words = {"txt": x["txt"], "pooled": x["pooled"], "img_ids": ids, "levels": levels}
+    how = {"mode": 3, "scale": 0.7}
+    steering = controlnet.steer(
+        net, control, **words, guidance=5.0, start=0.25, end=0.8, **how
+    )
+
+    def residuals(level, guidance, **how):
+        times = {
+            "timestep": levels[level].expand(2),
+            "guidance": torch.full((2,), guidance),
+        }
+        return sum(net(control=control, **{**x, "img_ids": ids, **times}, **how), [])
+
+    for step, steps, level in ((1, 4, 1), (2, 4, 2), (1, 3, 2)):
+        found = steering(step, steps, x["img"], None)
+        assert_close(sum(found, []), residuals(level, 5.0, **how), 1e-5)
+    for step in (0, 3):
+        assert steering(step, 4, x["img"], None) == ((), ())
+    usual = controlnet.steer(net, control, **words)
+    for step in (0, 3):
+        found = usual(step, 4, x["img"], None)
+        assert_close(sum(found, []), residuals(step, 3.5, mode=0, scale=0.4), 1e-5)
+
+
+def render(prompts=("A red mug",), **how):
+    """controlnet.render on the miniature, 64 x 64, two steps, black control pictures."""
+    black = np.zeros((64, 64, 3), np.uint8)
+    paths = {"flux": MINI / "flux", "controlnet": MINI / "controlnet"}
+    given = {
+        **paths,
+        "seeds": range(len(prompts)),
+        "shape": (64, 64),
+        "steps": 2,
+        "controls": [black] * len(prompts),
+    }
+    return controlnet.render(prompts=list(prompts), **{**given, **how})
+
+
+def as_tensor(pictures):
+    return torch.from_numpy(np.stack(pictures)).float()
+
+
+def test_render_gives_the_recorded_pictures():
+    """Two prompts at once with true CFG, a mode, part of the steps and a source."""
+    two = ("A red mug", "A white bowl")
+    plain = render(two, controls=None)
+    assert plain[0].shape == (64, 64, 3) and plain[0].dtype == np.uint8
+    assert_recorded(as_tensor(plain), -135.7, 171.32, 219.38, 58.966, bound=1e-3)
+    edges = [controlnet.control_picture(apple())] * 2
+    steered = render(
+        two, controls=edges, scale=1.0, guidance=2.0, batch=2, seeds=[5, 3]
+    )
+    assert_recorded(as_tensor(steered), -126.14, 143.3, 177.13, 50.187, bound=1e-3)
+    edited = render(
+        two,
+        controls=edges,
+        sources=[apple()] * 2,
+        strength=0.7,
+        steps=3,
+        cfg=2.0,
+        negative="blurry",
+        start=0.5,
+        mode="gray",
+        scale=0.8,
+    )
+    assert_recorded(as_tensor(edited), -141.57, 175.85, 225.41, 42.725, bound=1e-3)
+
 
 def test_render_frees_each_part_before_the_next():
-    """When a part of the picture stack is loaded, no module of an earlier part is alive but the autoencoder; at scale 0 no net is even looked for."""
-    parts = lambda: {type(o).__name__ for o in gc.get_objects() if issubclass(type(o), flux.Pretrained)}
-    alive, before, black = [], parts(), [np.zeros((64, 64, 3), np.uint8)]
-    stage = lambda name: alive.append(parts() - before) or contextlib.nullcontext()
-    controlnet.render(MINI / "flux", MINI / "controlnet", ["A red mug"], [0], (64, 64), controls=black, steps=1, stage=stage)
-    assert len(alive) == 4 and set.union(*alive) <= {"VAE"}, alive
-    controlnet.render(MINI / "flux", MINI / "nowhere", ["A red mug"], [0], (64, 64), controls=black, steps=1, scale=0)
+    """When a part is loaded, no module of an earlier part is alive but the autoencoder."""
 
-def toy_graph(users=40, attributes=12, width=8):
-    names = [f"t{i}" for i in range(attributes)]
-    people = [User(f"u{i}", names[i % 2::2][:4 + i % 3], names[1 - i % 2::2][:3 + i % 2]) for i in range(users)]
-    return PreferenceGraph.build(people, names, torch.randn(attributes, width, generator=seeded()))
+    def parts():
+        found = set()
+        for thing in gc.get_objects():
+            if issubclass(type(thing), flux.Pretrained):
+                found.add(type(thing).__name__)
+        return found
+
+    before = parts()
+    alive = {}
+
+    def measure(name):
+        alive[name] = parts() - before
+        return contextlib.nullcontext()
+
+    render(steps=1, measure=measure)
+    assert alive.pop("autoencoder, out") <= {"VAE"} and alive.pop(
+        "Flux + ControlNet"
+    ) <= {"VAE"}
+    assert alive == {"text encoders": set(), "autoencoder, in": set()}
+
+
+def test_render_loads_no_net_that_would_do_nothing():
+    """At scale 0, without control pictures, where no step is left: it is not even looked for."""
+    nowhere = {"controlnet": MINI / "nowhere", "steps": 1}
+    want = render(controls=None, **nowhere)[0]
+    for how in ({"scale": 0}, {"start": 0.6}, {"end": 0.9}):
+        assert (render(**nowhere, **how)[0] == want).all()
+    render(**nowhere, strength=0.0, sources=[apple()])
+    raises("nowhere", render, **nowhere)
+
+
+def test_render_picture_depends_on_its_own_seed_alone():
+    """With batch 1 a picture is bit for bit what it is alone, with and without offload."""
+    two = render(("A red mug", "A white bowl"), seeds=[4, 7], offload=True)
+    alone = render(("A white bowl",), seeds=[7])
+    assert (two[1] == alone[0]).all() and (two[0] != two[1]).any()
+    assert (render(("A white bowl",), seeds=[8])[0] != alone[0]).any()
+
+
+def test_render_with_strength_zero_is_the_source_through_the_autoencoder():
+    vae = flux.VAE.load(MINI / "flux/vae")
+    latent = vae.encode(flux.to_tensor(apple())[None])
+    want = flux.to_picture(vae.decode(latent)[0])
+    found = render(sources=[apple()], strength=0.0)[0]
+    assert np.abs(found.astype(int) - want).max() <= 1
+
+
+def test_render_hangs_the_image_prompt_in_once_and_counts_steps():
+    """image_prompt(model, ids) is called before the first step, progress around each batch's."""
+    seen = []
+    called = []
+
+    def image_prompt(model, ids):
+        called.append((type(model).__name__, ids.tolist()))
+
+    def progress(steps):
+        seen.append(len(steps))
+        return iter(steps)
+
+    render(("A red mug", "A white bowl"), image_prompt=image_prompt, progress=progress)
+    assert called == [("Flux", flux.image_ids(16, 16).tolist())] and seen == [2, 2]
+
+
+# ---- graph.py ------------------------------------------------------------------------------------
+
+def toy_graph(users=12, seed=0):
+    """Two tastes over six attributes, three each; features of width 4."""
+    tastes = [["t0", "t2", "t4"], ["t1", "t3", "t5"]]
+    people = []
+    for i in range(users):
+        people.append(User(f"u{i}", tastes[i % 2], tastes[1 - i % 2]))
+    names = [f"t{i}" for i in range(6)]
+    return PreferenceGraph.build(people, names, noise(6, 4, seed=seed))
+
 
 def test_graph_reader_names_file_and_line(tmp_path):
-    """A bad line of users.jsonl is an error that names the file, the line and what was wanted; an unknown attribute is named, too."""
-    good, file = {"user": "ana", "likes": ["red"], "dislikes": []}, tmp_path / "users.jsonl"
-    for bad, part in ((good, "appears twice"), ([1], "a JSON object"), (good | {"likes": [1]}, '"likes" must be a list of strings'),
-                      (good | {"user": 3}, '"user" must be a string'), (good | {"user": "x", "dislikes": ["red"]}, "likes and dislikes 'red'")):
-        write(file, good, good | {"user": "bo"}, bad)
+    """A bad line of users.jsonl is an error that names the file, the line and what was wanted."""
+    good = {"user": "ana", "likes": ["red"], "dislikes": []}
+    file = tmp_path / "users.jsonl"
+    for bad, part in (
+        (good, "appears twice"),
+        ([1], "a JSON object"),
+        ({**good, "likes": [1]}, '"likes" must be a list of strings'),
+        ({**good, "likes": "red"}, '"likes" must be a list of strings'),
+        ({**good, "user": 3}, '"user" must be a string'),
+        ({**good, "user": "x", "dislikes": ["red"]}, "likes and dislikes 'red'"),
+        ({**good, "user": "\ud800"}, "not a line of JSON"),
+    ):
+        write_lines(file, good, {**good, "user": "bo"}, bad)
         assert f"{file}:3:" in raises(part, graph.read_users, file)
     file.write_bytes(b"\n\xff")
     raises(f"{file}:2: not a line of JSON", graph.read_users, file)
+    raises("no such file", graph.read_users, tmp_path / "absent")
+
+
+def test_graph_reader_keeps_what_stands_in_the_file(tmp_path):
+    """Users come in file order, blank lines are skipped, a like said twice counts once."""
+    file = tmp_path / "users.jsonl"
+    first = {"user": "bo", "likes": ["b", "a", "b"], "dislikes": ["c"], "hidden": ["d"]}
+    write_lines(file, first, {"user": "ana", "likes": [], "dislikes": []})
+    file.write_text("\n" + file.read_text())
+    bo, ana = graph.read_users(file)
+    assert bo == User("bo", ["b", "a"], ["c"], ["d"]) and ana.name == "ana" and not ana.hidden
+    assert graph.read_jsonl(file, user=str)[1]["line"] == 3
+    assert graph.attribute_names([bo, ana]) == ["a", "b", "c"]
+
+
+def test_graph_edges_are_users_attributes_and_signs():
+    """A like is an edge of sign 1, a dislike of -1; an attribute that nobody knows is named."""
+    people = [User("x", ["b"], ["a"]), User("y", ["a"], [])]
+    edges = graph.edges_of(people, ["a", "b"])
+    assert edges.T.tolist() == [[0, 1, 1], [0, 0, -1], [1, 0, 1]]
+    built = PreferenceGraph.build(people, ["a", "b"], torch.zeros(2, 3))
+    assert built.signs().to_dense().tolist() == [[-1, 1], [1, 0]]
     raises("unknown attribute 'blue'", graph.edges_of, [User("x", ["blue"], [])], ["gold", "red"])
 
+
 def test_graph_similar_users_follow_equation_6():
-    """Scores are counts over the largest count of any two, best first, a tie to the next user around, by products or meetings; nothing in common is u with 0."""
-    dense, draws = torch.randint(-1, 2, (70, 20), generator=seeded(), dtype=torch.int8), torch.rand(400, 300, generator=seeded())
-    rare = ((draws < 0.004).int() - (draws > 0.996).int()).to(torch.int8)
-    for signs, given, k, chunk in ((dense, dense, 70, 256), (dense, dense, 5, 7), (rare, rare.to_sparse(), 5, 1)):     # products, in one chunk and in ten; meetings
-        for kind, x in (("shared", signs.abs()), ("signed", signs), ("likes", signs.clamp_min(0))):
-            common, own = (x.int() @ x.int().T).fill_diagonal_(0).clamp_min(0), torch.arange(len(x))[:, None]
-            best = (common * len(x) - (own.T - own) % len(x)).topk(k).indices
-            score = common.gather(1, best) / common.max()                                           # (6)
-            assert same(graph.similar_users(given, k, kind, chunk=chunk), (best.where(score > 0, own), score)), (kind, k)
-    index, score = graph.similar_users(dense, 100)
-    assert index.shape == (70, 100) and (index[:, 70:] == torch.arange(70)[:, None]).all() and not score[:, 69:].any()
+    """Scores are counts over the largest count of any two people, best first; each neighbour has
+    its score; nobody is their own neighbour; nothing in common is u itself with 0."""
+    signs = torch.randint(-1, 2, (150, 20), generator=seeded())
+    signs[7] = 0
+    own = torch.arange(150)[:, None]
+    for kind, x in (("shared", signs.abs()), ("signed", signs), ("likes", signs.clamp_min(0))):
+        common = (x @ x.T).fill_diagonal_(0).clamp_min(0)
+        for k, given in ((5, signs), (149, signs.to_sparse())):
+            index, score = graph.similar_users(given, k, kind)
+            want = common.topk(k).values / common.max()                     # (6)
+            assert_close(score, want)
+            assert_close(common.gather(1, index) / common.max() * (score > 0), want)
+            assert (index == own)[score == 0].all() and not (index == own)[score > 0].any()
+            assert all(len(set(row.tolist())) == k for row in index[score.min(1).values > 0])
+    index, score = graph.similar_users(signs, 200)
+    assert index.shape == score.shape == (150, 200) and not score[:, 149:].any()
+    assert graph.similar_users(signs, 0)[0].shape == (150, 0)
+
+
+def test_graph_similar_users_share_ties_out():
+    """Where everybody is alike, people at the start of the file are not everybody's neighbours."""
+    index, score = graph.similar_users(torch.ones(200, 3), 2)
+    assert (score == 1).all() and index.flatten().bincount().max() <= 130
+
 
 def test_graph_sage_equals_pyg():
-    """SAGEConv takes PyG's weights and gives PyG's numbers and gradients; a node without neighbours gets a zero mean."""
-    src, dst, ours = torch.randn(9, 6, generator=seeded()), torch.randn(5, 6, generator=seeded(1)), graph.SAGEConv(6, 7)
-    edges = torch.stack([torch.randint(n, (30,), generator=seeded()) for n in (9, 4)])       # node 4 has no neighbour
-    out = ours(src, dst, edges)
-    assert relative(out[4], ours.lin_l.bias + ours.lin_r.weight @ dst[4]) < 1e-6
+    """SAGEConv takes PyG's weights and gives PyG's numbers and gradients."""
+    src = noise(9, 6)
+    dst = noise(5, 6, seed=1)
+    edges = torch.stack([torch.randint(n, (30,), generator=seeded()) for n in (9, 4)])
+    ours = graph.SAGEConv(6, 7)
     theirs = peer("torch_geometric.nn").SAGEConv((6, 6), 7)
     theirs.load_state_dict(ours.state_dict())
-    want = theirs((src, dst), edges)
-    grads = [torch.autograd.grad(y.square().sum(), [*layer.parameters()]) for layer, y in ((ours, out), (theirs, want))]
-    assert relative([out, *grads[0]], [want, *grads[1]]) < 1e-6
+    found = []
+    for layer, out in ((ours, ours(src, dst, edges)), (theirs, theirs((src, dst), edges))):
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])])
+    assert_close(*found)
+
+
+def test_graph_sage_layer_is_mean_and_self():
+    """out = W_l mean of the neighbours + b + W_r x; a node without neighbours has a zero mean."""
+    layer = graph.SAGEConv(3, 2)
+    src = noise(4, 3)
+    dst = noise(2, 3, seed=1)
+    out = layer(src, dst, torch.tensor([[0, 3, 3], [1, 1, 1]]))
+    mean = torch.stack([torch.zeros(3), (src[0] + 2 * src[3]) / 3])
+    assert_close(out, mean @ layer.lin_l.weight.T + layer.lin_l.bias + dst @ layer.lin_r.weight.T)
+    assert layer.lin_r.bias is None
+
+
+def test_graph_encoder_tells_likes_from_dislikes_where_it_is_signed():
+    """Exchanging likes and dislikes changes a signed encoder's users, not an unsigned one's; a
+    user hears of the attributes' other users in the second layer."""
+    built = toy_graph()
+    swapped = built.edges * torch.tensor([[1], [1], [-1]])
+    vectors = noise(12, 4)
+    for signed in (True, False):
+        torch.manual_seed(0)
+        sage = graph.GraphSAGE(4, 5, 3, signed)
+        users, attributes, states = sage(vectors, built.features, built.edges)
+        other = sage(vectors, built.features, swapped)[0]
+        assert users.shape == (12, 3) and attributes.shape == (6, 3)
+        assert (relative(users, other) > 1e-3) == signed
+        assert same(states[0], built.features) and states[1].shape == (6, 5)
+        assert (states[1] >= 0).all() and (users < 0).any()                 # ReLU after the first
+        moved = sage(vectors + torch.eye(12)[:, :4], built.features, built.edges)[0]
+        assert relative(moved[11], users[11]) > 1e-4                        # 11 did not move itself
+
+
+def test_graph_new_user_listens_and_is_not_heard():
+    """A new user's embedding depends on likes and dislikes alone, not on who else asks; somebody
+    stored whose vector is zero, and whom nobody hears, would have the same."""
+    built = toy_graph()
+    sage = graph.GraphSAGE(4, 5, 3)
+    vectors = noise(12, 4)
+    states = sage(vectors, built.features, built.edges)[2]
+    people = [User("x", ["t0"], ["t1"]), User("y", ["t1"], ["t0"]), User("z", [], [])]
+    h = graph.embed_new_user(sage, states, people, built.attributes)
+    for i, user in enumerate(people):
+        alone = graph.embed_new_user(sage, states, [user], built.attributes)
+        assert_close(alone[0], h[i])
+    assert relative(h[0], h[1]) > 1e-3 and h.isfinite().all()
+    by_hand = torch.relu(sage.to_user[0](built.features, torch.zeros(1, 4),
+                                         torch.tensor([[0, 1], [0, 0], [1, -1]])))
+    want = sage.to_user[1](states[1], by_hand, torch.tensor([[0, 1], [0, 0], [1, -1]]))
+    assert_close(h[:1], want)
+
 
 def test_graph_pretraining_learns_from_training_edges_alone():
-    """60/20/20 is a partition, held-out edges carry no message, two tastes are learned (AUC > 0.95), one seed gives one model on any number of threads."""
-    built, cells, found = toy_graph(80), torch.randperm(900 * 45, generator=seeded())[:9000], []
+    """60/20/20 is a partition, held-out edges carry no message, two tastes are learned."""
+    built = toy_graph(80)
     model, scores = graph.pretrain(built, 16, 16, epochs=60)
-    assert scores["auc"] > 0.95 and sorted(torch.cat(list(model.split.values()), 1).T.tolist()) == sorted(built.edges.T.tolist())
-    assert [round(e.shape[1] / built.edges.shape[1], 1) for e in model.split.values()] == [0.6, 0.2, 0.2]
-    fresh = graph.EdgeModel(built)                                       # untrained: no score is perfect
-    scores, built.edges = fresh.evaluate("test"), fresh.split["train"]
+    assert scores["auc"] > 0.95 and scores["accuracy"] > 0.9
+    parts = list(model.split.values())
+    assert sorted(torch.cat(parts, 1).T.tolist()) == sorted(built.edges.T.tolist())
+    assert [part.shape[1] for part in parts] == [288, 96, 96]
+    fresh = graph.EdgeModel(built)                                  # untrained: not perfect
+    scores = fresh.evaluate("test")
+    built.edges = fresh.split["train"]
     assert fresh.evaluate("test") == scores
-    assert graph.auc(torch.tensor([3.0, 2, 1, 1]), torch.tensor([True, False, True, False])) == (1 + 1 + 0 + 0.5) / 4
-    large = PreferenceGraph(range(900), range(45), torch.stack([cells // 45, cells % 45, cells % 2 * 2 - 1]), torch.randn(45, 64, generator=seeded(2)))
+    assert 0.005 < fresh.vectors.std() < 0.015
+
+
+def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
+    """Of the training edges .3 are asked about, .7 carry messages; `drop` of the vectors rest."""
+    built = toy_graph(200)
+    model = graph.EdgeModel(built, drop=0.9)
+    order, stay = model.draw(seeded())
+    seen = {}
+
+    def watch(messages, asked, vectors):
+        seen.update(messages=messages, asked=asked, vectors=vectors)
+        return torch.zeros(asked.shape[1])
+
+    with mock.patch.object(model, "logits", watch):
+        loss = model.loss(order, stay)
+    assert_close(loss, math.log(2))
+    assert seen["asked"].shape[1] == 216 and seen["messages"].shape[1] == 504
+    both = torch.cat([seen["asked"], seen["messages"]], 1).T.tolist()
+    assert sorted(both) == sorted(model.split["train"].T.tolist())
+    assert 0.02 < stay.float().mean() < 0.2
+    assert same(seen["vectors"], model.vectors * stay)
+
+
+def test_graph_pretraining_is_the_same_on_any_number_of_threads():
+    """One seed gives one model, bit for bit, twice and on one or two threads."""
+    cells = torch.randperm(900 * 45, generator=seeded())[:9000]
+    edges = torch.stack([cells // 45, cells % 45, cells % 2 * 2 - 1])
+    large = PreferenceGraph(range(900), range(45), edges, noise(45, 64, seed=2))
+    found = []
     for threads in (2, 2, 1):
         torch.set_num_threads(threads)
         found.append([*graph.pretrain(large, epochs=3)[0].parameters()])
     assert same(found[0], found[1]) and same(found[0], found[2])
 
-def test_cdpo_losses_follow_equations_1_to_7():
-    """Log-probabilities and gradients are the full softmax's, for any chunk; Eq. 1 by hand; Eq. 7 averages by similarity, without neighbours it is the own term."""
-    hidden, head = torch.randn(3, 6, 8, generator=seeded(), requires_grad=True), torch.randn(50, 8, generator=seeded(1))
-    labels, weight = torch.tensor([[-100, 3, 4, -100, -100, -100], [-100] * 6, [1, 2, 3, 4, 5, 6]]), torch.tensor([1.0, 2, 3])
-    full = (hidden @ head.T).log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == -100, 0).sum(-1)
-    want = torch.autograd.grad((full * weight).sum(), hidden)
+
+def test_graph_auc_counts_pairs_and_halves_ties():
+    score = torch.tensor([3.0, 2, 1, 1])
+    assert graph.auc(score, torch.tensor([True, False, True, False])) == (1 + 1 + 0 + 0.5) / 4
+    assert math.isnan(graph.auc(score, torch.ones(4, dtype=torch.bool)))
+
+
+def test_graph_file_holds_everything_and_is_checked(tmp_path):
+    """collaborative.safetensors gives back graph, weights and sizes; edges to nowhere, a missing
+    file and other features than names are refused."""
+    built = toy_graph()
+    file = tmp_path / "collaborative.safetensors"
+    raises("python train.py graph", graph.load_graph, file)
+    weights = {"vectors": noise(12, 4), "graph.features": built.features}
+    graph.save_graph(file, built, weights, {"kind": "graph"})
+    read, tensors, config = graph.load_graph(file)
+    assert config == {"kind": "graph"} and read.users == built.users
+    assert read.attributes == built.attributes and same(read.edges, built.edges)
+    assert same(tensors["vectors"], weights["vectors"]) and same(read.features, built.features)
+    graph.save_graph(file, built, {**weights, "graph.features": noise(5, 4)}, {})
+    raises("6 attributes and has features of 5", graph.load_graph, file)
+    built.edges[1, 0] = 6
+    graph.save_graph(file, built, weights, {})
+    raises(str(file), graph.load_graph, file)
+
+
+# ---- cdpo.py: losses, tokens, texts --------------------------------------------------------------
+
+def test_cdpo_logprobs_are_the_plain_ones_for_any_chunk():
+    """token_logprobs and its gradient are those of the full softmax; a row without labels is 0;
+    a head that learns is refused."""
+    hidden = noise(3, 6, 8).requires_grad_()
+    head = noise(50, 8, seed=1)
+    labels = torch.tensor([[-100, 3, 4, -100, -100, -100], [-100] * 6, [1, 2, 3, 4, 5, 6]])
+    weight = torch.tensor([1.0, 2, 3])
+    plain = cdpo.token_logprobs_plain(hidden, head, labels)
+    by_hand = 0
+    for place in (1, 2):
+        logp = (hidden[0, place] @ head.T).log_softmax(-1)
+        by_hand = by_hand + logp[labels[0, place]]
+    assert_close(plain[0], by_hand)
+    (want,) = torch.autograd.grad((plain * weight).sum(), hidden)
     for chunk in (1, 4, 1000):
         logp = cdpo.token_logprobs(hidden, head, labels, chunk)
-        assert logp[1] == 0 and relative(logp, full) < 1e-6 and relative(torch.autograd.grad((logp * weight).sum(), hidden), want) < 1e-5
-    zero, one = torch.zeros(2), torch.ones(2)
-    losses, chosen, rejected = cdpo.dpo_loss(zero + 3, zero - 1, one, one, beta=0.5)
-    assert torch.allclose(losses, torch.log1p(torch.exp(torch.tensor(-2.0)))) and chosen.tolist() == [1, 1] and rejected.tolist() == [-1, -1]
-    got = cdpo.cdpo_loss(one, torch.tensor([[4.0, 1.0], [7.0, 7.0]]), torch.tensor([[0.5, 1.0], [0.0, 0.0]]), lam=0.3)
-    assert torch.allclose(got, torch.tensor([1 + 0.3 * 2.0, 1.0]))
+        (grad,) = torch.autograd.grad((logp * weight).sum(), hidden)
+        assert logp[1] == 0
+        assert_close(logp, plain)
+        assert_close(grad, want, 1e-5)
+    with torch.no_grad():
+        assert_close(cdpo.token_logprobs(hidden, head, labels), plain)
+    raises("must be frozen", cdpo.token_logprobs, hidden, head.requires_grad_(), labels)
 
-def test_cdpo_new_user_gets_the_same_tokens_alone_and_from_the_file(tmp_path):
-    """collaborative.safetensors gives everybody the tokens of the model that wrote it; a new user's depend on nobody else, and on the sign where it counts."""
-    new, file = [User("x", ["t0"], ["t1"]), User("y", ["t1"], ["t0"]), User("z", [], [])], tmp_path / "collaborative.safetensors"
+
+def test_cdpo_dpo_loss_is_equation_1():
+    """By hand: margins of 4 and 0, beta .5; ln 2 where the policy is the reference; rewards carry
+    no gradient."""
+    policy = torch.tensor([3.0, 1.0]).requires_grad_()
+    rejected = torch.tensor([-1.0, 0.5])
+    losses, good, bad = cdpo.dpo_loss(policy, rejected, torch.tensor([1.0, 1.0]),
+                                      torch.tensor([2.0, 0.5]), beta=0.5)
+    margins = torch.tensor([(3 + 1) - (1 - 2), (1 - 0.5) - (1 - 0.5)])
+    assert_close(losses, torch.log1p(torch.exp(-0.5 * margins)))            # (1)
+    assert good.tolist() == [1, 0] and bad.tolist() == [-1.5, 0]
+    assert not good.requires_grad and losses.requires_grad
+    metrics = cdpo.dpo_metrics(policy, rejected, good, bad)
+    assert metrics["rewards/margins"] == 2.5 and metrics["rewards/accuracies"] == 1
+    assert metrics["rewards/chosen"] == 1 and metrics["rewards/rejected"] == -1.5
+    assert metrics["logps/chosen"] == 4 and metrics["logps/rejected"] == -0.5
+
+
+def test_cdpo_loss_is_equation_7():
+    """The neighbours' losses are averaged by similarity; without neighbours the own term stands."""
+    own = torch.ones(2)
+    neighbour = torch.tensor([[4.0, 1.0], [7.0, 7.0]])
+    similarity = torch.tensor([[0.5, 1.0], [0.0, 0.0]])
+    got = cdpo.cdpo_loss(own, neighbour, similarity, lam=0.3)
+    assert_close(got, torch.tensor([1 + 0.3 * 2.0, 1.0]))                   # (7)
+    assert_close(cdpo.cdpo_loss(own, torch.zeros(2, 0), torch.zeros(2, 0)), own)
+    assert_close(cdpo.cdpo_loss(own, neighbour, similarity), torch.tensor([1.3, 1.0]))
+
+
+def test_cdpo_soft_prompt_is_a_two_layer_mlp():
+    """LayerNorm, two layers, GELU; S tokens, about twice as long as the embeddings that it is
+    told of."""
+    torch.manual_seed(0)
+    soft = cdpo.SoftPrompt(6, 400, 16, tokens=3, std=0.5)
+    h = noise(50, 6)
+    tokens = soft(h)
+    hidden = nn.functional.gelu(soft.fc1(soft.norm(h)))
+    assert_close(tokens, soft.fc2(hidden).view(50, 3, 16))
+    assert 0.9 < soft.fc2.weight.std() * 400 ** 0.5 < 1.1
+
+
+def test_cdpo_new_user_gets_the_same_tokens_from_the_file(tmp_path):
+    """collaborative.safetensors gives everybody the tokens of the model that wrote it."""
+    new = [User("x", ["t0"], ["t1"]), User("y", ["t1"], ["t0"]), User("z", [], [])]
+    file = tmp_path / "collaborative.safetensors"
+    soft = {"hidden_dim": 7, "out_dim": 4, "tokens": 3, "std": 0.5}
     for signed in (True, False):
-        model = cdpo.UserTokens(toy_graph(), hidden_dim=6, out_dim=5, signed=signed, soft={"hidden_dim": 7, "out_dim": 4, "tokens": 3, "std": 0.5})
+        model = cdpo.UserTokens(toy_graph(), hidden_dim=6, out_dim=5, signed=signed, soft=soft)
         model.save(file)
         read = cdpo.UserTokens.load(file)
         h = read.new(new)
-        assert relative([read.soft(h), read.embeddings()], [model.soft(model.new(new)), model.embeddings()]) < 1e-6 and read.graph.users == model.graph.users
-        assert relative(torch.cat([read.new([user]) for user in new]), h) < 1e-6 and (relative(h[0], h[1]) > 1e-3) == signed and h.isfinite().all()
+        assert_close(read.soft(h), model.soft(model.new(new)))
+        assert_close(read.embeddings(), model.embeddings())
+        assert read.graph.users == model.graph.users and read.config == model.config
+        assert (relative(h[0], h[1]) > 1e-3) == signed
+    tensors = load_file(file)
+    tensors["soft.fc1.bias"][0] = math.nan
+    graph.save_graph(file, model.graph, tensors, model.config)
+    raises("soft.fc1.bias", cdpo.UserTokens.load, file)
+
+
+def test_cdpo_user_whose_vector_rests_is_only_what_the_graph_says():
+    """`stay` leaves a user's own vector out, and nobody else's; vectors start near zero."""
+    model = cdpo.UserTokens(toy_graph(), hidden_dim=6, out_dim=5)
+    stay = torch.ones(12, 1)
+    stay[3] = 0
+    without = model.embeddings(stay)
+    model.vectors.data[3] = 0
+    assert_close(without, model.embeddings())
+    assert 0.003 < model.vectors.std() < 0.03
+
+
+def test_cdpo_dpo_user_knows_strangers_by_the_mean_or_the_nearest():
+    """The baseline's table gives a new user the mean of all, or the user who agrees most."""
+    table = cdpo.UserTokens(toy_graph(), kind="id", out_dim=5)
+    assert table.vectors.shape == (12, 5) and 0.7 < table.vectors.std() < 1.3
+    people = [User("x", ["t1", "t3"], ["t0"]), User("y", ["t0"], ["t5"])]
+    assert_close(table.new(people), table.vectors.mean(0).expand(2, -1))
+    nearest = table.new(people, "nearest")
+    assert same(nearest, table.vectors[[1, 0]]) and same(table.embeddings(), table.vectors)
+
+
+def test_cdpo_prompts_say_request_caption_guidance_and_profile():
+    def text(*args, **how):
+        (message,) = cdpo.prompt(*args, **how)
+        assert message["role"] == "user"
+        return message["content"]
+
+    assert text("A mug") == f"{cdpo.REQUEST}\nCaption: A mug"
+    assert text("A mug", "make it red") == f"{cdpo.REQUEST}\nCaption: A mug\nGuidance: make it red"
+    taste = cdpo.profile(User("x", ["gold", "wood"], ["pink"]))
+    assert taste == "likes gold, wood; dislikes pink"
+    assert text("A mug", profile=taste) == ("Given this user's profile likes gold, wood; dislikes "
+                                            "pink, suggest an edit for the following image: A mug")
+    assert cdpo.profile(User("x", [], ["pink"])) == "dislikes pink"
+
 
 def test_cdpo_packed_answers_equal_separate_ones():
-    """Chosen and rejected in one sequence behind one prompt give the log-probabilities and gradients of each alone, whatever else is in the batch."""
-    model, tokenizer, alone = Qwen.load(MINI / "qwen"), Tokenizer.load(MINI / "qwen"), torch.zeros(2, 2)
-    soft, weight = torch.randn(2, 3, model.lm_head.weight.shape[1], generator=seeded(), requires_grad=True), torch.tensor([[1.0, 2], [3, 4]])
-    texts = [("A red mug", "Paint the mug neon green", "Add a leaf"), ("A white bowl in front of a grey wall", "Make it gold", "Turn the bowl into ice")]
-    rows = [cdpo.encode(tokenizer, cdpo.prompt(caption), *answers) for caption, *answers in texts]
+    """Chosen and rejected in one sequence behind one prompt give the log-probabilities and
+    gradients of each alone, whatever else is in the batch."""
+    model = Qwen.load(MINI / "qwen")
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    soft = noise(2, 3, model.lm_head.weight.shape[1]).requires_grad_()
+    weight = torch.tensor([[1.0, 2], [3, 4]])
+    texts = [("A red mug", "Paint the mug neon green", "Add a leaf"),
+             ("A white bowl in front of a grey wall", "Make it gold", "Turn the bowl into ice")]
+    rows = [cdpo.encode(tokenizer, cdpo.prompt(text), *answers) for text, *answers in texts]
     packed = cdpo.answer_logprobs(model, rows, soft)
-    for i, j, prompt, answer in ((i, j, prompt, answers[j]) for i, (prompt, answers) in enumerate(rows) for j in range(2)):
-        embeds = torch.cat([soft[i], model.model.embed_tokens(torch.tensor(prompt + answer))])[None]
-        alone[i, j] = model(embeds=embeds).log_softmax(-1)[0, -len(answer) - 1:-1].gather(-1, torch.tensor(answer)[:, None]).sum()
-    assert relative(packed, alone) < 1e-6 and relative(*(torch.autograd.grad((x * weight).sum(), soft) for x in (packed, alone))) < 1e-5
+    alone = torch.zeros(2, 2)
+    for i, (asked, answers) in enumerate(rows):
+        for j, answer in enumerate(answers):
+            assert answer[-1] in model.config.eos
+            embeds = model.model.embed_tokens(torch.tensor(asked + answer))
+            logits = model(embeds=torch.cat([soft[i], embeds])[None])[0]
+            logp = logits.log_softmax(-1)[-len(answer) - 1:-1]
+            alone[i, j] = logp.gather(-1, torch.tensor(answer)[:, None]).sum()
+    assert_close(packed, alone)
+    grads = [torch.autograd.grad((x * weight).sum(), soft)[0] for x in (packed, alone)]
+    assert_close(*grads, 1e-5)
 
-def test_world_is_a_function_of_its_seed(tmp_path):
-    """The same seed gives the same bytes, more users change no earlier one; mini/sample is what --sample writes; its 45 edits differ in every pair of pictures."""
-    small, pixels = ("--scenes", 0, "--users", 5, "--test-users", 2, "--edits", 20), lambda file: np.array(Image.open(file)).astype(np.float32)
-    for name, *flags in (("a", *small), ("b", *small), ("larger", *small, "--users", 9), ("other", *small, "--seed", 1), ("sample", "--sample")):
-        assert shell("mini/world.py", "--out", tmp_path / name, *flags).returncode == 0
-    a, b, larger, other, sample = ({f.name: f.read_bytes() for f in (tmp_path / name).glob("*.jsonl")} for name in ("a", "b", "larger", "other", "sample"))
-    assert len(a) == 5 and a == b and all(larger[f].startswith(a[f]) for f in a) and a["users.jsonl"] != other["users.jsonl"]
-    assert len(sample) == 6 and all((MINI / "sample" / name).read_bytes() == content for name, content in sample.items())
-    drawn = [tmp_path / "sample" / picture["image"] for scene in lines(tmp_path / "sample/scenes.jsonl") for picture in (scene, *scene.get("edits", []))]
-    assert max(np.abs(pixels(file) - pixels(MINI / "sample/scenes" / file.name)).max() for file in drawn) <= 1
-    seen = np.stack([pixels(file) for file in drawn])
-    assert len(seen) == 51 and (np.abs(seen[:, None] - seen[None]).mean((2, 3, 4)) + 99 * np.eye(51)).min() > .9       # grey levels over the whole picture
 
-def test_world_pairs_ask_for_stated_likes_and_never_mention_a_hidden_one():
-    """48 pairs a user; chosen asks for one stated like or what the words ask for, rejected for one attribute, liked only where words ask for another thing."""
-    (users, pairs), kinds, themes = world.people("train", 40, 0), world.TYPE_OF, world.THEMES.values()
-    assert len(kinds) == 45 and set().union(*themes) == set(kinds) and all({kinds[a] for a in theme} == set(world.ATTRIBUTES) for theme in themes)
-    assert len(pairs) == 48 * 40 and .15 < sum("guidance" in p for p in pairs) / len(pairs) < .22
-    for i, p in enumerate(pairs):
-        u, ((chosen,), (rejected,), words) = users[i // 48], ([a for a in kinds if a in p.get(part, "")] for part in ("chosen", "rejected", "guidance"))
-        assert p["user"] == u["user"] and not {chosen, rejected} & set(u["hidden"]) and chosen in (words or u["likes"])
-        assert rejected not in u["likes"] or words or "guidance" in p and kinds[rejected] != p["edit_type"]
+def test_cdpo_suggests_the_same_alone_and_in_a_batch():
+    """A row's answer does not depend on longer prompts beside it; one that is cut off says so."""
+    model = Qwen.load(MINI / "qwen")
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    prompts = [cdpo.prompt("A red mug"), cdpo.prompt("A white bowl in front of a grey wall")]
+    soft = 0.1 * noise(2, 3, model.lm_head.weight.shape[1])
+    both = cdpo.suggest(model, tokenizer, prompts, soft)
+    for i in range(2):
+        assert cdpo.suggest(model, tokenizer, prompts[i:i + 1], soft[i:i + 1]) == both[i:i + 1]
+    plain = cdpo.suggest(model, tokenizer, prompts)
+    assert plain != both and all(ended for _, ended in plain)
+    assert "mug" in plain[0][0] and "bowl" in plain[1][0]
+    ((text, ended),) = cdpo.suggest(model, tokenizer, prompts[:1], max_new_tokens=2)
+    assert not ended and len(text.split()) <= 2
 
-def train_here(*flags):
-    """train.main in this process, quietly, until it ends or is stopped."""
+
+# ---- cdpo.py: what is trained --------------------------------------------------------------------
+
+def train_here(command):
+    """`train.py command` in this process, quietly, until it ends or is stopped."""
     with quiet(), contextlib.suppress(SystemExit):
-        train.main([str(flag) for flag in flags])
+        train.main(shlex.split(command))
+
 
 @functools.cache
 def prepared():
-    """(flags of a tiny cdpo run, its folder): a graph run and an SFT run on the shipped sample, made once for the tests below."""
+    """(command of a tiny cdpo run, a folder): a graph and an SFT run on the shipped sample, made
+    once for the tests below."""
     prepared.folder = tempfile.TemporaryDirectory()
     d = Path(prepared.folder.name)
-    train_here("graph", "--steps", 5, "--users", SAMPLE["users"], "--out", d / "graph")
-    train_here("sft", "--steps", 2, "--batch", 4, "--edits", SAMPLE["edits"], "--out", d / "sft")
-    files = ["--users", SAMPLE["users"], "--pairs", SAMPLE["pairs"], "--sft", d / "sft", "--graph", d / "graph"]
-    return ["cdpo", *files, "--batch", 8, "--micro", 4, "--save-every", 1], d
+    users = f"--users {SAMPLE}/users.jsonl"
+    train_here(f"graph --steps 5 {users} --out {d}/graph")
+    train_here(f"sft --steps 2 --batch 4 --edits {SAMPLE}/edits.jsonl --out {d}/sft")
+    inputs = f"{users} --pairs {SAMPLE}/pairs.jsonl --sft {d}/sft --graph {d}/graph"
+    return f"cdpo {inputs} --batch 8 --micro 4 --save-every 1", d
 
-def stage(*flags):
-    """(CDPO stage, its flags) of the prepared runs."""
-    args = train.parse([str(flag) for flag in [*prepared()[0], "--out", prepared()[1] / "run", *flags]])
+
+def build_stage(command):
+    """(stage, its settings, LoopSettings) of a command of train.py."""
+    name, settings, loop = train.parse(shlex.split(command))
     with quiet():
-        return train.CDPO(args), args
+        return train.STAGES[name][1](settings), settings, loop
+
+
+def cdpo_stage(flags=""):
+    """The prepared run's, with other flags."""
+    command, d = prepared()
+    return build_stage(f"{command} --out {d}/run {flags}")
+
+
+def draw_batch(stage, settings, step=0):
+    indices = train.batch_indices(stage.items, settings.batch, settings.seed, step)
+    return stage.draw(indices, qwen.generator_for(settings.seed, "step", step))
+
+
+def metrics_of(out):
+    return read_lines(out / "metrics.jsonl")
+
+
+def test_cdpo_lambda_zero_is_dpo_of_the_users_own_pairs():
+    """With lambda 0 the loss is Eq. 1 of the batch's pairs, under their own users, against a
+    reference that sees no user."""
+    stage, settings, _ = cdpo_stage("--lam 0 --nll 0")
+    rows = draw_batch(stage, settings)
+    own = [row.pairs for row in rows]
+    assert len(rows) == 8 and all(len(pairs) == 1 for pairs in own)
+    texts = [stage.encode(stage.pairs[pair]) for (pair,) in own]
+    readers = [stage.owner[pair] for (pair,) in own]
+    lora.use(stage.model, "reference")
+    ref = cdpo.answer_logprobs(stage.model, texts)
+    lora.use(stage.model, "policy")
+    soft = stage.tokens.soft(stage.tokens.embeddings(rows[0].stay)[readers])
+    logp = cdpo.answer_logprobs(stage.model, texts, soft)
+    margin = (logp[:, 0] - logp[:, 1]) - (ref[:, 0] - ref[:, 1])
+    loss, metrics = stage.loss(rows)
+    assert_close(loss, torch.log1p(torch.exp(-settings.beta * margin)).sum())
+    assert_close(metrics["logps/chosen"], logp[:, 0].sum())
+    assert_close(metrics["rewards/chosen"], settings.beta * (logp - ref)[:, 0].sum(), 1e-5)
+    assert 0 <= metrics["rewards/accuracies"] <= 8
+
+
+def test_cdpo_starts_at_ln_2_without_a_user():
+    """DPO-Vanilla begins as its reference: the loss is ln 2 a row, the margin 0."""
+    stage, settings, _ = cdpo_stage("--user none --nll 0")
+    loss, metrics = stage.loss(draw_batch(stage, settings))
+    assert_close(loss / 8, math.log(2))
+    assert metrics["rewards/margins"] == 0 and stage.tokens is None
+
+
+def test_cdpo_neighbours_are_read_with_the_tokens_that_the_flag_says():
+    """The whole of Eq. 7 by hand, for both readings of a neighbour's pair: with the target user's
+    soft tokens, or with the neighbour's own; nll is part of each pair's loss inside the sum."""
+    for reading in ("target", "neighbour"):
+        flags = f"--neighbours exact --neighbour-user {reading} --lam 0.7 --nll 0.3 --drop 0"
+        stage, settings, _ = cdpo_stage(flags)
+        rows = draw_batch(stage, settings)[:3]
+        want = 0
+        for row in rows:
+            own, *near = row.pairs
+            user = stage.owner[own]
+            want += pair_loss(stage, own, user)
+            for pair, s in zip(near, row.similarity):
+                reader = user if reading == "target" else stage.owner[pair]
+                share = s / sum(row.similarity)
+                want += 0.7 * share * pair_loss(stage, pair, reader)        # (7)
+        assert any(row.similarity for row in rows)
+        assert_close(stage.loss(rows)[0], want, 1e-5)
+
+
+@torch.no_grad()
+def pair_loss(stage, pair, reader):
+    """L_DPO of one pair, and nll times the chosen answer's mean token loss."""
+    text = stage.encode(stage.pairs[pair])
+    lora.use(stage.model, "reference")
+    ref = cdpo.answer_logprobs(stage.model, [text])[0]
+    lora.use(stage.model, "policy")
+    soft = stage.tokens.soft(stage.tokens.embeddings()[reader:reader + 1])
+    logp = cdpo.answer_logprobs(stage.model, [text], soft)[0]
+    margin = (logp[0] - logp[1]) - (ref[0] - ref[1])
+    loss = torch.log1p(torch.exp(-stage.settings.beta * margin))
+    return loss - stage.settings.nll * logp[0] / len(text[1][0])
+
+
+def test_cdpo_neighbours_are_defined_at_the_edges(tmp_path):
+    """k beyond the number of users, a user without pairs, one sampled neighbour, every similarity:
+    finite; nobody without pairs is read, nobody is their own neighbour, each pair is its user's."""
+    users = read_lines(SAMPLE / "users.jsonl")
+    file = tmp_path / "pairs.jsonl"
+    silent = users[1]["user"]
+    pairs = read_lines(SAMPLE / "pairs.jsonl")
+    write_lines(file, *(pair for pair in pairs if pair["user"] != silent))
+    for most, how in ((10, "exact --k 50"), (3, "exact --similarity shared"),
+                      (3, "exact --similarity signed"), (1, "sampled")):
+        stage, settings, _ = cdpo_stage(f"--pairs {file} --neighbours {how}")
+        rows = draw_batch(stage, settings)
+        assert stage.loss(rows)[0].isfinite()
+        assert most / 2 < max(len(row.similarity) for row in rows) <= most
+        for row in rows:
+            own, *near = [stage.owner[pair] for pair in row.pairs]
+            assert len(near) == len(row.similarity) and all(s > 0 for s in row.similarity)
+            assert 1 not in near and own not in near and row.readers == [own] * len(row.pairs)
+    write_lines(file)
+    raises("pairs.jsonl holds nothing", cdpo_stage, f"--pairs {file}")
+    raises("pairs.jsonl holds nothing", train_here, f"sft --edits {file}")
+    raises("pairs.jsonl holds nothing", train_here, f"graph --users {file}")
+    write_lines(file, {**pairs[0], "user": "nobody"})
+    raises("pairs.jsonl:1: user 'nobody' is not in", cdpo_stage, f"--pairs {file}")
+
+
+def test_cdpo_sampled_neighbours_come_in_proportion_to_similarity():
+    """Over many draws a neighbour is taken as often as its share of the similarity, and each of
+    its pairs is taken."""
+    stage, _, _ = cdpo_stage("--neighbours sampled")
+    user = stage.similarity.sum(1).argmax().item()
+    own = stage.pairs_of[user][0]
+    generator = seeded()
+    rows = [stage.draw_row(own, torch.ones(1), generator) for _ in range(600)]
+    taken = [row.pairs[1] for row in rows]
+    share = stage.similarity[user] / stage.similarity[user].sum()
+    for v, want in zip(stage.neighbours[user].tolist(), share.tolist()):
+        found = sum(stage.owner[pair] == v for pair in taken) / 600
+        assert abs(found - want) < 0.08
+    first = stage.neighbours[user, 0].item()
+    theirs = {pair for pair in taken if stage.owner[pair] == first}
+    assert len(theirs) > 0.9 * len(stage.pairs_of[first])
+
+
+def test_cdpo_vectors_rest_as_often_as_the_flag_says():
+    stage, settings, _ = cdpo_stage("--drop 0.75")
+    share = sum(draw_batch(stage, settings, step)[0].stay.mean() for step in range(40)) / 40
+    assert 0.18 < share < 0.32
+
+
+def test_cdpo_moves_only_lora_gnn_and_soft_tokens():
+    """After training, base weights and reference adapter are bit-identical, and every LoRA, GNN,
+    soft-prompt tensor and user vector has moved."""
+    stage, settings, loop = cdpo_stage(f"--out {prepared()[1]}/moved --drop 0 --steps 6")
+    tensors = dict(stage.model.named_parameters())
+    for name, p in stage.tokens.named_parameters():
+        tensors[f"collaborative.{name}"] = p
+    before = {name: p.clone() for name, p in tensors.items()}
+    with quiet():
+        train.train(stage, settings, loop)
+    moved = {name for name, p in tensors.items() if not same(p, before[name])}
+    trained = set()
+    for name in tensors:
+        unread = "to_attribute.1" in name                                   # h_u never reads these
+        if ".policy" in name or name.startswith("collaborative.") and not unread:
+            trained.add(name)
+    assert moved == trained
+
+
+def test_cdpo_graph_encoder_learns_at_its_own_rate():
+    """LoRA and soft tokens take --lr, node vectors and GraphSAGE --gnn-lr; a table of users, which
+    nobody has pretrained, takes --lr."""
+    adapters, soft, encoder = cdpo_stage("--gnn-lr 0.003")[0].parameter_groups()
+    assert "lr" not in adapters and "lr" not in soft and encoder["lr"] == 0.003
+    assert all(".lora_" in name for name, _ in adapters["params"])
+    assert all(".soft." in name for name, _ in soft["params"])
+    names = {name.removeprefix("collaborative.").partition(".")[0] for name, _ in encoder["params"]}
+    assert names == {"vectors", "sage"}
+    assert cdpo_stage("--user id")[0].parameter_groups()[2]["lr"] == 1e-2
+
+
+def test_cdpo_sft_loss_is_the_mean_token_loss_of_each_answer():
+    """Each example's loss is the mean over its answer's tokens; prompt tokens do not count."""
+    stage, _, _ = build_stage(f"sft --edits {SAMPLE}/edits.jsonl --dropout 0")
+    rows = stage.draw([0, 5, 7], seeded())
+    want = 0
+    for row in rows:
+        messages = cdpo.prompt(row["input"], row["guidance"])
+        asked, (answer,) = cdpo.encode(stage.tokenizer, messages, row["edit"])
+        logits = stage.model(torch.tensor([asked + answer]))[0, len(asked) - 1:-1]
+        want += nn.functional.cross_entropy(logits, torch.tensor(answer))
+    assert_close(stage.loss(rows)[0], want)
+    assert stage.describe(rows).endswith("edits.jsonl, lines 1, 6, 8")
+
+
+def test_cdpo_first_steps_are_the_recorded_ones():
+    """The tiny runs' losses and gradient norms, recorded once: whoever changes them, meant to."""
+    command, d = prepared()
+    train_here(f"{command} --steps 3 --out {d}/recorded")
+    train_here(f"{command} --steps 3 --out {d}/baseline --user id --neighbours exact")
+    found = {}
+    for name in ("graph", "sft", "recorded", "baseline"):
+        found[name] = [[line["loss"], line["grad_norm"]] for line in metrics_of(d / name)[:3]]
+    for name, want in RECORDED_STEPS.items():
+        assert_close(torch.tensor(found[name]), torch.tensor(want), 2e-3)
+
+
+RECORDED_STEPS = {                          # (loss, gradient norm) of each step
+    "graph": [[0.693772, 0.145238], [0.696433, 0.220223], [0.67964, 0.33957]],
+    "sft": [[0.950024, 0.551468], [1.224364, 0.59699]],
+    "recorded": [[12.297535, 8.305299], [12.426023, 5.504763], [13.833833, 12.373056]],
+    "baseline": [[8.148874, 11.417348], [7.939407, 6.342622], [9.842464, 24.514669]],
+}
+
+
+def test_cdpo_evaluation_counts_attributes_by_name():
+    """Whole words in either case, the longest name first; a hit is a stated or a hidden like; an
+    answer may count as several things at once."""
+    user = User("x", ["neon green", "gold"], ["ice"], ["forest"])
+    judge = SimpleNamespace(names=cdpo.find_names([user, User("y", ["green"], ["ice cream"])]))
+
+    def verdict(text, ended=True):
+        found = cdpo.Evaluation.verdict(judge, user, text, ended)
+        assert len(found) == len(cdpo.RATES)
+        return {name for name, value in zip(cdpo.RATES, found) if value}
+
+    assert verdict("Paint it Neon Green") == {"likes", "hit"}
+    assert verdict("Paint it green") == set()
+    assert verdict("Put it in a forest") == {"would like", "hit"}
+    assert verdict("Turn it into ice") == {"dislikes"}
+    assert verdict("Add ice cream") == set()
+    assert verdict("GOLD and ice, in a forest") == {"likes", "would like", "hit", "dislikes"}
+    assert verdict("Make it golden", ended=False) == {"no attribute", "unfinished"}
+
+
+def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
+    """Rates are means over all answers; the policy knows what the condition shows, and is judged
+    by the whole taste; a table has a row a condition."""
+    command, d = prepared()
+    train_here(f"{command} --steps 1 --out {d}/policy")
+    found, settings, _ = build_stage(
+        f"eval --policy {d}/policy --answers 2 --users {SAMPLE}/users.jsonl "
+        f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl")
+    asked = []
+
+    def answers(users, captions, policy, **how):
+        asked.append(users)
+        said = []
+        for i, user in enumerate(users):
+            text = f"Make it {found.users[i].likes[0]}" if user.dislikes else "Do nothing"
+            said += [(i, caption, text, True) for caption in captions[i]]
+        return said
+
+    with mock.patch.object(found, "answers", answers):
+        rows = found.table().splitlines()
+    assert len(rows) == 5 and rows[0].count("|") == 8
+    both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:])
+    assert both[0] == both[2] == dislikes[0] == "1.000" and likes[0] == "0.000"
+    assert likes[4] == "1.000" and both[3] == both[5] == "0.000"
+    assert all(not user.dislikes for user in asked[1]) and all(not u.likes for u in asked[2])
+    known = User("x", ["gold"], ["ice"])
+    people = [known] * len(found.users)
+    said = found.answers(people, found.captions, settings.policy)
+    asked = [(i, text) for i, texts in enumerate(found.captions) for text in texts]
+    assert [(i, text) for i, text, *_ in said] == asked
+    assert said == found.answers(people, found.captions, settings.policy)
+    assert said != found.answers(people, found.captions, settings.policy, seed=1)
+    assert said != found.answers(people, found.captions, settings.policy, with_profile=True)
+
+
+# ---- train.py: the loop --------------------------------------------------------------------------
 
 def test_train_resume_is_bit_exact():
-    """A run killed by SIGKILL and continued by the same command has the bytes of an uninterrupted one, metrics included."""
-    flags, d = [*prepared()[0], "--steps", 16, "--out"], prepared()[1]
-    train_here(*flags, d / "whole")
-    process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), d / "torn"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    """A run killed by SIGKILL and continued by the same command has the bytes of an unbroken one,
+    metrics included."""
+    command, d = prepared()
+    train_here(f"{command} --steps 16 --out {d}/whole")
+    torn = f"{command} --steps 16 --out {d}/torn"
+    process = subprocess.Popen([sys.executable, "train.py", *shlex.split(torn)], cwd=ROOT,
+                               stderr=subprocess.DEVNULL)
     while process.poll() is None and not list((d / "torn").glob("step_*")):
         time.sleep(0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    train_here(*flags, d / "torn")
+    train_here(torn)
     for name in ("adapter_model.safetensors", "collaborative.safetensors", "metrics.jsonl"):
         assert (d / "whole" / name).read_bytes() == (d / "torn" / name).read_bytes(), name
+    assert [line["step"] for line in metrics_of(d / "torn")] == list(range(1, 17))
+
+
+def test_train_stops_at_a_signal_with_the_step_saved():
+    """SIGTERM ends a run after the current step, which is saved, and says how to go on."""
+    command, d = prepared()
+    words = shlex.split(f"{command} --steps 5000 --save-every 5000 --out {d}/told")
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE)
+    while process.poll() is None and not (d / "told/metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 1 and "the same command continues" in said
+    step = len(metrics_of(d / "told"))
+    assert [p.name for p in (d / "told").glob("step_*")] == [f"step_{step}"]
+    assert f"stopped after step {step} of 5000" in said
+
+
+def test_train_keeps_the_newest_point_and_saves_as_often_as_asked():
+    """--save-every N writes every N steps and at the end; only the newest point stays."""
+    command, d = prepared()
+    saved = []
+    write = train.save_state
+
+    def watch(optimizer, out, step):
+        saved.append(step)
+        write(optimizer, out, step)
+
+    with mock.patch.object(train, "save_state", watch):
+        train_here(f"{command} --save-every 3 --steps 7 --out {d}/points")
+    assert saved == [3, 6, 7]
+    assert [p.name for p in (d / "points").glob("step_*")] == ["step_7"]
+    config = json.loads((d / "points/config.json").read_text())
+    assert config["stage"] == "CDPO" and config["steps"] == 7 and len(config["inputs"]) >= 5
+
 
 def test_train_one_two_and_four_processes_take_the_same_step():
-    """torchrun with two gloo processes (cdpo) and with four (sft with dropout) takes the gradient of one process to 1e-6, and its step to 1e-5."""
-    flags, d = prepared()
-    for n, of in ((2, flags), (4, ["sft", "--batch", 8, "--micro", 2, "--dropout", 0.3, "--edits", SAMPLE["edits"]])):
-        train_here(*of, "--steps", 1, "--out", d / f"one{n}")
-        out = shell("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "train.py", *of, "--steps", 1, "--out", d / f"{n}")
+    """torchrun with two gloo processes (cdpo) and with four (sft with dropout) takes the gradient
+    of one process to 1e-6, and its step to 1e-5; metrics are the same."""
+    command, d = prepared()
+    sft = f"sft --batch 8 --micro 2 --dropout 0.3 --edits {SAMPLE}/edits.jsonl"
+    for n, of in ((2, command), (4, sft)):
+        train_here(f"{of} --steps 1 --out {d}/one{n}")
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={n}"
+        out = shell(f"{torchrun} train.py {of} --steps 1 --out {d}/{n}")
         assert out.returncode == 0, out.stderr[-1000:]
-        one, more = (load_file(d / name / "step_1/state.safetensors") for name in (f"one{n}", f"{n}"))
+        one = load_file(d / f"one{n}/step_1/state.safetensors")
+        more = load_file(d / f"{n}/step_1/state.safetensors")
         for part, bound in (("exp_avg:", 1e-6), ("", 1e-5)):
-            assert relative(*(torch.cat([s[name].flatten() for name in sorted(one) if name.startswith(part)]) for s in (more, one))) < bound, (n, part)
+            names = sorted(name for name in one if name.startswith(part))
+            flat = [torch.cat([state[name].flatten() for name in names]) for state in (more, one)]
+            assert_close(*flat, bound)
+        (line,), (other,) = metrics_of(d / f"one{n}"), metrics_of(d / f"{n}")
+        assert all(abs(line[name] - other[name]) < 1e-4 for name in line)
 
-def test_train_lambda_zero_is_user_dpo():
-    """With lambda 0 the loss is DPO's of the batch's own pairs under their own users; DPO-Vanilla starts at ln 2; micro-batches do not change a gradient."""
-    s, args = stage("--lam", 0, "--nll", 0)
-    rows, vanilla = s.rows(0), stage("--user", "none", "--nll", 0)[0]
-    own = [i for i, near in rows if not near]
-    texts = [s.encode(p["caption"], p["chosen"], p["rejected"], guidance=p["guidance"]) for p in (s.pairs[i] for i in own)]
-    logp, ref = cdpo.answer_logprobs(s.model, texts, s.tokens.soft(s.tokens.embeddings(s.keep)[[s.owner[i] for i in own]])), s.reference[own]
-    want = torch.log1p(torch.exp(-args.beta * ((logp[:, 0] - logp[:, 1]) - (ref[:, 0] - ref[:, 1])))).sum()
-    assert len(own) == len(rows) == 8 and relative(s.loss(rows)[0], want) < 1e-6
-    assert abs(vanilla.loss(rows)[0].item() / 8 - math.log(2)) < 1e-6
-    (s, args), grads = stage("--lam", 0.5), []
-    for args.micro in (4, 8, 3):
-        train.gradients(s, args, 0, False)
-        grads.append(torch.cat([p.grad.flatten() for p in s.trained.values()]))
-    assert relative(grads[1:], grads[:1] * 2) < 1e-6
 
-def test_train_moves_only_lora_gnn_and_soft_tokens():
-    """After training, base weights and reference adapter are bit-identical, and every LoRA, GNN, soft-prompt tensor and user vector has moved."""
-    s, args = stage("--out", prepared()[1] / "moved", "--drop", 0, "--steps", 6)
-    tensors = dict(s.model.named_parameters()) | {f"collaborative.{name}": p for name, p in s.tokens.named_parameters()}
-    before = {name: p.clone() for name, p in tensors.items()}
+def test_train_micro_batches_do_not_change_a_gradient():
+    """--micro is about memory: gradients and metrics of a batch are the same for any."""
+    stage, settings, _ = cdpo_stage("--lam 0.5")
+    rows = draw_batch(stage, settings)
+    parameters = [p for _, p in cdpo.trainable(stage.model)]
+    found = []
+    for settings.micro in (4, 8, 3):
+        metrics = train.gradients(stage, settings, rows, parameters, step=0, stop=[])
+        found.append([torch.cat([p.grad.flatten() for p in parameters]),
+                      torch.tensor(list(metrics.values()))])
+    assert_close(found[1], found[0], 1e-5)
+    assert_close(found[2], found[0], 1e-5)
+    assert "stop" in metrics and metrics["stop"] == 0
+
+
+def test_train_refuses_two_runs_and_other_flags():
+    """A second run on one folder and a continuation with other flags each end in one line; flags
+    that change no number may differ."""
+    command, d = prepared()
+    out = d / "held"
+    command = f"{command} --steps 2 --out {out}"
+    sft = f"sft --edits {SAMPLE}/edits.jsonl --out {out}"
+    train_here(command)
+    raises("a run with beta = 0.2, now it is 0.3", train_here, f"{command} --beta 0.3")
+    raises("a run with stage = 'CDPO', now it is 'SFT'", train_here, sft)
+    with train.locked(out):
+        raises("is being written by another run", train_here, command)
+    train_here(f"{command} --save-every 2 --checkpointing")
+
+
+def test_train_refuses_to_continue_with_other_data(tmp_path):
+    """A run does not go on when a file it reads has changed since, and says which."""
+    command, d = prepared()
+    pairs = read_lines(SAMPLE / "pairs.jsonl")
+    file = tmp_path / "pairs.jsonl"
+    write_lines(file, *pairs)
+    command = f"{command} --pairs {file} --steps 1 --out {d}/data"
+    train_here(command)
+    write_lines(file, *pairs[:-1])
+    raises("--pairs", train_here, command)
+
+
+def test_train_loses_nothing_to_a_full_disk():
+    """What was saved before stays whole, and no temporary folder is left."""
+    command, d = prepared()
+    train_here(f"{command} --steps 2 --out {d}/full")
+    point = d / "full/step_2"
+    state = (point / "state.safetensors").read_bytes()
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    raises("could not write step 3", qwen.write_whole, point, full, "step 3")
+    assert (point / "state.safetensors").read_bytes() == state
+    assert not list((d / "full").rglob(".tmp*"))
+
+
+def test_train_takes_no_step_on_lost_numbers():
+    """A NaN loss ends the run before the step, with the lines named; nothing is saved."""
+    stage, settings, loop = cdpo_stage(f"--out {prepared()[1]}/nan")
+    stage.tokens.soft.fc2.bias.data[0] = math.nan
     with quiet():
-        train.fit(s, args)
-    moved, unread = {name for name, p in tensors.items() if not same(p, before[name])}, "to_attribute.1"      # h_u never reads these
-    assert moved == {name for name in tensors if ".policy" in name or name.startswith("collaborative.") and unread not in name}
+        message = raises("the step was not taken", train.train, stage, settings, loop)
+    assert "pairs.jsonl, lines" in message and not list(Path(loop.out).glob("step_*"))
+    optimizer = torch.optim.AdamW([{"params": [("x", nn.Parameter(torch.tensor([math.inf])))]}])
+    raises("x is not finite", train.save_state, optimizer, Path(loop.out), 3)
 
-def test_train_neighbours_terms_are_defined_at_the_edges(tmp_path):
-    """k beyond the number of users, a user without pairs, one sampled neighbour, the other readings: finite, nobody without pairs is read; no empty files."""
-    users, file = lines(ROOT / SAMPLE["users"]), tmp_path / "pairs.jsonl"
-    write(file, *(pair for pair in lines(ROOT / SAMPLE["pairs"]) if pair["user"] != users[1]["user"]))
-    for most, *more in ((10, "exact", "--k", 50), (3, "exact", "--neighbour-user", "neighbour"), (3, "exact", "--similarity", "shared"), (1, "sampled")):
-        s, _ = stage("--pairs", file, "--lam", 0.5, "--neighbours", *more)
-        rows = s.rows(0)
-        assert s.loss(rows)[0].isfinite() and most / 2 < max(len(near) for _, near in rows) <= most
-        assert all(s.owner[pair] == v != 1 and score > 0 and v != s.owner[own] for own, near in rows for v, pair, score in near)
-    write(file)
-    for part, *flags in (("nothing", *prepared()[0], "--pairs", file), ("nothing", "sft", "--edits", file), ("no user", "graph", "--users", file)):
-        raises(f"pairs.jsonl holds {part}", train_here, *flags, "--out", tmp_path / "x")
 
-def test_train_refuses_two_runs_other_flags_and_lost_numbers():
-    """A second run on one folder, a continuation with other flags, a full disk and a NaN loss each end in one line; the checkpoint before stays whole."""
-    flags, out, full = [*prepared()[0], "--steps", 2, "--out"], prepared()[1] / "held", mock.Mock(side_effect=OSError(28, "No space left on device"))
-    train_here(*flags, out)
-    state = (out / "step_2/state.safetensors").read_bytes()
-    raises("holds a run with beta = 0.2, now it is 0.3", train_here, *flags, out, "--beta", 0.3)
-    with train.lock(out):
-        raises("is being written by another run", train_here, *flags, out)
-    raises("No space left on device", train.publish, out / "step_2", full, "step 3")
-    assert (out / "step_2/state.safetensors").read_bytes() == state and not list(out.glob(".tmp*"))
-    s, args = stage("--out", out.with_name("nan"))
-    s.tokens.soft.fc2.bias.data[0] = math.nan
-    with quiet():
-        assert "pairs.jsonl, lines" in raises("the step was not taken", train.fit, s, args) and not list(out.with_name("nan").glob("step_*"))
+def test_train_torn_or_foreign_point_is_refused(tmp_path):
+    """A resume point of another model names every tensor; a truncated one is named."""
+    command, d = prepared()
+    train_here(f"{command} --steps 1 --out {d}/spoiled")
+    file = d / "spoiled/step_1/state.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    raises(str(file), train_here, f"{command} --steps 1 --out {d}/spoiled")
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    tensors.pop("collaborative.vectors")
+    save_file(tensors, file)
+    raises("missing collaborative.vectors", train_here, f"{command} --steps 1 --out {d}/spoiled")
 
-def test_train_presets_and_order_are_as_promised():
-    """--preset paper is Table 12, and nothing of ours that would change its loss; an epoch holds every item once, by seed and epoch; warm-up, then half a cosine."""
-    for name, want in {"cdpo": dict(steps=3000, batch=12, lr=2e-7, gnn_lr=2e-8, k=3, lam=0.15, tokens=8, nll=0, similarity="shared", drop=0),
-                       "sft": dict(steps=9375, batch=16, lr=2e-6, rank=16, alpha=32, dropout=0.05, dtype="bf16"),
-                       "graph": dict(steps=150, lr=3e-5, hidden=1024, out_dim=1024, embedder="Linq-AI-Research/Linq-Embed-Mistral")}.items():
-        assert want.items() <= vars(train.parse([name, "--preset", "paper"])).items(), name
-    epoch = [i for step in range(5) for i in train.order(10, 4, 0, step)]
-    assert sorted(epoch[:10]) == sorted(epoch[10:]) == list(range(10)) and epoch[:10] != epoch[10:] and train.order(10, 10, 1, 0) != epoch[:10]
-    assert [round(train.schedule(s, 10, 2), 3) for s in (0, 1, 2, 6, 10)] == [0.333, 0.667, 1.0, 0.5, 0.0]
 
-def test_train_judge_tells_well_formed_from_malformed():
-    """An instruction counts when it ended, names one known attribute (the longest name), and is put together as the training instructions are."""
-    texts, caption = [(p["caption"], p[side]) for p in lines(ROOT / SAMPLE["pairs"]) for side in ("chosen", "rejected")], "A white bowl in front of a grey wall"
-    user, good = User("x", ["neon green"], ["gold"], ["forest"]), {"likes": False, "would like": True, "hit": True, "dislikes": False, "malformed": False}
-    judge = train.Judge([user, User("all", list(world.TYPE_OF), [])], texts)
-    assert judge(user, caption, "Change the background to forest", True) == good and not any(judge(user, *text, True)["malformed"] for text in texts)
-    for text in ("", "Change the to forest", "Change the background to purple-ish", "Add gold and forest"):
+def test_train_epoch_holds_every_item_once():
+    """Batches run through shuffled epochs, a function of (seed, epoch)."""
+    epochs = []
+    for step in range(5):
+        epochs += train.batch_indices(10, 4, 0, step)
+    assert sorted(epochs[:10]) == sorted(epochs[10:]) == list(range(10))
+    assert epochs[:10] != epochs[10:]
+    assert train.batch_indices(10, 10, 1, 0) != train.batch_indices(10, 10, 0, 0) == epochs[:10]
+    assert train.batch_indices(3, 7, 0, 0)[:3] == train.batch_indices(3, 3, 0, 0)
+
+
+def test_train_rate_warms_up_and_falls_by_half_a_cosine():
+    rates = [train.learning_rate(step, 10, 2) for step in (0, 1, 2, 6, 10)]
+    assert_close(torch.tensor(rates), torch.tensor([1 / 3, 2 / 3, 1.0, 0.5, 0.0]))
+    assert train.learning_rate(0, 1, 0) == 1
+
+
+def test_train_clips_the_gradient_and_uses_the_schedule():
+    """metrics.jsonl has the rate of each step; the norm is that before clipping, and a step with
+    --clip c is one with a gradient of at most that norm."""
+    command, d = prepared()
+    train_here(f"{command} --steps 4 --warmup 2 --lr 0.01 --out {d}/rates")
+    rates = [line["lr"] for line in metrics_of(d / "rates")]
+    assert_close(torch.tensor(rates), 0.01 * torch.tensor([1 / 3, 2 / 3, 1, 0.5]))
+    for clip in (1e-3, 0):
+        out = d / f"clip{clip}"
+        train_here(f"{command} --steps 1 --warmup 0 --clip {clip} --out {out}")
+        state = load_file(out / "step_1/state.safetensors")
+        first = [t.square().sum() for name, t in state.items() if name.startswith("exp_avg:")]
+        norm = torch.stack(first).sum().sqrt() / 0.1                        # (1 - beta_1) g
+        (line,) = metrics_of(out)
+        assert_close(norm, clip or line["grad_norm"], 1e-3)
+
+
+PAPER = {
+    "graph": dict(steps=150, lr=3e-5, hidden=1024, out_dim=1024, drop=0, feature_norm=0,
+                  embedder="Linq-AI-Research/Linq-Embed-Mistral"),
+    "sft": dict(steps=9375, batch=16, lr=2e-6, rank=16, alpha=32, dropout=0.05, dtype="bf16",
+                qwen="Qwen/Qwen2.5-7B-Instruct"),
+    "cdpo": dict(steps=3000, batch=12, lr=2e-7, gnn_lr=2e-8, k=3, lam=0.15, tokens=8, nll=0,
+                 similarity="shared", neighbours="exact", drop=0, qwen="Qwen/Qwen2.5-7B-Instruct"),
+}
+
+
+def test_train_paper_preset_is_table_12():
+    """--preset paper is Table 12, and nothing of ours that would change its loss; flags win."""
+    for name, want in PAPER.items():
+        _, settings, _ = train.parse([name, "--preset", "paper"])
+        for field, value in want.items():
+            assert getattr(settings, field) == value, (name, field)
+    _, settings, loop = train.parse("cdpo --preset paper --lam 0.3 --out x".split())
+    assert settings.lam == 0.3 and settings.k == 3 and loop.out == "x"
+    assert train.parse(["sft"])[2].out == "runs/sft" and train.parse(["sft"])[2].save_every == 50
+
+
+def test_train_flags_out_of_bounds_are_named():
+    """A number that makes no sense is refused by its flag, with what is allowed."""
+    for words in ("sft --steps 0", "sft --dropout 1.5", "sft --lr -1", "sft --lr nan",
+                  "cdpo --seed -1", "cdpo --k 0", "cdpo --batch 0", "graph --drop 2"):
+        raises("it must lie in", train.parse, words.split())
+    for words in ("sft --dropout 0", "sft --dropout 1", "sft --warmup 0", "cdpo --lam 0"):
+        train.parse(words.split())
+
+
+# ---- mini/ ---------------------------------------------------------------------------------------
+
+def test_world_is_a_function_of_its_seed(tmp_path):
+    """The same seed gives the same bytes, and more users change no earlier one."""
+    small = "--scenes 0 --users 5 --test-users 2 --edits 20"
+    found = {}
+    for name, more in (("a", ""), ("b", ""), ("larger", "--users 9"), ("other", "--seed 1")):
+        out = shell(f"mini/world.py --out {tmp_path}/{name} {small} {more}")
+        assert out.returncode == 0, out.stderr
+        found[name] = {f.name: f.read_bytes() for f in (tmp_path / name).glob("*.jsonl")}
+    assert len(found["a"]) == 5 and found["a"] == found["b"]
+    assert found["a"]["users.jsonl"] != found["other"]["users.jsonl"]
+    for name, content in found["a"].items():
+        assert found["larger"][name].startswith(content)
+
+
+def test_world_sample_is_what_its_command_writes(tmp_path):
+    """mini/sample is what `--sample` writes; its 45 edits differ in every pair of pictures."""
+    assert shell(f"mini/world.py --sample --out {tmp_path}").returncode == 0
+    written = {f.name: f.read_bytes() for f in tmp_path.glob("*.jsonl")}
+    assert len(written) == 6
+    for name, content in written.items():
+        assert (SAMPLE / name).read_bytes() == content
+    names = []
+    for scene in read_lines(tmp_path / "scenes.jsonl"):
+        for picture in (scene, *scene.get("edits", [])):
+            names.append(picture["image"])
+    seen = []
+    for name in names:
+        drawn, shipped = (np.array(Image.open(folder / name)) for folder in (tmp_path, SAMPLE))
+        assert np.abs(drawn.astype(int) - shipped).max() <= 1
+        seen.append(drawn.astype(np.float32))
+    seen = np.stack(seen)
+    apart = np.abs(seen[:, None] - seen[None]).mean((2, 3, 4))              # grey levels
+    assert len(seen) == 51 and (apart + 99 * np.eye(51)).min() > 0.9
+
+
+def attributes_in(text):
+    return [name for name in world.TYPE_OF if name in text]
+
+
+def test_world_pairs_ask_for_stated_likes_and_never_mention_a_hidden_one():
+    """48 pairs a user; chosen asks for one stated like or what the words ask for, rejected for one
+    attribute, liked only where words ask for another thing."""
+    users, pairs = world.people("train", 40, 0)
+    guided = sum("guidance" in pair for pair in pairs) / len(pairs)
+    assert len(pairs) == 48 * 40 and 0.15 < guided < 0.22
+    for i, pair in enumerate(pairs):
+        user = users[i // 48]
+        (chosen,) = attributes_in(pair["chosen"])
+        (rejected,) = attributes_in(pair["rejected"])
+        words = attributes_in(pair.get("guidance", ""))
+        assert pair["user"] == user["user"]
+        assert not {chosen, rejected} & set(user["hidden"])
+        assert chosen in (words or user["likes"])
+        other_type = world.TYPE_OF[rejected] != pair["edit_type"]
+        assert rejected not in user["likes"] or words or "guidance" in pair and other_type
+
+
+def test_world_themes_cover_45_attributes_of_six_types():
+    themes = world.THEMES.values()
+    assert len(world.TYPE_OF) == 45 and set().union(*themes) == set(world.TYPE_OF)
+    for theme in themes:
+        assert {world.TYPE_OF[name] for name in theme} == set(world.ATTRIBUTES)
+
+
+def test_world_judge_tells_well_formed_from_malformed():
+    """An instruction counts when it ended, names one known attribute (the longest name), and is
+    put together as the training instructions are."""
+    texts = []
+    for pair in read_lines(SAMPLE / "pairs.jsonl"):
+        texts += [(pair["caption"], pair["chosen"]), (pair["caption"], pair["rejected"])]
+    caption = "A white bowl in front of a grey wall"
+    user = User("x", ["neon green"], ["gold"], ["forest"])
+    judge = Judge([user, User("all", list(world.TYPE_OF), [])], texts)
+    verdict = judge(user, caption, "Change the background to forest", True)
+    assert verdict == {"likes": False, "would like": True, "hit": True, "dislikes": False,
+                       "malformed": False}
+    assert not any(judge(user, *text, True)["malformed"] for text in texts)
+    assert judge(user, caption, "Change the background to forest", False)["malformed"]
+    for text in ("", "Change the to forest", "Change the background to purple-ish",
+                 "Add gold and forest"):
         assert judge(user, caption, text, True)["malformed"], text
 
+
+# ---- edit.py, and pictures as people have them ---------------------------------------------------
+
+def photographs():
+    """[(file name, PIL picture, the pixels to read, how to save it)]."""
+    rgb = Image.open(SAMPLE / "scenes/01_mug.png").convert("RGB").crop((0, 0, 64, 48))
+    pixels = np.array(rgb)
+    gray = pixels[..., 0]
+    grays = np.stack([gray] * 3, -1)
+    dark = int(gray.min())
+    bit = pixels[..., :1] > 127
+    clear = np.dstack([pixels, 255 * bit.astype(np.uint8)])
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                        # turn it clockwise
+    return [
+        ("16.png", Image.fromarray(gray.astype(np.uint16) * 257), grays, {}),
+        ("float.tiff", Image.fromarray((gray / 255).astype(np.float32)), grays, {}),
+        ("bytes.tiff", Image.fromarray(gray.astype(np.float32)), grays, {}),
+        ("palette.png", Image.fromarray(gray).convert("P"), np.where(grays == dark, 255, grays),
+         {"transparency": dark}),
+        ("cmyk.tiff", rgb.convert("CMYK"), pixels, {}),
+        ("alpha.png", Image.fromarray(clear), np.where(bit, pixels, 255), {}),
+        ("exif.png", Image.fromarray(np.rot90(pixels).copy()), pixels, {"exif": exif}),
+        ("a.gif", Image.fromarray(bit[..., 0]), 255 * np.dstack([bit] * 3),
+         {"save_all": True, "append_images": [Image.new("1", rgb.size)]}),
+    ]
+
+
 def test_edit_reads_any_photograph(tmp_path):
-    """Deep, float, palette, CMYK, transparent, rotated, animated pictures come out upright, 8-bit RGB, as bright; any size fits into multiples of 16."""
-    rgb, exif = Image.open(MINI / "sample/scenes/01_mug.png").convert("RGB").crop((0, 0, 64, 48)), Image.Exif()
-    picture, exif[0x0112] = np.array(rgb), 6                                                        # 6: turn it clockwise
-    gray, bit = picture[..., 0], picture[..., :1] > 127
-    deep, flat, grays, dark = gray.astype(np.uint16) * 257, Image.fromarray(bit[..., 0]), np.stack([gray] * 3, -1), int(gray.min())
-    clear, turned = Image.fromarray(np.dstack([picture, 255 * bit.astype(np.uint8)])), Image.fromarray(np.rot90(picture).copy())
-    for name, image, want, how in (("16.png", Image.fromarray(deep), grays, {}), ("float.tiff", Image.fromarray((gray / 255).astype(np.float32)), grays, {}),
-                                   ("palette.png", Image.fromarray(gray).convert("P"), np.where(grays == dark, 255, grays), dict(transparency=dark)),
-                                   ("cmyk.tiff", rgb.convert("CMYK"), picture, {}), ("alpha.png", clear, np.where(bit, picture, 255), {}),
-                                   ("exif.png", turned, picture, dict(exif=exif)),
-                                   ("a.gif", flat, 255 * np.dstack([bit] * 3), dict(save_all=True, append_images=[Image.new("1", rgb.size)]))):
+    """Deep, float, palette, CMYK, transparent, rotated, animated pictures come out upright, as
+    8-bit RGB, and as bright as they were."""
+    for name, image, want, how in photographs():
         image.save(tmp_path / name, **how)
-        got = np.array(edit.read_image(tmp_path / name)).astype(int)
+        got = np.array(flux.read_image(tmp_path / name)).astype(int)
         assert got.shape == want.shape and np.abs(got - want).max() <= 1, name
-    for width, height in ((1, 1), (1000, 10), (3, 4000), (4032, 3024), (17, 1023)):
-        h, w, _ = edit.fit(Image.new("RGB", (width, height)), 256, 16).shape
-        assert h % 16 == w % 16 == 0 and 0.8 < h * w / 256 ** 2 < 1.25 and 1 / 4.5 <= w / h <= 4.5, (width, height, w, h)
+    white = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    white.save(tmp_path / "white.png")
+    assert np.array(flux.read_image(tmp_path / "white.png"))[0, :, 0].tolist() == [0, 128, 255]
 
-def test_edit_says_in_one_sentence_what_is_wrong(tmp_path):
-    """Half a picture, a text, wrong flags, an unknown person: one line that names it, before any model is loaded, and exit code 2."""
-    (tmp_path / "cut.png").write_bytes((MINI / "sample/scenes/01_mug.png").read_bytes()[:300]), (tmp_path / "text.png").write_text("not a picture")
+
+def test_edit_refuses_what_is_no_photograph(tmp_path):
+    """Half a picture, a text and an absent file are each one line that names the file."""
+    mug = (SAMPLE / "scenes/01_mug.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(mug[:300])
+    (tmp_path / "text.png").write_text("not a picture")
     for name in ("cut.png", "text.png", "absent.png"):
-        raises(name, edit.read_image, tmp_path / name)
-    for flags, part in (("--image x.png", "--caption"), ("--strength 1.5", "0 .. 1"), ("--likes red --dislikes red", "'red'"), ("--out edit.jpg", ".png"),
-                        ("--user ana --likes red", "one or the other"), ("--device gpu", "gpu"), ("--flux mini/nowhere", "mini/nowhere")):
-        raises(part, edit.main, flags.split())
-    done = shell("edit.py", "--user", "glamor-stylist")
-    assert done.returncode == 2 and "nearest: glamour-stylist" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        raises(name, flux.read_image, tmp_path / name)
 
-def edited(at, name, *flags):
+
+def test_edit_brings_any_shape_to_multiples_of_16():
+    """The area stays about size x size, the shape is kept up to 4 : 1, the rest is cut away."""
+    for width, height in ((1, 1), (1000, 10), (3, 4000), (4032, 3024), (17, 1023)):
+        h, w, _ = edit.crop_to(Image.new("RGB", (width, height)), 256, 16).shape
+        assert h % 16 == w % 16 == 0 and 0.8 < h * w / 256 ** 2 < 1.25
+        assert 1 / 4.5 <= w / h <= 4.5, (width, height, w, h)
+    h, w, _ = edit.crop_to(Image.new("RGB", (400, 300)), 120, 4).shape
+    assert (w, h) == (140, 104)
+    wide = np.zeros((40, 400, 3), np.uint8)
+    wide[:, 120:280] = 255                                                  # the middle, 4 : 1
+    assert edit.crop_to(Image.fromarray(wide), 80, 4)[:, 4:-4].min() == 255
+
+
+def test_edit_says_in_one_sentence_what_is_wrong():
+    """Wrong flags are refused before any model is loaded, each by its name."""
+    for flags, part in (
+        ("--image x.png", "--caption"),
+        ("--reference x.png", "--caption"),
+        ("--strength 1.5", "0 .. 1"),
+        ("--strength -0.1", "0 .. 1"),
+        ("--steps 0", "--steps"),
+        ("--size 8", "16 .. 8192"),
+        ("--guidance nan", "--guidance"),
+        ("--reference-scale 11", "--reference-scale"),
+        ("--control-start 0.6 --control-end 0.4", "--control-end"),
+        ("--control-end 1.1", "--control-end"),
+        ("--likes red --dislikes red", "'red'"),
+        ("--user ana --likes red", "one or the other"),
+        ("--out edit.jpg", ".png"),
+        ("--device gpu", "gpu"),
+        ("--flux mini/nowhere", "mini/nowhere"),
+    ):
+        raises(part, edit.main, flags.split())
+
+
+def test_edit_ends_with_a_line_and_no_traceback():
+    """An unknown person: one line that offers the nearest name, and exit code 2."""
+    done = shell("edit.py --user glamor-stylist")
+    assert done.returncode == 2 and "nearest: glamour-stylist" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("edit.py: ")
+
+
+def test_edit_presets_are_columns():
+    """--preset paper is the paper's; a flag that is given wins."""
+    paper = edit.parse("--preset paper --steps 7".split())
+    assert paper.steps == 7 and paper.guidance == 35 and paper.control_scale == 0.4
+    assert paper.strength == 1 and paper.dtype == "bf16" and "FLUX.1-dev" in paper.flux
+    assert edit.parse("--preset paper".split()).steps == 60
+    mini = edit.parse("--likes".split() + ["gold, wood ,, gold"])
+    assert mini.likes == ["gold", "wood"] and mini.steps == 20 and mini.strength == 0.8
+    assert mini.temperature == 0 and mini.low == 100 and mini.high == 200
+
+
+def edited(at, flags=""):
     """One run of edit.main at few steps -> (picture, record)."""
     with quiet():
-        edit.main(["--steps", "3", "--out", f"{at / name}.png", *map(str, flags)])
-    with Image.open(at / f"{name}.png") as image:
-        record = json.loads((at / f"{name}.json").read_text())
+        edit.main(["--steps", "3", "--out", f"{at}/x.png", *shlex.split(flags)])
+    with Image.open(at / "x.png") as image:
+        record = json.loads((at / "x.json").read_text())
         assert json.loads(image.text["edit"]) == record, "the PNG's text is not the JSON beside it"
         return np.array(image), record
 
-def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
-    """The same seed gives the same bits twice, alone, in company or with --offload; another seed another picture; the grid shows the source and everybody."""
-    sheet, record = edited(tmp_path, "all")
-    assert [r["user"] for r in record["edits"]] == edit.PERSONAS and sheet.shape[1] > 4 * 256
-    for name, in_company, more in zip(edit.PERSONAS, record["edits"], ([], ["--offload"], ["--seed", 1])):
-        picture, alone = edited(tmp_path, "alone", "--user", name, *more)
-        assert (picture == np.array(Image.open(tmp_path / f"all_{name}.png"))).all() != ("--seed" in more) and alone["instruction"] == in_company["instruction"]
 
-def test_edit_looks_at_the_control_and_reference_pictures_that_are_asked_for(tmp_path):
-    """Without scale, steps or picture no ControlNet is read; strength 0 gives the source back; each reference counts, with or without a user, at scale 0 none."""
-    who, nowhere = ["--user", edit.PERSONAS[0]], ["--controlnet", tmp_path]        # an empty folder: reading it would fail
-    mug, apple, ask = "mini/sample/scenes/01_mug.png", "mini/sample/scenes/00_apple_balloon.png", ["--caption", "Place the mug in front of forest", "--reference"]
-    held, plain, never, drawn, bare, seen, one, two, without, alike = (edited(tmp_path, "x", *flags)[0] for flags in (
-        who, [*who, *nowhere, "--control-scale", 0], [*who, *nowhere, "--control-start", .4, "--control-end", .6], [*who, *nowhere, "--caption", "A white vase"],
-        [*who, "--image", mug, "--caption", "A mug"], [*who, "--image", mug, "--caption", "A mug", "--reference", apple],
-        [*ask, mug], [*ask, mug, apple], [*ask, mug, apple, "--reference-scale", 0], [*ask, apple, "--reference-scale", 0]))
+ONE = "--user imaginative-child"
+MUG = f"{SAMPLE}/scenes/01_mug.png"
+APPLE = f"{SAMPLE}/scenes/00_apple_balloon.png"
+ASK = '--caption "Place the mug in front of forest"'
+
+
+def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
+    """The same seed gives the same bits twice, alone, in company or with --offload; another seed
+    another picture; the grid shows the source and everybody."""
+    sheet, record = edited(tmp_path)
+    assert [one["user"] for one in record["edits"]] == edit.PERSONAS
+    assert sheet.shape[:2] == (16 + 256 + 20 * 4 + 24, 16 + 4 * (256 + 16))
+    flags = ("", "--offload", "--seed 1")
+    for name, in_company, more in zip(edit.PERSONAS, record["edits"], flags):
+        picture, alone = edited(tmp_path, f"--user {name} {more}")
+        company = np.array(Image.open(tmp_path / f"x_{name}.png"))
+        assert (picture == company).all() == ("seed" not in more)
+        assert alone["instruction"] == in_company["instruction"] and alone["likes"]
+        assert alone["prompt"] == f"{edit.CAPTION}. {alone['instruction']}"
+        assert alone["settings"]["steps"] == 3
+
+
+def test_edit_writes_the_recorded_words():
+    """The shipped policy's words for the shipped people are the recorded ones."""
+    settings = edit.parse(["--caption", edit.CAPTION])
+    with quiet():
+        wishes = edit.write_instructions(settings)
+    assert {user.name: text for user, _, text in wishes} == RECORDED_WORDS
+
+
+def test_edit_paints_the_recorded_pixels(tmp_path):
+    """The whole way from flags to pixels: means of the picture's quarters, recorded once."""
+    found = {}
+    for name, flags in (("usual", ""), ("all noise", "--strength 1 --control-scale 0.5"),
+                        ("guided", '--true-cfg 2 --negative "A red bowl" --guidance 2')):
+        picture, _ = edited(tmp_path, f"{ONE} {flags}")
+        quarters = picture.reshape(2, 32, 2, 32, 3).mean((1, 3, 4))
+        found[name] = quarters.flatten().tolist()
+    for name, want in RECORDED_PIXELS.items():
+        assert np.abs(np.array(found[name]) - want).max() < 1.5, (name, found[name])
+
+
+def test_edit_reads_no_controlnet_that_it_does_not_need(tmp_path):
+    """Without scale, steps or picture no ControlNet is read; with them it changes the picture."""
+    nowhere = f"--controlnet {tmp_path}"                        # an empty folder: reading it fails
+    held, _ = edited(tmp_path, ONE)
+    plain, _ = edited(tmp_path, f"{ONE} {nowhere} --control-scale 0")
+    never, _ = edited(tmp_path, f"{ONE} {nowhere} --control-start 0.4 --control-end 0.6")
+    drawn, _ = edited(tmp_path, f'{ONE} {nowhere} --caption "A white vase"')
     assert (plain == never).all() and (drawn != plain).any() and (held != plain).any()
-    assert (one != two).any() and (without != one).any() and (without == alike).all() and (seen != bare).any()
-    source, record = edited(tmp_path, "x", *who, *nowhere, "--strength", 0)
-    assert np.abs(source - np.array(edit.read_image(ROOT / record["settings"]["image"])).astype(float)).mean() < 12
+    ready, _ = edited(tmp_path, f"{ONE} --control-image {APPLE}")
+    thresholds, _ = edited(tmp_path, f"{ONE} --low 10 --high 20")
+    gray, _ = edited(tmp_path, f"{ONE} --control-mode gray")
+    assert all((held != other).any() for other in (ready, thresholds, gray))
+    raises("a control picture that is ready", edited, tmp_path, f"{ONE} --control-mode depth")
+
+
+def test_edit_strength_0_gives_the_photograph_back(tmp_path):
+    source, record = edited(tmp_path, f"{ONE} --strength 0 --control-scale 0")
+    photograph = np.array(flux.read_image(ROOT / record["settings"]["image"])).astype(float)
+    assert np.abs(source - photograph).mean() < 12
+    large, _ = edited(tmp_path, f"{ONE} --size 80 --image {MUG} --caption mug")
+    assert large.shape == (80, 80, 3)
+
+
+def test_edit_sees_each_reference_that_is_asked_for(tmp_path):
+    """Each reference counts, with or without a user; at scale 0 none does; nobody is asked."""
+    one, record = edited(tmp_path, f"{ASK} --reference {MUG}")
+    two, _ = edited(tmp_path, f"{ASK} --reference {MUG} {APPLE}")
+    without, _ = edited(tmp_path, f"{ASK} --reference {MUG} {APPLE} --reference-scale 0")
+    alike, _ = edited(tmp_path, f"{ASK} --reference {APPLE} --reference-scale 0")
+    assert record["note"] == "no policy is asked"
+    assert record["prompt"] == record["settings"]["caption"]
+    assert (one != two).any() and (without != one).any() and (without == alike).all()
+    mug = f'{ONE} --image {MUG} --caption "A mug"'
+    bare, _ = edited(tmp_path, mug)
+    seen, _ = edited(tmp_path, f"{mug} --reference {APPLE}")
+    assert (seen != bare).any()
+
 
 def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
-    """Likes alone make a user; likes nobody shares are named; a user without any gets the generic edit, the same whatever the name, and a note that says so."""
-    (_, mine), (_, odd) = (edited(tmp_path, "x", "--likes", f"gold, crown, {more}marble", "--dislikes", "moonlight") for more in ("", "quux, "))
+    """Likes alone make a user; likes nobody shares are named and left out; a user without any gets
+    the generic edit, the same whatever the name, and a note that says so."""
+    dislikes = "--dislikes moonlight"
+    _, mine = edited(tmp_path, f'--likes "gold, crown, marble" {dislikes}')
+    _, odd = edited(tmp_path, f'--likes "gold, crown, quux, marble" {dislikes}')
     assert odd["instruction"] == mine["instruction"] and "quux" in odd["note"] and not mine["note"]
-    (none, empty), (alike, quux) = edited(tmp_path, "x", "--likes", ""), edited(tmp_path, "x", "--dislikes", "quux")
+    none, empty = edited(tmp_path, '--likes ""')
+    alike, quux = edited(tmp_path, "--dislikes quux")
     assert "generic" in empty["note"] and "generic" in quux["note"] and (none == alike).all()
 
-def test_patch_quality_and_losses_are_the_papers_and_the_authors_numbers():
-    """Eq. 3 is the best cosine, a foreign patch weighs 0; PatchDPO: supplement (power 2), authors' mean (power 1), theorem; Diffusion-DPO, DRO as published."""
-    x, ref = torch.randn(2, 3, 4, 8, generator=seeded()), torch.randn(2, 2, 5, 8, generator=seeded(1))
-    loop = [[[max(torch.cosine_similarity(x[b, i, j], r, dim=0) for r in ref[b].flatten(0, 1)) for j in range(4)] for i in range(3)] for b in range(2)]
-    assert relative(patch_dpo.patch_quality(x, ref), torch.tensor(loop)) < 1e-6
-    gen = ref + 0.1 * torch.randn(2, 2, 5, 8, generator=seeded(2))
+
+def test_edit_knows_training_users_as_they_were_trained():
+    """Somebody the policy was trained with needs no users file and has the learned vector; with
+    other likes today, the same name is somebody new."""
+    tokens = cdpo.UserTokens.load(MINI / "policy/collaborative.safetensors")
+    name = tokens.graph.users[5]
+    settings = edit.parse(["--user", name, "--users", str(SAMPLE / "users_test.jsonl")])
+    (user,) = edit.find_users(settings, tokens.graph)
+    signs = tokens.graph.signs().to_dense()[5]
+    likes = {tokens.graph.attributes[i] for i in (signs > 0).nonzero()[:, 0]}
+    dislikes = {tokens.graph.attributes[i] for i in (signs < 0).nonzero()[:, 0]}
+    assert set(user.likes) == likes and set(user.dislikes) == dislikes and likes
+    soft, note = edit.soft_tokens(user, tokens)
+    assert_close(soft, tokens.soft(tokens.embeddings()[5:6]))
+    changed, _ = edit.soft_tokens(User(name, user.likes[1:], user.dislikes), tokens)
+    assert note == "" and relative(changed, soft) > 1e-3
+
+
+def test_edit_grid_wraps_its_words():
+    """Four columns, small pictures enlarged to 256 pixels, every word of the text kept."""
+    picture = Image.new("RGB", (64, 64), "red")
+    instruction = "an instruction of many words " * 5
+    sheet = np.array(edit.grid([(picture, "a name", instruction, "likes gold")] * 5))
+    lines = edit.wrapped(["a name", instruction, "likes gold"], 256)
+    assert sheet.shape[1] == 16 + 4 * 272
+    assert sheet.shape[0] == 16 + 2 * (256 + 20 * len(lines) + 24)
+    assert " ".join(line for line, *_ in lines[1:-1]).split() == instruction.split()
+    assert (sheet[16 + 128, 16 + 128] == [255, 0, 0]).all()
+
+
+RECORDED_WORDS = {
+    "imaginative-child": "Change the lighting to spotlight",
+    "glamour-stylist": "Change the lighting to studio light",
+    "futuristic-techie": "Change the lighting to neon light",
+}
+RECORDED_PIXELS = {
+    "usual": [67.2, 31.6, 73.0, 31.7],
+    "all noise": [68.3, 31.2, 72.9, 30.4],
+    "guided": [66.2, 20.9, 80.3, 25.0],
+}
+
+
+# ---- patch_dpo.py: quality of patches, losses ----------------------------------------------------
+
+def test_patch_quality_is_the_cosine_to_the_nearest_patch_of_the_reference():
+    """Eq. 3 by hand, of maps of different sizes; the length of a feature plays no role."""
+    x = noise(2, 3, 4, 8)
+    ref = 5 * noise(2, 2, 5, 8, seed=1)
+    one = x[:, :, :, None, None]
+    other = ref[:, None, None]
+    cosine = torch.cosine_similarity(one, other, dim=-1)                    # (2, 3, 4, 2, 5)
+    quality = patch_dpo.patch_quality(x, ref)
+    assert_close(quality, cosine.amax((3, 4)))                              # (3)
+    other_way = patch_dpo.patch_quality(ref, x)
+    assert_close(other_way, cosine.amax((1, 2)))
+
+
+def test_patch_weights_stretch_each_picture_from_0_to_1():
+    """A picture's worst patch weighs 0 and its best 1, whatever the other pictures are; where all
+    are alike, to 1e-4, each weighs its quality, brought into [0, 1]."""
+    quality = torch.tensor([
+        [[0.2, 0.6], [0.4, 0.3]],
+        [[-0.5, 0.5], [0.0, 0.3]],
+    ])
+    want = torch.tensor([
+        [[0.0, 1.0], [0.5, 0.25]],
+        [[0.0, 1.0], [0.5, 0.8]],
+    ])
+    assert_close(patch_dpo.patch_weights(quality, (2, 2)), want)
+    for flat, weight in ((0.7, 0.7), (-0.2, 0.0), (1.3, 1.0)):
+        quality = torch.full((1, 3, 4), flat)
+        alike = patch_dpo.patch_weights(quality, (6, 8))
+        assert_close(alike, torch.full((1, 6, 8), weight))
+    low_high = torch.tensor([[[0.0, 1.0]]])
+    for near in (0.7 + 5e-5 * low_high, 1e-4 * low_high):
+        assert_close(patch_dpo.patch_weights(near, (1, 2)), near)
+    far = 0.7 + 5e-3 * low_high
+    assert_close(patch_dpo.patch_weights(far, (1, 2)), low_high)
+
+
+def test_patch_weights_of_fewer_latents_count_every_patch():
+    """Bilinear and antialiased: 4 x 4 patches come down to 2 x 2 by (3, 3, 1, 0) / 7."""
+    A = torch.tensor([
+        [3.0, 3, 1, 0],
+        [0, 1, 3, 3],
+    ]) / 7
+    down = patch_dpo.patch_weights(torch.eye(4)[None], (2, 2))
+    assert_close(down[0], A @ A.T)
+    pair = torch.tensor([[[2.0, 4.0]]])
+    up = patch_dpo.patch_weights(pair, (1, 4))
+    assert_close(up, torch.tensor([[[0, 0.25, 0.75, 1]]]))
+
+
+def test_patch_foreign_patch_weighs_nothing():
+    """Of a picture like its reference but for one patch, that patch weighs 0, the others much."""
+    ref = noise(2, 2, 5, 8)
+    gen = ref + 0.1 * noise(2, 2, 5, 8, seed=1)
     gen[:, 1, 2] = -ref.mean((1, 2))
-    weight, *others = (patch_dpo.patch_weights(patch_dpo.patch_quality(gen, ref), size) for size in ((2, 5), (2, 2), (8, 12)))
-    assert (weight[:, 1, 2] == 0).all() and weight.max() == 1 and weight.flatten(1).sort().values[:, 1].min() > 0.8
-    assert all(0 <= w.min() and w.max() <= 1 for w in others) and same(patch_dpo.patch_weights(torch.full((1, 4, 4), 0.7), (8, 8)), torch.full((1, 8, 8), 0.7))
-    gen, ref, p_gen, p_ref = *torch.randn(2, 2, 3, 4, 5, generator=seeded()), *torch.rand(2, 2, 4, 5, generator=seeded())
-    paper = (gen * p_gen[:, None]).square().mean((1, 2, 3)) + (ref * (1 - p_ref[:, None])).square().mean((1, 2, 3))
-    authors, half = (torch.cat([1 - p_ref, p_gen])[:, None] * torch.cat([ref, gen]) ** 2).mean(), torch.full_like(p_gen, 0.5)
-    assert relative(patch_dpo.patch_dpo_loss(gen, ref, p_gen, p_ref), paper) < 1e-6
-    assert relative(patch_dpo.patch_dpo_loss(gen, ref, p_gen, p_ref, power=1).mean(), 2 * authors) < 1e-6
-    assert relative(patch_dpo.patch_dpo_loss(gen, ref, half, half, power=1).mean(), torch.cat([gen, ref]).square().mean()) < 1e-6     # flow matching
-    w, l, rw, rl = torch.rand(4, 6, generator=seeded())
-    assert relative(patch_dpo.diffusion_dpo_loss(w, l, rw, rl, 100), -torch.log(torch.sigmoid(-50 * ((w - l) - (rw - rl)).double()))) < 1e-5
-    assert torch.allclose(patch_dpo.dro_loss(w, rw, l, rl), torch.maximum(torch.tensor(-0.001), -(rw - w) + (rl - l)) + 0.001, atol=1e-7)
-    x, W, p, eta = torch.randn(8, generator=seeded(2)), torch.randn(8, 8, generator=seeded(3), requires_grad=True), torch.linspace(0, 1, 8), 0.05
-    target = (W @ x).detach() - 1.0                                     # supplement S1's linear model; the same error, 1, in every element: only p differs
-    error = (W @ x - target)[None, None, None]                          # (1, 1, 1, 8)
-    patch_dpo.patch_dpo_loss(error, torch.zeros_like(error), p[None, None], p[None, None]).sum().backward()
-    delta = ((W - eta * W.grad) @ x - target).detach() ** 2 - 1         # a larger p_i moves its error more, p_i = 0 not at all
-    assert relative(delta, (1 - 2 * eta / 8 * p ** 2 * x.square().sum()) ** 2 - 1) < 1e-5 and (delta.abs().diff() > 0).all()       # / 8: our norm is a mean
+    quality = patch_dpo.patch_quality(gen, ref)
+    weight = patch_dpo.patch_weights(quality, (2, 5))
+    assert (weight[:, 1, 2] == 0).all()
+    lowest = weight.flatten(1).sort().values
+    assert lowest[:, 1].min() > 0.8
 
-def test_patch_features_equal_the_peers(tmp_path):
-    """DINOv2 and both ViT layouts: the last feature map of random checkpoints with public preprocessing, at the trained size and another."""
-    tf, mean, std = peer("transformers"), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    vit, pictures = tf.ViTConfig(**ENCODER, intermediate_size=64), [torch.rand(2, 3, *size, generator=seeded()) for size in ((32, 32), (48, 24))]
-    write(tmp_path / "preprocessor_config.json", {"image_mean": mean, "image_std": std})
-    for model in (tf.Dinov2Model(tf.Dinov2Config(**ENCODER, layerscale_value=0.5)), tf.ViTModel(vit), tf.ViTForImageClassification(vit)):
+
+def test_patch_loss_is_s1_and_the_authors():
+    """power 2, the default, is the supplement's formula; power 1 twice the authors' batch mean,
+    and with weights of a half it is flow matching on both pictures."""
+    gen, ref = noise(2, 2, 3, 4, 5)
+    p_gen, p_ref = torch.rand(2, 2, 4, 5, generator=seeded())
+    good = gen * p_gen[:, None]
+    good = good.square().mean((1, 2, 3))
+    missed = ref * (1 - p_ref[:, None])
+    missed = missed.square().mean((1, 2, 3))
+    assert_close(patch_dpo.patch_dpo_loss(gen, ref, p_gen, p_ref), good + missed)
+    weight = torch.cat([1 - p_ref, p_gen])[:, None]
+    authors = (weight * torch.cat([ref, gen]) ** 2).mean()
+    ours = patch_dpo.patch_dpo_loss(gen, ref, p_gen, p_ref, power=1)
+    assert_close(ours.mean(), 2 * authors)
+    half = torch.full((2, 4, 5), 0.5)
+    plain = patch_dpo.patch_dpo_loss(gen, ref, half, half, power=1)
+    assert_close(plain.mean(), torch.cat([gen, ref]).square().mean())
+
+
+def test_patch_loss_moves_a_patch_by_its_weight():
+    """The supplement's linear model: a step takes from the squared error of patch i, 1 before,
+    what its theorem says; p_i = 0 takes nothing, a larger p_i more."""
+    x = noise(8)
+    W = noise(8, 8, seed=1).requires_grad_()
+    p = torch.linspace(0, 1, 8)
+    target = (W @ x).detach() - 1
+    error = (W @ x - target)[None, None, None]                              # (1, 1, 1, 8)
+    weight = p[None, None]
+    patch_dpo.patch_dpo_loss(error, 0 * error.detach(), weight, weight).sum().backward()
+    after = (W - 0.05 * W.grad) @ x - target
+    left = 1 - 2 * 0.05 / 8 * p ** 2 * x.square().sum()                     # / 8: a mean
+    assert_close(after ** 2, left ** 2, 1e-5)
+    assert (after.diff() < 0).all()
+
+
+def test_patch_diffusion_dpo_loss_is_the_published():
+    """-log sigma(-beta / 2 [...]); equal models give ln 2; the better winner, the smaller."""
+    win, lose, ref_win, ref_lose = torch.rand(4, 6, generator=seeded())
+    better = ((win - lose) - (ref_win - ref_lose)).double()
+    loss = patch_dpo.diffusion_dpo_loss(win, lose, ref_win, ref_lose, 100)
+    assert_close(loss, torch.log1p(torch.exp(50 * better)), 1e-5)
+    assert_close(patch_dpo.diffusion_dpo_loss(win, lose, win, lose, 100)[0], math.log(2))
+    assert loss.shape == (6,)
+    assert (loss[better < 0] < math.log(2)).all()
+
+
+def test_dro_loss_is_the_published():
+    """max(0, margin + ...), by default with a margin of 0.001."""
+    expert, ref_expert, policy, ref_policy = torch.rand(4, 9, generator=seeded())
+    gap = (expert - ref_expert) - (policy - ref_policy)
+    assert (gap > 0).any()
+    assert (gap < 0).any()
+    for how, margin in (({}, 0.001), ({"margin": 0.3}, 0.3)):
+        loss = patch_dpo.dro_loss(expert, ref_expert, policy, ref_policy, **how)
+        assert_close(loss, torch.relu(margin + gap))
+
+
+def test_patch_flow_is_the_straight_way_to_noise():
+    x_0 = noise(3, 2, 4)
+    eps = noise(3, 2, 4, seed=1)
+    x, v = patch_dpo.flow(x_0, eps, torch.tensor([0.0, 0.25, 1.0]))
+    assert same(x[0], x_0[0])
+    assert_close(x[1], 0.75 * x_0[1] + 0.25 * eps[1])
+    assert same(x[2], eps[2])
+    assert_close(v, eps - x_0)
+
+
+def test_dro_trajectory_is_eulers_from_a_random_start():
+    """Each point is the last one minus v / steps, with the velocity that was found there at its
+    time; times fall by 1 / steps from a start of each sample's own in (1 - 1 / steps, 1]."""
+    scale = torch.tensor(2.0, requires_grad=True)
+
+    def velocity(x, t):
+        return scale * x + t[:, None, None]
+
+    start = noise(3, 4, 5)
+    x, v, t = patch_dpo.record(velocity, start, 4, seeded(7))
+    late = torch.rand(3, 1, generator=seeded(7))
+    assert_close(t, (torch.tensor([4.0, 3, 2, 1]) - late) / 4)
+    assert_close(v, 2 * x + t[:, :, None, None])
+    assert same(x[:, 0], start)
+    assert not v.requires_grad
+    assert_close(x[:, 1:], x[:, :-1] - v[:, :-1] / 4)
+    assert patch_dpo.record(velocity, start)[2].shape == (3, 20)
+
+
+def test_dro_random_indices_repeat_only_where_they_must():
+    """Fewer than there are: all different; more: nobody is left out; each comes to be first."""
+    for n, limit, most in (
+        (4, 9, 1),
+        (9, 9, 1),
+        (9, 4, 3),
+        (8, 4, 2),
+    ):
+        found = patch_dpo.random_indices(n, limit, seeded())
+        count = found.bincount(minlength=limit)
+        assert len(found) == n
+        assert len(count) == limit
+        assert count.max() == most
+        assert count.min() >= n // limit
+    first = set()
+    for i in range(40):
+        found = patch_dpo.random_indices(2, 5, seeded(i))
+        first.add(found[0].item())
+    assert first == set(range(5))
+
+
+# ---- patch_dpo.py: features ----------------------------------------------------------------------
+
+ENCODER = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "mlp_ratio": 4,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-6,
+    "qkv_bias": True,
+}
+MEAN = [0.485, 0.456, 0.406]
+STD = [0.229, 0.224, 0.225]
+
+
+def features_of(mean=MEAN, std=STD, **changes):
+    """A random f of ENCODER's sizes."""
+    return patch_dpo.ImageFeatures({**ENCODER, **changes}, mean, std)
+
+
+def test_patch_features_equal_transformers(tmp_path):
+    """DINOv2 and both layouts of ViT: random checkpoints with public preprocessing, at the trained
+    size and at another; the map, the class token, and all tokens."""
+    tf = peer("transformers")
+    sizes = {name: value for name, value in ENCODER.items() if name != "model_type"}
+    vit = tf.ViTConfig(**sizes, intermediate_size=64)
+    dino = tf.Dinov2Config(**sizes, layerscale_value=0.5)
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    mean = torch.tensor(MEAN)[:, None, None]
+    std = torch.tensor(STD)[:, None, None]
+    for model in (tf.Dinov2Model(dino), tf.ViTModel(vit), tf.ViTForImageClassification(vit)):
         loud(model).save_pretrained(tmp_path)
-        ours, how = ImageFeatures.load(tmp_path), {} if isinstance(model, tf.Dinov2Model) else {"interpolate_pos_encoding": True}
-        for x in pictures:
-            theirs = getattr(model, "vit", model)((x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None], **how).last_hidden_state
-            assert relative([ours.tokens(2 * x - 1), ours(2 * x - 1).flatten(1, 2)], [theirs, theirs[:, 1:]]) < 1e-4
+        f = patch_dpo.ImageFeatures.load(tmp_path)
+        for size in ((32, 32), (48, 24)):
+            x = torch.rand(2, 3, *size, generator=seeded())
+            how = {} if model.base_model_prefix == "dinov2" else {"interpolate_pos_encoding": True}
+            trunk = getattr(model, "vit", model)
+            theirs = trunk((x - mean) / std, **how).last_hidden_state
+            image = 2 * x - 1
+            assert_close(f.tokens(image), theirs, 1e-4)
+            assert_close(f(image).flatten(1, 2), theirs[:, 1:], 1e-4)
+            assert_close(f.embed(image), theirs[:, 0], 1e-4)
 
-def test_patch_correspondence_follows_the_picture_and_teaches_f():
-    """A patch is found where the other view shows its place; self-supervised steps on fixed pictures raise S_patch on unseen views of them."""
-    torch.manual_seed(0)
-    a, b = (patch_dpo.random_views(8, seeded(i)) for i in (5, 6))
-    place = patch_dpo.centres(64, 64).permute(2, 0, 1).expand(8, 2, 64, 64)
-    place_a, place_b = (nn.functional.avg_pool2d(patch_dpo.warp(place, view), 8).flatten(2) for view in (a, b))      # (8, 2, 64)
-    for here, there, target in zip(place_a, place_b, patch_dpo.correspondence(torch.linalg.inv(b) @ a, 8, 8)):
-        seen = target >= 0
-        assert seen.sum() > 10 and (here[:, seen] - there[:, target[seen]]).norm(dim=0).max() < 2 / 8
-    f, g = ImageFeatures(ENCODER | {"model_type": "dinov2"}, [0.5] * 3, [0.5] * 3), seeded(1)
-    image, adam = nn.functional.interpolate(2 * torch.rand(8, 3, 8, 8, generator=g) - 1, 32, mode="bicubic").clamp(-1, 1), torch.optim.Adam(f.parameters(), 2e-3)
-    score = lambda: patch_dpo.s_patch(f(patch_dpo.warp(image, a)), f(patch_dpo.warp(image, b)), patch_dpo.correspondence(torch.linalg.inv(b) @ a, 4, 4))
-    before = score()
-    for _ in range(60):
-        loss = patch_dpo.self_supervised_loss(f, image, g)
-        adam.zero_grad(), loss.backward(), adam.step()
-    assert score()[0] > before[0] + 0.1 and score()[1] >= score()[0], (before, score())
 
-def test_patch_image_prompt_adds_one_attention_for_each_reference(tmp_path):
-    """Untrained it changes nothing; one reference is Eq. S6 and two add up (S7); saved and loaded it is the same; None takes it away."""
-    c, references, q, file = flux_config(guided=False, singles=2), torch.randn(2, 2, 4, 24), torch.randn(2, 3, 16, 16), tmp_path / "prompt.safetensors"
-    model, x = loud(Flux(c)), flux_inputs(c, h=8, w=8) | {"img_ids": image_ids(8, 8)}
-    prompt, plain = ImagePrompt(model, 24), model(**x)
+def test_patch_features_of_the_miniature_are_the_recorded():
+    """mini/vit, at its own size, at another that its patch divides, and at one that it does not."""
+    f = patch_dpo.ImageFeatures.load(MINI / "vit")
+    assert not f.training
+    assert (f.patch, f.side) == (8, 64)
+    with torch.no_grad():
+        for (height, width), (H, W), numbers in RECORDED_FEATURES:
+            x = noise(2, 3, height, width).clamp(-1, 1)
+            tokens = f.tokens(x)
+            assert_recorded(tokens, *numbers)
+            assert f.cells(x) == [H, W]
+            patches = tokens[:, 1:]
+            assert same(f(x), patches.unflatten(1, (H, W)))
+            assert same(f.embed(x), tokens[:, 0])
+            assert_close(f(x[1:])[0], f(x)[1], 1e-5)
 
-    def added(prompt, seen):
-        """What these references add to the attention of the first block, and the velocity."""
-        prompt.look(model, seen, x["img_ids"])
-        return model.transformer_blocks[0].attn.image_prompt(q), model(**x)
-    assert same(added(prompt, references)[1], plain)
-    loud(prompt).save(file)
-    (one, _), (other, _), (two, moved) = (added(prompt, seen) for seen in (references[:, :1], references[:, 1:], references))
-    k, v = ((references[:, 0] @ w[0].weight.T).unflatten(-1, (3, 16)) for w in (prompt.to_k_ip, prompt.to_v_ip))
-    corners = flux.rope_table(torch.tensor([[0, 0.5, 0.5], [0, 0.5, 2.5], [0, 2.5, 0.5], [0, 2.5, 2.5]]), model.axes)     # 2 x 2 patches over 4 x 4 tokens
-    turned_q = flux.rotate(q.transpose(1, 2), flux.rope_table(x["img_ids"], model.axes)).transpose(1, 2)
-    assert relative(one, torch.softmax(turned_q @ flux.rotate(k, corners).transpose(1, 2).mT / 4, -1) @ v.transpose(1, 2)) < 1e-5
-    assert relative(two, one + other) < 1e-5 and relative(moved, plain) > 1e-3 and same(added(ImagePrompt.load(file, model, 24), references)[1], moved)
-    raises("to_k_ip.0.weight", ImagePrompt.load, file, model, 25)
-    prompt.look(model, None)
+
+RECORDED_FEATURES = [
+    ((64, 64), (8, 8), (-0.41679, -0.054911, 3.6897, 1.4917)),
+    ((48, 80), (6, 10), (-0.16448, -1.3443, 4.0217, -0.50893)),
+    ((37, 50), (5, 6), (1.1612, -0.68386, -1.9697, -1.3224)),
+    ((3, 13), (1, 2), (1.1746, -1.5929, 0.53292, -2.6258)),
+]
+
+
+def test_patch_features_of_other_encoders_are_the_recorded():
+    """A ViT (no layer scale, a width of its own inside) and a DINOv2, with large random weights."""
+    x = noise(2, 3, 40, 24).clamp(-1, 1)
+    vit = {"model_type": "vit", "intermediate_size": 48}
+    other = {"qkv_bias": False, "mlp_ratio": 2, "layer_norm_eps": 0.1}
+    for changes, numbers in (
+        ({}, (0.38988, -0.31628, 0.044367, -1.1649)),
+        (vit, (0.20279, -1.1216, 0.16879, -1.3936)),
+        (other, (-1.1392, -1.0176, 1.1168, 1.1897)),
+    ):
+        f = loud(features_of(**changes))
+        assert_recorded(f(x), *numbers)
+
+
+def test_patch_features_layer_is_attention_and_mlp_beside_the_residual():
+    """By hand, head by head: x + s1 attention(norm1 x), then x + s2 mlp(norm2 x)."""
+    layer = loud(patch_dpo.ViTLayer(ENCODER, patch_dpo.LayerScale))
+    x = noise(1, 5, 32)
+    parts = layer.attention.attention
+    normed = layer.norm1(x)[0]
+    heads = []
+    for at in range(0, 32, 8):
+        head = slice(at, at + 8)
+        q = parts.query(normed)[:, head]
+        k = parts.key(normed)[:, head]
+        v = parts.value(normed)[:, head]
+        score = q @ k.T / 8 ** 0.5
+        heads.append(score.softmax(-1) @ v)
+    attended = layer.attention.output.dense(torch.cat(heads, dim=1))
+    x = x + layer.layer_scale1.lambda1 * attended
+    inner = layer.mlp.fc1(layer.norm2(x))
+    inner = nn.functional.gelu(inner)
+    want = x + layer.layer_scale2.lambda1 * layer.mlp.fc2(inner)
+    assert_close(layer(noise(1, 5, 32)), want, 1e-5)
+    assert layer.mlp.fc1.out_features == 128
+    assert layer.norm1.eps == 1e-6
+
+
+def test_patch_features_that_are_new_are_small():
+    """What pretraining starts from: vectors of 0.02, layer scales of 1, positions of every patch
+    and of the class token."""
+    embeddings = features_of(hidden_size=128).embeddings
+    assert embeddings.cls_token.shape == (1, 1, 128)
+    assert embeddings.position_embeddings.shape == (1, 17, 128)
+    for p in embeddings.cls_token, embeddings.position_embeddings:
+        assert 0.016 < p.std() < 0.024
+    assert (patch_dpo.LayerScale(3).lambda1 == 1).all()
+
+
+def test_patch_features_take_public_names_and_refuse_other_encoders():
+    """Both ViT layouts and DINOv2's names become ours; another kind is named."""
+    layer = "encoder.layer.0"
+    for public, ours in (
+        (f"dinov2.{layer}.norm1.weight", f"{layer}.norm1.weight"),
+        (f"vit.{layer}.layernorm_before.weight", f"{layer}.norm1.weight"),
+        (f"{layer}.layernorm_after.bias", f"{layer}.norm2.bias"),
+        (f"{layer}.intermediate.dense.weight", f"{layer}.mlp.fc1.weight"),
+        (f"{layer}.output.dense.weight", f"{layer}.mlp.fc2.weight"),
+        (f"{layer}.attention.output.dense.bias", f"{layer}.attention.output.dense.bias"),
+        ("embeddings.cls_token", "embeddings.cls_token"),
+        ("vit.pooler.dense.weight", None),
+        ("classifier.bias", None),
+        ("dinov2.embeddings.mask_token", None),
+    ):
+        assert patch_dpo.ImageFeatures.rename(public) == ours
+    raises("model_type is 'swin'; only 'dinov2', 'vit'", features_of, model_type="swin")
+    raises("hidden_act is 'relu'", features_of, hidden_act="relu")
+
+
+# ---- patch_dpo.py: image prompts -----------------------------------------------------------------
+
+PROMPTED = {"guided": False, "singles": 2}
+
+
+def prompted_flux():
+    """(a tiny Flux, its inputs, an image prompt for features of width 24 that does something)"""
+    model = tiny_flux(**PROMPTED)
+    x = flux_inputs(flux_config(**PROMPTED), h=4, w=8)
+    x["img_ids"] = flux.image_ids(4, 8)
+    return model, x, loud(patch_dpo.ImagePrompt(model, 24))
+
+
+def test_patch_image_prompt_adds_the_attention_of_each_reference():
+    """One reference is Eq. S6, with queries and keys turned by their places; two add up (S7),
+    times scale; every block has keys and values of its own."""
+    model, x, prompt = prompted_flux()
+    references = noise(2, 2, 4, 24)
+    q = noise(2, 3, 8, 16, seed=1)
+    corners = torch.tensor([                        # 2 x 2 patches over 2 x 4 tokens
+        [0, 0, 0.5],
+        [0, 0, 2.5],
+        [0, 1, 0.5],
+        [0, 1, 2.5],
+    ])
+    assert_close(prompt.places(4, x["img_ids"]), corners)
+    turn = flux.rope_table(x["img_ids"], model.axes)
+    turn_ref = flux.rope_table(corners, model.axes)
+    turned_q = flux.rotate(q.transpose(1, 2), turn)
+    turned_q = turned_q.transpose(1, 2)
+    for n, block in enumerate(model.blocks()):
+        want = []
+        for m in (0, 1):
+            k = references[:, m] @ prompt.to_k_ip[n].weight.T
+            v = references[:, m] @ prompt.to_v_ip[n].weight.T
+            k = flux.rotate(k.unflatten(-1, (3, 16)), turn_ref)
+            v = v.unflatten(-1, (3, 16)).transpose(1, 2)
+            k = k.transpose(1, 2)
+            score = turned_q @ k.mT / 4                                     # 4 = sqrt(16)
+            want.append(score.softmax(-1) @ v)                              # (S6)
+            prompt.attend_to(model, references[:, m:m + 1], x["img_ids"])
+            assert_close(block.attn.image_prompt(q), want[m], 1e-5)
+        prompt.attend_to(model, references, x["img_ids"])
+        assert_close(block.attn.image_prompt(q), want[0] + want[1], 1e-5)   # (S7)
+        prompt.scale = 0.3
+        assert_close(block.attn.image_prompt(q), 0.3 * (want[0] + want[1]), 1e-5)
+        prompt.scale = 1.0
+    assert len(prompt.to_k_ip) == len(prompt.to_v_ip) == 4
+
+
+def test_patch_image_prompt_comes_and_goes(tmp_path):
+    """Untrained it changes nothing; trained it does; saved and loaded it is the same, at the scale
+    that is asked for; references=None takes it away."""
+    model, x, prompt = prompted_flux()
+    references = noise(2, 2, 4, 24)
+    plain = model(**x)
+    fresh = patch_dpo.ImagePrompt(model, 24)
+    fresh.attend_to(model, references, x["img_ids"])
+    assert same(model(**x), plain)
+    assert all(w.weight.any() for w in fresh.to_k_ip)
+    prompt.attend_to(model, references, x["img_ids"])
+    moved = model(**x)
+    assert relative(moved, plain) > 1e-3
+    file = tmp_path / "prompt.safetensors"
+    prompt.save(file)
+    patch_dpo.ImagePrompt.load(file, model).attend_to(model, references, x["img_ids"])
+    assert same(model(**x), moved)
+    assert patch_dpo.ImagePrompt.load(file, model, 0.5).scale == 0.5
+    prompt.attend_to(model, None)
     assert same(model(**x), plain)
 
-def picture_flags(root):
-    """Writes three scenes with three edits each, of the shipped pictures -> flags for train.py on the shipped models at 16 pixels."""
-    edits = [{**e, "image": str(MINI / "sample" / e["image"])} for e in lines(MINI / "sample/scenes.jsonl")[0]["edits"]]
-    scenes = [[next(e for e in edits[i:] if e["edit_type"] == kind) for kind in ("background", "lighting", "color")] for i in range(3)]
-    write(root / "scenes.jsonl", *({"image": three[0]["image"], "caption": "a mug", "edits": three} for three in scenes))
-    numbers = "--size 16 --held-out 1 --steps 4 --batch 4 --micro 2 --paint-steps 3 --warmup 0 --lr 1e-2 --device cpu"
-    return ["--scenes", root / "scenes.jsonl", *numbers.split()]
 
-def test_patch_every_loss_trains_on_the_pictures_that_were_generated_once(tmp_path):
-    """PatchDPO paints, judges and keeps; the other losses use the same pictures and start alike; checkpointing, with the policy's prompt, changes no gradient."""
-    flags, made = picture_flags(tmp_path), tmp_path / "generated"
-    train_here("patch", "--loss", "start", "--out", tmp_path / "start", *flags)
-    flags += ["--image-prompt", tmp_path / "start/image_prompt.safetensors", "--generated", made]
-    train_here("patch", "--out", tmp_path / "first", *flags)
-    times, before = {f: f.stat().st_mtime_ns for f in made.iterdir()}, json.loads((tmp_path / "first/report.json").read_text())
-    assert load_file(made / "quality.safetensors")["reference"].shape == (4, 2, 2, 2) and len(times) == 8 + 2       # 2 scenes x 2 edits x 2 pictures
-    for name, *more in (("power", "patch", "--power", 1), ("same", "reconstruction"), ("dro", "dro"), ("dpo", "dpo"), ("less", "dpo", "--checkpointing")):
-        train_here("patch", "--out", tmp_path / name, "--loss", *more, *flags)
-        report = json.loads((tmp_path / name / "report.json").read_text())
-        assert all(abs(report[k] - before[k]) < 1e-6 for k in report if k.startswith("before")) and report["after identity"] != report["before identity"], name
-    a, b = (load_file(tmp_path / name / "image_prompt.safetensors") for name in ("dpo", "less"))
-    assert times == {f: f.stat().st_mtime_ns for f in made.iterdir()} and max(relative(a[k], b[k]) for k in a) < 1e-5
-    raises("other prompts", train_here, "patch", "--out", tmp_path / "x", *flags, "--held-out", 2)
+def test_patch_image_prompt_of_other_features_or_another_flux_is_refused(tmp_path):
+    """Features of another width name --features; a file for a Flux with more blocks is named."""
+    model, x, prompt = prompted_flux()
+    other = noise(2, 1, 4, 5)
+    message = raises("--features gives 5", prompt.attend_to, model, other, x["img_ids"])
+    assert "trained on 24" in message
+    file = tmp_path / "prompt.safetensors"
+    prompt.save(file)
+    raises("to_k_ip.4.weight", patch_dpo.ImagePrompt.load, file, tiny_flux(singles=3))
+    save_file({"x": torch.zeros(1)}, file)
+    raises(str(file), patch_dpo.ImagePrompt.load, file, model)
 
-def test_patch_dro_resumed_inside_a_refresh_period_is_bit_equal(tmp_path):
-    """Stopped by SIGTERM after step 3 of 4 (M = 2) and continued, the LoRA is the whole run's bit for bit; the sampler is the base, then the policy."""
-    flags, loss, seen = ["dro", "--refresh", 2, "--buffer", 4, "--rank", 2, "--save-every", 100, *picture_flags(tmp_path)], train.DRO.loss, []
 
-    def interrupted(self, rows):
-        seen.append(rows[0][2])
-        if seen == [0, 0, 1]:
-            signal.raise_signal(signal.SIGTERM)
-        return loss(self, rows)
-    train_here(*flags, "--out", tmp_path / "whole")
-    with mock.patch("train.DRO.loss", interrupted):
-        train_here(*flags, "--out", tmp_path / "halves")
-    assert (tmp_path / "halves/step_3").is_dir()
-    train_here(*flags, "--out", tmp_path / "halves")
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "halves"))
-    assert all(same(a[k], b[k]) for k in a) and any(v.any() for k, v in a.items() if "lora_B" in k)
-    drift = [line["drift"] for line in lines(tmp_path / "whole/metrics.jsonl")]
-    assert drift[:2] == [0, 0] and drift[2] > 0                          # 0 only where a drawn point comes with its own velocity, time and prompt
+def test_patch_image_prompt_is_fp32_beside_a_bf16_flux():
+    """Queries in bf16 are turned and compared in fp32; what is added is rounded once."""
+    model, x, prompt = prompted_flux()
+    prompt.attend_to(model, noise(2, 2, 4, 24), x["img_ids"])
+    added = model.transformer_blocks[0].attn.image_prompt
+    q = noise(2, 3, 8, 16).bfloat16()
+    assert same(added(q), added(q.float()).bfloat16())
 
-def test_readme_is_true():
-    """Code quoted in the equation map stands where it says; commands name files and flags that exist; the file table counts lines; there are at most 250."""
+
+def test_patch_image_prompt_of_the_miniature_gives_the_recorded_velocity():
+    """mini/flux with mini/image_prompt on mini/vit's features of two pictures."""
+    model = flux.Flux.load(MINI / "flux/transformer")
+    f = patch_dpo.ImageFeatures.load(MINI / "vit")
+    prompt = patch_dpo.ImagePrompt.load(MINI / "image_prompt/image_prompt.safetensors", model)
+    ids = flux.image_ids(8, 8)
+    inputs = {
+        "img": noise(1, 16, 64),
+        "txt": noise(1, 5, 128, seed=1),
+        "pooled": noise(1, 64, seed=2),
+        "timestep": torch.tensor([0.6]),
+        "guidance": torch.tensor([1.0]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(5, 3),
+    }
+    with torch.no_grad():
+        images = noise(2, 3, 64, 64, seed=3).clamp(-1, 1)
+        maps = f(images).flatten(1, 2)
+        prompt.attend_to(model, maps[None], ids)
+        assert_recorded(model(**inputs), 1.906, 0.05736, 1.4406, 2.7064)
+
+
+# ---- patch_dpo.py: edits and their pictures ------------------------------------------------------
+
+def test_patch_scenes_reader_fills_in_pictures_and_names_the_line(tmp_path):
+    """Pictures are found beside the file, an edit without one has its scene's, and knows scene,
+    caption and line; what does not fit is named with file and line."""
+    file = tmp_path / "scenes.jsonl"
+    scene = {"image": "a.png", "caption": "a mug"}
+    edit = {"edit_type": "color", "instruction": "Make it red"}
+    write_lines(file, scene, {**scene, "edits": [edit, {**edit, "image": "b.png"}]})
+    plain, edited = patch_dpo.read_scenes(file, "edit_type", "instruction")
+    assert plain["edits"] == []
+    assert plain["image"] == tmp_path / "a.png"
+    assert edited["edits"][0] == {**edit, "image": tmp_path / "a.png", "scene": tmp_path / "a.png",
+                                  "caption": "a mug", "line": 2}
+    assert edited["edits"][1]["image"] == tmp_path / "b.png"
+    number = {**edit, "instruction": 3}
+    for bad, part in (
+        ([1], "'int' object"),
+        ([{"edit_type": "color"}], "'instruction'"),
+        ([edit, number], "an edit has edit_type, instruction, all of them strings"),
+        ("x", "TypeError"),
+        (3, "TypeError"),
+    ):
+        write_lines(file, scene, scene, {**scene, "edits": bad})
+        message = raises(part, patch_dpo.read_scenes, file, "edit_type", "instruction")
+        assert message.startswith(f"{file}:3")
+    write_lines(file, {**scene, "edits": [{}]})
+    assert len(patch_dpo.read_scenes(file)) == 1
+
+
+@functools.cache
+def pictured():
+    """(flags of tiny runs on pictures, a folder): three scenes with three edits each, made of
+    shipped pictures; the last scene is held out."""
+    pictured.folder = tempfile.TemporaryDirectory()
+    d = Path(pictured.folder.name)
+    edits = read_lines(SAMPLE / "scenes.jsonl")[0]["edits"]
+    scenes = []
+    for i in range(3):
+        three = []
+        for kind in ("background", "lighting", "color"):
+            one = [row for row in edits if row["edit_type"] == kind][i]
+            three.append({**one, "image": str(SAMPLE / one["image"])})
+        scenes.append({"image": three[0]["image"], "caption": f"mug {i}", "edits": three})
+    write_lines(d / "scenes.jsonl", *scenes)
+    flags = "--size 16 --held-out 1 --paint-steps 3 --steps 3 --batch 4 --micro 2 --warmup 0"
+    return f"--scenes {d}/scenes.jsonl {flags} --lr 1e-3 --device cpu --buffer 5", d
+
+
+def picture_stage(command="patch"):
+    """(stage, its settings, LoopSettings) of `train.py command` on those pictures."""
+    flags, d = pictured()
+    if command.startswith("patch"):
+        flags += f" --generated {d}/generated"
+    name, _, more = command.partition(" ")
+    return build_stage(f"{name} {flags} {more}")
+
+
+def moved(stage):
+    """The stage, its policy no longer its reference."""
+    for i, p in enumerate(stage.tuned.policy.values()):
+        p.data -= 0.05 * noise(*p.shape, seed=i)
+    return stage
+
+
+def test_patch_edits_are_split_by_scene_and_know_their_pictures():
+    """The last scenes' edits only evaluate; every edit has its scene's and its true picture, at
+    --size; each file is read once; prompts are caption and instruction."""
+    edits = picture_stage("dro")[0].edits
+    assert (edits.count, len(edits.rows), len(edits.pictures)) == (6, 9, 9)
+    for n, row in enumerate(edits.rows):
+        assert row["line"] == n // 3 + 1
+        assert row["prompt"] == f"mug {n // 3}. {row['instruction']}"
+        scene = row["scene"]
+        truth = row["image"]
+        for file, place in ((scene, edits.scene[n]), (truth, edits.truth[n])):
+            picture = flux.to_tensor(flux.read_square(file, 16))
+            assert same(edits.pictures[place], picture)
+            latent = flux.pack(edits.vae.encode(picture[None]))
+            assert_close(edits.latent[place], latent[0], 1e-5)
+    prompts = [row["prompt"] for row in edits.rows]
+    txt, pooled = flux.encode_prompt(MINI / "flux", prompts)
+    assert same(edits.txt, txt)
+    assert same(edits.pooled, pooled)
+    assert edits.grid == (4, 4)
+    assert same(edits.ids, flux.image_ids(4, 4))
+    assert edits.latent.shape == (9, 4, 64)
+    assert not edits.latent.requires_grad
+
+
+def test_patch_edits_of_an_image_prompt_leave_the_object_what_it_was():
+    """Background, lighting and added things, described by the instruction alone; Flux is frozen."""
+    edits = picture_stage("patch --loss dro")[0].edits
+    assert edits.count == 4
+    assert len(edits.rows) == 6
+    assert {row["edit_type"] for row in edits.rows} == {"background", "lighting"}
+    assert all(row["prompt"] == row["instruction"] for row in edits.rows)
+    assert patch_dpo.SAME_OBJECT == ("background", "lighting", "object")
+    assert not any(p.requires_grad for p in edits.flux.parameters())
+
+
+def test_patch_edits_are_worded_as_often_as_asked():
+    """Each wording makes an edit of its own; held-out edits have the last one."""
+    settings = picture_stage("dro")[1]
+    wordings = ["{caption}: {instruction}", "{instruction}"]
+    with quiet():
+        edits = patch_dpo.Edits(settings, ["color"], wordings)
+    assert (edits.count, len(edits.rows)) == (4, 5)
+    prompts = [row["prompt"] for row in edits.rows]
+    assert prompts[0] == f"mug 0: {prompts[1]}"
+    assert prompts[2] == f"mug 1: {prompts[3]}"
+    assert not prompts[4].startswith("mug")
+
+
+def test_patch_edits_that_cannot_be_used_are_refused():
+    """Too many scenes held out, no edit of the kinds that are wanted, a size between tokens."""
+    raises("--held-out 3 leaves no edit (of any type)", picture_stage, "dro --held-out 3")
+    raises("(background, lighting, object) to", picture_stage, "patch --loss dro --held-out 3")
+    raises("--size is 20; it must be a multiple of 8", picture_stage, "dro --size 20")
+    raises("--size is 18; it must be a multiple of 8", picture_stage, "dro --size 18")
+    flags, d = pictured()
+    rows = read_lines(d / "scenes.jsonl")
+    write_lines(d / "held.jsonl", *rows[:2], {**rows[2], "edits": []})
+    raises("leaves no edit", picture_stage, f"dro --scenes {d}/held.jsonl")
+
+
+def test_patch_pictures_go_through_the_networks_in_parts():
+    """16 at a time, in order; a decoded picture is in [-1, 1]."""
+    edits = picture_stage("dro")[0].edits
+    sizes = []
+
+    def twice(part):
+        sizes.append(len(part))
+        return 2 * part
+
+    x = torch.arange(40)
+    assert same(edits.in_parts(twice, x), 2 * x)
+    assert sizes == [16, 16, 8]
+    decoded = edits.decode(9 * noise(2, 4, 64))
+    assert decoded.shape == (2, 3, 16, 16)
+    assert decoded.abs().max() == 1
+
+
+# ---- patch_dpo.py: what is trained ---------------------------------------------------------------
+
+def velocity_of(stage, who, item, x, t):
+    """The velocity (L, 64) of one edit at x and t, by Flux itself, with guidance 1."""
+    edits = stage.edits
+    stage.tuned.select(who, item[None])
+    found = edits.flux(
+        img=x[None],
+        txt=edits.txt[item][None],
+        pooled=edits.pooled[item][None],
+        timestep=t[None],
+        guidance=torch.ones(1),
+        img_ids=edits.ids,
+        txt_ids=torch.zeros(edits.txt.shape[1], 3)
+    )
+    return found[0].detach()
+
+
+def squares(stage, who, item, point, t):
+    """Mean squared error of that velocity at the point (x, v)."""
+    x, v = point
+    return (velocity_of(stage, who, item, x, t) - v).square().mean()
+
+
+def on_the_way(x_0, eps, t):
+    return (1 - t) * x_0 + t * eps, eps - x_0
+
+
+def made_pictures():
+    """The tensors of the prepared run's generated pictures; made when they are not there."""
+    settings = picture_stage()[1]
+    return load_file(Path(settings.generated) / "generated.safetensors")
+
+
+def test_patch_generated_pictures_and_their_quality_are_the_models():
+    """Picture g of edit n is what the reference paints from the noise of (seed, g, n); quality[0]
+    is that of its patches beside the scene's, quality[1] the other way round."""
+    made = made_pictures()
+    stage, settings, _ = picture_stage()
+    edits = stage.edits
+    assert made["latent"].shape == (4, 2, 4, 64)
+    assert made["quality"].shape == (2, 4, 2, 2, 2)
+    for n in range(4):
+        item = torch.tensor([n])
+        stage.tuned.select("reference", item)
+        for sample in range(2):
+            generator = qwen.generator_for((settings.seed, sample), "picture", n)
+            latent = flux.denoise(
+                edits.flux,
+                torch.randn(1, 4, 64, generator=generator),
+                edits.txt[item],
+                edits.pooled[item],
+                img_ids=edits.ids,
+                levels=flux.sigmas(3, 4)
+            )
+            assert_close(made["latent"][n, sample], latent[0], 1e-5)
+            picture = edits.vae.decode(flux.unpack(latent, 4, 4))
+            scene = edits.pictures[edits.scene[item]]
+            f_gen = edits.features(picture.clamp(-1, 1))
+            f_ref = edits.features(scene)
+            gen, ref = made["quality"][:, n, sample]
+            want_gen = patch_dpo.patch_quality(f_gen, f_ref)[0]
+            want_ref = patch_dpo.patch_quality(f_ref, f_gen)[0]
+            assert_close(gen, want_gen, 1e-4)
+            assert_close(ref, want_ref, 1e-4)
+
+
+def test_patch_generated_pictures_are_made_once():
+    """Every loss but dro reads the same file; dro needs none."""
+    made_pictures()
+    flags, d = pictured()
+    with mock.patch.object(patch_dpo, "generate_pictures", side_effect=AssertionError):
+        for loss in ("patch", "reconstruction", "dpo", "dro"):
+            assert picture_stage(f"patch --loss {loss}")[0].items in (4, 8)
+        picture_stage(f"patch --loss dro --generated {d}/nowhere")
+    assert not (d / "nowhere").exists()
+    (file,) = (d / "generated").iterdir()
+    assert file.name == "generated.safetensors"
+
+
+def test_patch_generated_pictures_of_something_else_are_refused(tmp_path):
+    """Of other edits, size, number, steps, seed, model or features, absent or torn: one line."""
+    made = made_pictures()
+    for flags in ("--held-out 2", "--size 32", "--samples 3", "--paint-steps 4", "--seed 1",
+                  f"--flux {MINI}/flux", f"--quality-features {MINI}/vit"):
+        for loss in ("patch", "dpo"):
+            raises("give another --generated", picture_stage, f"patch --loss {loss} {flags}")
+    raises("generated.safetensors is", picture_stage, f"patch --generated {tmp_path}")
+    file = tmp_path / "generated.safetensors"
+    save_file(made, file)
+    raises("give another --generated", picture_stage, f"patch --generated {tmp_path}")
+    file.write_bytes(file.read_bytes()[:-9])
+    raises(f"{file} is truncated", picture_stage, f"patch --generated {tmp_path}")
+
+
+def test_patch_quality_has_features_of_its_own(tmp_path):
+    """--quality-features judges, --features is what the image prompt sees."""
+    judge = features_of(patch_size=4)
+    save_file(judge.state_dict(), tmp_path / "model.safetensors")
+    write_lines(tmp_path / "config.json", {**ENCODER, "patch_size": 4})
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    stage = picture_stage(f"patch --quality-features {tmp_path} --generated {tmp_path}/made")[0]
+    assert stage.quality.shape == (2, 8, 4, 4)
+    assert stage.tuned.maps.shape == (7, 4, 96)
+    edits = stage.edits
+    scene = edits.pictures[edits.scene[:1]]
+    picture = edits.decode(stage.latent[:1])
+    with torch.no_grad():
+        want = patch_dpo.patch_quality(judge(picture), judge(scene))
+    assert_close(stage.quality[0, :1], want, 1e-4)
+
+
+def test_patch_painting_does_not_depend_on_what_is_painted_beside_it():
+    stage, settings, _ = picture_stage("patch --loss dro")
+    found = []
+    items = torch.tensor([2, 0, 3, 1])
+    for settings.micro in (1, 3):
+        found.append(stage.paint("policy", items, seed=5))
+    assert_close(found[0], found[1], 1e-5)
+    three = items[2:3]
+    alone = stage.paint("policy", three, seed=5)
+    assert_close(alone[0], found[0][2], 1e-5)
+    other = stage.paint("policy", three, seed=6)
+    assert relative(other, alone) > 1e-3
+
+
+def test_patch_batch_is_noise_and_logit_normal_times():
+    """Every row has noise and time of its own, from the generator alone; the times' logits have
+    mean 0 and standard deviation 1."""
+    stage = picture_stage()[0]
+    rows = stage.draw([3, 1] * 500, seeded(2))
+    generator = seeded(2)
+    for item, eps, t in rows[:3]:
+        assert same(eps, torch.randn(4, 64, generator=generator))
+        assert_close(t, torch.randn((), generator=generator).sigmoid())
+    assert [row[0].item() for row in rows[:3]] == [3, 1, 3]
+    logits = torch.stack([row[2] for row in rows]).logit()
+    assert abs(logits.mean()) < 0.1
+    assert abs(logits.std() - 1) < 0.1
+
+
+def test_patch_stage_loss_is_s1_of_both_pictures():
+    """By hand: the generated picture with its weights, and its reference with what went missing,
+    at the same noise and time; for both powers, and for equal weights."""
+    for flags, power in (("", 2), ("--power 1", 1), ("--loss reconstruction", 2)):
+        stage, settings, _ = picture_stage(f"patch {flags}")
+        moved(stage)
+        made = load_file(Path(settings.generated) / "generated.safetensors")
+        rows = draw_batch(stage, settings)
+        want = 0
+        for picture, eps, t in rows:
+            item = picture // 2
+            quality = made["quality"][:, item, picture % 2]                 # (2, 2, 2)
+            good, missed = patch_dpo.patch_weights(quality, (4, 4))
+            weights = [good, 1 - missed]
+            if "reconstruction" in flags:
+                weights = [0.5, 0.5]
+            scene = stage.edits.latent[stage.edits.scene[item]]
+            for x_0, weight in zip((made["latent"][item, picture % 2], scene), weights):
+                x, v = on_the_way(x_0, eps, t)
+                error = velocity_of(stage, "policy", item, x, t) - v
+                error = flux.unpack(error[None], 4, 4)
+                weighted = weight ** power * error ** 2
+                want += weighted.mean()
+        loss, metrics = stage.loss(rows)
+        assert_close(loss, want, 1e-5)
+        assert metrics == {}
+        assert stage.items == 8
+        assert loss.requires_grad
+
+
+def test_patch_dpo_prefers_the_picture_with_the_better_patches():
+    """Winner and loser are an edit's best and worst picture by mean quality; the loss is
+    Diffusion-DPO's of both at one noise and time, and ln 2 before the first step."""
+    stage, settings, _ = picture_stage("patch --loss dpo --beta 30 --samples 3 --generated "
+                                       f"{pictured()[1]}/three")
+    made = load_file(Path(settings.generated) / "generated.safetensors")
+    score = made["quality"][0].mean((2, 3))                                 # (4, 3)
+    for n in range(4):
+        pictures = made["latent"][n]                                        # (3, 4, 64)
+        assert same(stage.winner[n], pictures[score[n].argmax()])
+        assert same(stage.loser[n], pictures[score[n].argmin()])
+    rows = draw_batch(stage, settings)
+    loss, metrics = stage.loss(rows)
+    assert_close(loss, 4 * math.log(2), 1e-5)
+    moved(stage)
+    want = []
+    for item, eps, t in rows:
+        win = on_the_way(stage.winner[item], eps, t)
+        lose = on_the_way(stage.loser[item], eps, t)
+        gap = 0
+        for sign, point in ((1, win), (-1, lose)):
+            for side, who in ((1, "policy"), (-1, "reference")):
+                gap += sign * side * squares(stage, who, item, point, t)
+        want.append(torch.log1p(torch.exp(15 * gap)))
+    loss, metrics = stage.loss(rows)
+    assert_close(loss, sum(want), 1e-4)
+    assert metrics == {"accuracy": sum(value < math.log(2) for value in want)}
+    assert 0 < metrics["accuracy"] < 4
+    assert stage.items == 4
+    raises("--samples is 1; --loss dpo needs", picture_stage, "patch --loss dpo --samples 1")
+
+
+def test_dro_loss_is_that_of_an_experts_picture_and_of_the_policys_own_way():
+    """By hand, for the image prompt (experts: the scenes' pictures) and the LoRA (the true
+    pictures): expert and policy share prompt and time."""
+    for command in ("patch --loss dro", "dro --rank 2"):
+        stage, settings, _ = picture_stage(command)
+        rows = draw_batch(stage, settings)
+        _, metrics = stage.loss(rows)
+        assert metrics["drift"] < 1e-6
+        moved(stage)
+        rows = draw_batch(stage, settings, 1)
+        moved(stage)
+        edits = stage.edits
+        losses = []
+        drift = 0
+        for item, eps, t, x, v in rows:
+            picture = edits.truth[item] if "rank" in command else edits.scene[item]
+            expert = on_the_way(edits.latent[picture], eps, t)
+            drift += squares(stage, "reference", item, (x, v), t)
+            gap = 0.001
+            for sign, point in ((1, expert), (-1, (x, v))):
+                for side, who in ((1, "policy"), (-1, "reference")):
+                    gap += sign * side * squares(stage, who, item, point, t)
+            losses.append(gap.clamp(0))
+        loss, metrics = stage.loss(rows)
+        assert_close(loss, sum(losses), 1e-3)
+        assert 0 < metrics["active"] == sum(value > 0 for value in losses)
+        assert_close(metrics["drift"], drift, 1e-4)
+        assert loss.requires_grad
+
+
+def test_dro_rows_are_points_of_the_samplers_trajectories():
+    """Each row has an edit, its expert's noise, and t, x and the sampler's velocity there; the
+    rows of a batch come from different trajectories, at random steps."""
+    stage, settings, _ = picture_stage("patch --loss dro --batch 5")
+    moved(stage)
+    rows = draw_batch(stage, settings)
+    x, v, t, item = stage.buffer
+    assert x.shape == v.shape == (5, 3, 4, 64)
+    assert t.shape == (5, 3)
+    assert set(item.tolist()) == {0, 1, 2, 3}
+    seen = []
+    for which, eps, time_, point, velocity in rows:
+        (i,), (step,) = torch.where(t == time_)
+        assert item[i] == which
+        assert same(x[i, step], point)
+        assert same(v[i, step], velocity)
+        assert_close(velocity_of(stage, "sampler", which, point, time_), velocity, 1e-5)
+        assert_close(velocity_of(stage, "policy", which, point, time_), velocity, 1e-5)
+        seen.append((i.item(), step.item()))
+    assert len({i for i, _ in seen}) == 5
+    assert len({step for _, step in seen}) > 1
+    assert len({eps.sum().item() for _, eps, *_ in rows}) == 5
+    assert_close(x[:, 1:], x[:, :-1] - v[:, :-1] / 3)
+    assert len(draw_batch(picture_stage("dro --buffer 2")[0], settings)) == 5
+
+
+def test_dro_sampler_becomes_the_policy_every_refresh_steps():
+    """--refresh 2: in steps 0, 2, 4 ... the sampler is the policy and paints a new buffer;
+    between them both stay; policy, sampler and step are what a checkpoint holds."""
+    for command in ("patch --loss dro --refresh 2", "dro --refresh 2 --rank 2"):
+        stage, settings, _ = picture_stage(command)
+        (group,) = stage.parameter_groups()
+        held = dict(group["params"])
+        assert set(held) == {"steps_drawn", *stage.tuned.policy,
+                             *[f"sampler.{name}" for name in stage.tuned.sampler]}
+        assert {p.requires_grad for p in stage.tuned.policy.values()} == {True}
+        assert not any(p.requires_grad for p in stage.tuned.sampler.values())
+        assert not held["steps_drawn"].requires_grad
+        buffers = []
+        for step in range(4):
+            moved(stage)
+            draw_batch(stage, settings, step)
+            buffers.append(stage.buffer[0])
+            policy = list(stage.tuned.policy.values())
+            assert same(policy, list(stage.tuned.sampler.values())) == (step % 2 == 0)
+        assert buffers[0] is buffers[1]
+        assert buffers[2] is buffers[3]
+        assert relative(buffers[0], buffers[2]) > 0.1
+        assert held["steps_drawn"] == 4
+
+
+def test_dro_reference_stays_where_the_policy_began():
+    """Whatever policy and sampler become, the reference's velocity is the first one, without a
+    gradient; the LoRA stands in the attention's four layers."""
+    for command in ("patch --loss dro", "dro --rank 2"):
+        stage = picture_stage(command)[0]
+        item = torch.tensor([1, 0])
+        x = noise(2, 4, 64)
+        t = torch.tensor([0.3, 0.8])
+        whose = ("reference", "sampler", "policy")
+        before = [stage.velocity(who, item, x, t) for who in whose]
+        assert same(before[0], before[1])
+        assert same(before[0], before[2])
+        assert [v.requires_grad for v in before] == [False, False, True]
+        moved(stage)
+        after = [stage.velocity(who, item, x, t) for who in whose]
+        assert same(after[0], before[0])
+        assert same(after[1], before[0])
+        assert relative(after[2], before[0]) > 1e-3
+        alone = velocity_of(stage, "policy", item[1], x[1], t[1])
+        assert_close(after[2][1], alone, 1e-5)
+    adapted = {name.partition(".attn.")[2] for name in lora.layers(stage.edits.flux)}
+    assert adapted == {"to_q", "to_k", "to_v", "to_out.0"}
+
+
+def test_patch_reference_that_is_none_adds_nothing():
+    """-1 among an edit's references is no picture: no keys, no values."""
+    stage = picture_stage("patch --loss dro")[0]
+    edits = stage.edits
+    prompt = moved(stage).tuned.prompts["policy"]
+    scene = edits.scene[:1, None]
+    none = torch.full((1, 1), -1)
+    item = torch.tensor([0])
+    x = noise(1, 4, 64)
+    t = torch.ones(1)
+    found = []
+    both = torch.cat([scene, none], dim=1)
+    for references in (none, both, scene):
+        stage.tuned = patch_dpo.ImagePrompts(edits, prompt, references)
+        found.append(stage.velocity("sampler", item, x, t))
+    prompt.attend_to(edits.flux, None)
+    with mock.patch.object(stage.tuned, "select"):
+        plain = velocity_of(stage, "", item[0], x[0], t[0])
+    assert_close(found[0][0], plain, 1e-5)
+    assert_close(found[1], found[2], 1e-5)
+    assert relative(found[2][0], plain) > 1e-3
+
+
+def test_patch_gradients_do_not_depend_on_micro_or_checkpointing():
+    """Passes of 3 or 4 rows, blocks recomputed or not, give every loss the same gradient."""
+    for command in ("patch", "patch --loss dpo", "patch --loss dro", "dro --rank 2"):
+        found = []
+        for flags in ("--micro 4", "--micro 3 --checkpointing"):
+            stage, settings, _ = picture_stage(f"{command} {flags}")
+            rows = draw_batch(stage, settings)
+            parameters = list(moved(stage).tuned.policy.values())
+            train.gradients(stage, settings, rows, parameters, step=0, stop=[])
+            found.append(torch.cat([p.grad.flatten() for p in parameters]))
+        assert stage.edits.flux.checkpointing
+        assert found[0].any()
+        assert_close(found[1], found[0], 1e-4)
+
+
+def test_patch_rows_are_described_by_their_lines():
+    """Two generated pictures of an edit, or the edit: its scene's line of the file."""
+    scenes = f"{pictured()[1]}/scenes.jsonl"
+    stage = picture_stage()[0]
+    rows = stage.draw([0, 3, 4], seeded())
+    assert stage.describe(rows) == f"{scenes}, lines 1, 1, 2"
+    stage = picture_stage("patch --loss dpo")[0]
+    rows = stage.draw([1, 2], seeded())
+    assert stage.describe(rows) == f"{scenes}, lines 1, 2"
+
+
+def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
+    """image_prompt.safetensors is the policy; pictures.png has a row each of scenes, reference's,
+    policy's and true pictures of the held-out edits."""
+    stage = picture_stage("patch --loss dro")[0]
+    edits = stage.edits
+    stage.save(tmp_path)
+    sheet = np.array(Image.open(tmp_path / "pictures.png"))
+    assert sheet.shape == (4 * 16, 2 * 16, 3)
+    assert (sheet[16:32] == sheet[32:48]).all()
+    for n, at in ((4, 0), (5, 16)):
+        for row, key in ((0, "scene"), (48, "image")):
+            shown = sheet[row:row + 16, at:at + 16]
+            assert (shown == flux.read_square(edits.rows[n][key], 16)).all()
+    latent = stage.paint("policy", torch.tensor([5]), seed=0)
+    painted = flux.to_picture(edits.decode(latent)[0])
+    apart = painted.astype(int) - sheet[32:48, 16:]
+    assert np.abs(apart).max() <= 1
+    moved(stage).save(tmp_path)
+    again = np.array(Image.open(tmp_path / "pictures.png"))
+    assert (again[16:32] == sheet[16:32]).all()
+    assert (again[32:48] != sheet[32:48]).any()
+    saved = load_file(tmp_path / "image_prompt.safetensors")
+    policy = stage.tuned.policy
+    assert saved.keys() == policy.keys()
+    for name, p in policy.items():
+        assert same(saved[name], p.data)
+
+
+def test_dro_result_is_an_adapter_and_a_sheet_of_pictures(tmp_path):
+    """adapter_model.safetensors is the policy, in PEFT's format; of 36 held-out edits every third
+    is shown."""
+    flags, d = pictured()
+    first = read_lines(d / "scenes.jsonl")[0]
+    apple = read_lines(SAMPLE / "scenes.jsonl")[0]
+    apple["image"] = str(SAMPLE / apple["image"])
+    apple["edits"] = apple["edits"][:36]
+    for one in apple["edits"]:
+        one["image"] = apple["image"]
+    write_lines(d / "many.jsonl", first, apple)
+    stage = picture_stage(f"dro --scenes {d}/many.jsonl --rank 3 --alpha 5 --micro 16")[0]
+    moved(stage).save(tmp_path)
+    with Image.open(tmp_path / "pictures.png") as sheet:
+        assert sheet.size == (12 * 16, 4 * 16)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    policy = lora.tensors(stage.edits.flux, "policy")
+    assert saved.keys() == policy.keys()
+    for name, p in policy.items():
+        assert same(saved[name], p.data)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 5, 0)
+    assert config["base_model_name_or_path"] == "mini/flux"
+
+
+def test_patch_first_steps_are_the_recorded_ones():
+    """Losses and gradient norms of each stage's first steps, recorded once."""
+    flags, d = pictured()
+    made_pictures()
+    for command, want in RECORDED_PICTURE_STEPS.items():
+        out = d / command.replace(" ", "")
+        name, _, more = command.partition(" ")
+        if name == "patch":
+            more += f" --generated {d}/generated"
+        train_here(f"{name} {flags} {more} --out {out}")
+        found = []
+        for line in metrics_of(out):
+            found.append([line["loss"], line["grad_norm"]])
+        assert_close(torch.tensor(found), torch.tensor(want), 2e-3)
+        assert len(list(out.glob("step_3"))) == 1
+
+
+RECORDED_PICTURE_STEPS = {
+    "patch": [[1.800495, 4.594019], [1.703326, 3.360271], [1.018122, 1.606513]],
+    "patch --loss reconstruction --power 1":
+        [[2.834117, 6.911418], [1.987996, 3.437184], [1.602958, 1.956766]],
+    "patch --loss dpo": [[0.693147, 12.297064], [0.125757, 1.273135], [0.016914, 0.384562]],
+    "patch --loss dro --refresh 2 --lr 1e-7":
+        [[0.001, 10.998103], [0.000862, 9.132612], [0.00066, 12.464375]],
+    "dro --rank 2 --refresh 2 --lr 1e-7":
+        [[0.001, 9.861938], [0.000979, 12.095306], [0.000936, 14.677002]],
+}
+
+
+def test_dro_resumed_inside_a_refresh_period_is_bit_equal():
+    """Stopped by SIGTERM in step 3 of 4 and continued, a run with --refresh 2 has the bytes of an
+    unbroken one. While the sampler is the reference the drift is 0, then it is not."""
+    flags, d = pictured()
+    loss = patch_dpo.DiffusionDRO.loss
+    for name, kind in (("prompt", "patch --loss dro"), ("lora", "dro --rank 2")):
+        command = f"{kind} {flags} --steps 4 --refresh 2 --save-every 9"
+        train_here(f"{command} --out {d}/{name}_whole")
+        calls = []
+
+        def interrupted(self, rows):
+            calls.append(1)
+            if len(calls) == 5:
+                signal.raise_signal(signal.SIGTERM)
+            return loss(self, rows)
+
+        with mock.patch.object(patch_dpo.DiffusionDRO, "loss", interrupted):
+            train_here(f"{command} --out {d}/{name}_halves")
+        assert (d / f"{name}_halves/step_3").is_dir()
+        train_here(f"{command} --out {d}/{name}_halves")
+        for file in ("step_4/state.safetensors", "metrics.jsonl"):
+            whole = (d / f"{name}_whole" / file).read_bytes()
+            assert whole == (d / f"{name}_halves" / file).read_bytes()
+        drift = [line["drift"] for line in metrics_of(d / f"{name}_whole")]
+        assert max(drift[:2]) < 1e-6 < min(drift[2:])
+
+
+def test_patch_two_processes_paint_and_train_as_one():
+    """torchrun with two processes writes the same generated pictures, and takes the same steps, to
+    1e-5."""
+    flags, d = pictured()
+    command = f"patch {flags} --steps 1 --micro 1"
+    train_here(f"{command} --generated {d}/made1 --out {d}/one")
+    out = shell("-m torch.distributed.run --standalone --nproc_per_node=2 train.py "
+                f"{command} --generated {d}/made2 --out {d}/two")
+    assert out.returncode == 0, out.stderr[-1000:]
+    for first, second in (
+        ("made1/generated.safetensors", "made2/generated.safetensors"),
+        ("one/step_1/state.safetensors", "two/step_1/state.safetensors"),
+    ):
+        one = load_file(d / first)
+        two = load_file(d / second)
+        for name in one:
+            assert_close(two[name], one[name], 1e-5)
+
+
+def test_patch_paper_preset_is_the_published():
+    """--preset paper is what the papers and the authors' code say."""
+    for name, want in PICTURE_PAPER.items():
+        _, settings, _ = train.parse([name, "--preset", "paper"])
+        for field, value in want.items():
+            assert getattr(settings, field) == value, (name, field)
+
+
+PICTURE_PAPER = {
+    "patch": {
+        "steps": 30_000,
+        "batch": 32,
+        "lr": 3e-5,
+        "clip": 0,
+        "power": 2,
+        "samples": 1,
+        "size": 512,
+        "flux": "black-forest-labs/FLUX.1-dev",
+        "features": "facebook/dinov2-base",
+    },
+    "dro": {
+        "steps": 1600,
+        "batch": 256,
+        "lr": 1e-4,
+        "clip": 1,
+        "buffer": 256,
+        "refresh": 1,
+        "paint_steps": 20,
+        "size": 512,
+        "weight_decay": 0.01,
+        "dtype": "bf16",
+    },
+}
+
+
+# ---- bench/: what its numbers rest on ------------------------------------------------------------
+
+def bench(name):
+    """A module of bench/."""
+    if str(ROOT / "bench") not in sys.path:
+        sys.path.append(str(ROOT / "bench"))
+    return importlib.import_module(name)
+
+
+def small_vit():
+    config = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=2, image_size=32,
+                  num_attention_heads=4, patch_size=8, mlp_ratio=4, hidden_act="gelu",
+                  layer_norm_eps=1e-6, qkv_bias=True)
+    torch.manual_seed(0)
+    return patch_dpo.ImageFeatures(config, [0.5] * 3, [0.5] * 3)
+
+
+def test_bench_correspondence_follows_the_picture():
+    """A patch is found where the other view shows its place."""
+    features = bench("features")
+    a = features.random_views(8, seeded(5))
+    b = features.random_views(8, seeded(6))
+    place = features.centres(64, 64).permute(2, 0, 1).expand(8, 2, 64, 64)
+    seen_a, seen_b = (nn.functional.avg_pool2d(features.warp(place, view), 8).flatten(2)
+                      for view in (a, b))                                   # (8, 2, 64)
+    targets = features.correspondence(torch.linalg.inv(b) @ a, 8, 8)
+    for here, there, target in zip(seen_a, seen_b, targets):
+        seen = target >= 0
+        apart = (here[:, seen] - there[:, target[seen]]).norm(dim=0)
+        assert seen.sum() > 10 and apart.max() < 2 / 8
+
+
+def test_bench_patch_training_teaches_f():
+    """Self-supervised steps on fixed pictures raise S_patch on views of them that it never saw."""
+    features = bench("features")
+    f = small_vit()
+    g = seeded(1)
+    image = nn.functional.interpolate(2 * torch.rand(8, 3, 8, 8, generator=g) - 1, 32,
+                                      mode="bicubic").clamp(-1, 1)
+    a = features.random_views(8, seeded(5))
+    b = features.random_views(8, seeded(6))
+    target = features.correspondence(torch.linalg.inv(b) @ a, 4, 4)
+
+    def score():
+        with torch.no_grad():
+            return features.s_patch(f(features.warp(image, a)), f(features.warp(image, b)), target)
+
+    before = score()
+    adam = torch.optim.Adam(f.parameters(), 2e-3)
+    for _ in range(60):
+        adam.zero_grad()
+        features.self_supervised_loss(f, image, g).backward()
+        adam.step()
+    after = score()
+    assert after[0] > before[0] + 0.1 and after[1] >= after[0], (before, after)
+
+
+# ---- the house -----------------------------------------------------------------------------------
+
+TOP = ["cdpo", "controlnet", "edit", "flux", "graph", "lora", "patch_dpo", "qwen", "train"]
+LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT,
+          tokenize.ENCODING, tokenize.ENDMARKER}
+
+
+def tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    return listed.stdout.split()
+
+
+def imported_modules(tree):
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def code_of(file):
+    """(tokens, lines that hold one) of a file, without comments, docstrings and layout."""
+    source = file.read_text()
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node):
+                documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    count = 0
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT and token.start[0] not in documented:
+            count += 1
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return count, len(lines)
+
+
+def test_house_top_level_is_the_designs():
+    """The top level holds DESIGN.md's files and no others; mini/ stays under 40 MB."""
+    tracked = tracked_files()
+    top = {name.partition("/")[0] for name in tracked if not name.startswith(".")}
+    files = {f"{name}.py" for name in [*TOP, "test_all"]}
+    assert top == files | {"README.md", "requirements.txt", "mini", "bench"}
+    sizes = [(ROOT / name).stat().st_size for name in tracked if name.startswith("mini/")]
+    assert sum(sizes) < 40e6
+
+
+def test_house_imports_flow_one_way():
+    """The top-level files and mini/ import the standard library, six packages and one another;
+    nobody imports train or edit, and no two files import each other."""
+    allowed = {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL"}
+    pinned = set()
+    for line in (ROOT / "requirements.txt").read_text().split():
+        name = line.partition("==")[0].replace("-", "_")
+        pinned.add(name.replace("pillow", "PIL"))
+    assert pinned == allowed
+    imports = {}
+    for name in tracked_files():
+        if re.fullmatch(r"(mini/)?\w+\.py", name) and name != "test_all.py":
+            found = imported_modules(ast.parse((ROOT / name).read_text()))
+            imports[Path(name).stem] = found - sys.stdlib_module_names
+    for name, found in imports.items():
+        assert found <= allowed | set(imports) - {"train", "edit"}, (name, found)
+        for other in found & set(imports):
+            assert name not in imports[other], f"{name} and {other} import each other"
+
+
+def test_house_is_written_for_readers():
+    """No line is over 100 columns; a code line has at most 12 tokens over a file and 10.5 over the
+    nine files, which have at most 36,000 together."""
+    tokens = 0
+    lines = 0
+    for name in tracked_files():
+        if name.endswith(".py"):
+            file = ROOT / name
+            wide = [line for line in file.read_text().splitlines() if len(line) > 100]
+            assert not wide, f"{name}: {wide[0]}"
+            count, code = code_of(file)
+            assert count <= 12 * code, f"{name}: {count / code:.1f} tokens a line"
+            if file.stem in TOP and file.parent == ROOT:
+                tokens += count
+                lines += code
+    assert tokens <= 36_000 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+
+
+def quoted_commands(text):
+    """[(script, its arguments)] of the commands that a README quotes."""
+    pattern = r"(?:python|torchrun [^`\n]*?) ([\w/]+\.py)([^`\n#&|]*)"
+    return [(name, shlex.split(rest)) for name, rest in re.findall(pattern, text)]
+
+
+def test_readme_commands_name_files_and_flags_that_exist():
+    """Every command in README.md and bench/README.md parses, or at least its flags are known."""
+    for readme in (ROOT / "README.md", ROOT / "bench/README.md", MINI / "examples/README.md"):
+        for name, words in quoted_commands(readme.read_text()):
+            scripts = {"train.py": train, "edit.py": edit}
+            if name in scripts:
+                if "-h" not in words:
+                    scripts[name].parse(["cdpo" if word == "STAGE" else word for word in words])
+                continue
+            folder = (ROOT / name).parent                       # bench/run.py hands flags on
+            source = "".join(file.read_text() for file in folder.glob("*.py"))
+            for word in words:
+                assert not word.startswith("--") or word in source, (name, word)
+
+
+def test_readme_equations_stand_where_it_says():
+    """The code that the equation map quotes is a line of the function that it names."""
     text = (ROOT / "README.md").read_text()
-    for file, rest in re.findall(r"(?:python|torchrun [^`\n]*?) ([\w/]+\.py)([^`\n#&|]*)", text):
-        source, words, scripts = (ROOT / file).read_text(), shlex.split(rest.replace("STAGE", "cdpo")), {"train.py": train, "edit.py": edit}
-        if file in scripts and "-h" not in words:
-            scripts[file].parse(words)
-        assert file in scripts or all(word in source for word in words if word.startswith("--")), (file, rest)
-    for file, name, code in re.findall(r"^\|.*\| `(\w+\.py):([\w.]+)` \| `(.*)` \|$", text, re.M):
-        node = ast.parse(source := (ROOT / file).read_text())
+    rows = re.findall(r"^\|.*\| `(\w+\.py):([\w.]+)` \| `(.*)` \|$", text, re.M)
+    assert len(rows) >= 10
+    for file, name, code in rows:
+        source = (ROOT / file).read_text()
+        node = ast.parse(source)
         for part in name.split("."):
-            node = {child.name: child for child in node.body if hasattr(child, "name")}[part]
-        assert any(code.replace("\\|", "|") in line for line in ast.get_source_segment(source, node).splitlines()), f"{code!r} is not in {file}:{name}"
-    counts = re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", text, re.M)
-    assert dict(counts) == {f.name: str(len(f.read_text().splitlines())) for f in ROOT.glob("*.py")} and len(text.splitlines()) <= 250
+            named = {child.name: child for child in node.body if hasattr(child, "name")}
+            assert part in named, f"{file} has no {name}"
+            node = named[part]
+        body = ast.get_source_segment(source, node)
+        assert code.replace("\\|", "|") in body, f"{code!r} is not in {file}:{name}"
 
-def test_house_is_the_designs():
-    """The top level holds DESIGN.md's files alone; they and mini/ import the standard library, six packages and one another, never train or edit; all is small."""
-    names = {"graph", "lora", "qwen", "cdpo", "flux", "controlnet", "patch_dpo", "train", "edit", "test_all"}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert {name.partition("/")[0] for name in tracked if name[0] != "."} == {f"{name}.py" for name in names} | {"README.md", "requirements.txt", "mini", "bench"}
-    pinned = {line.partition("==")[0].replace("-", "_").replace("pillow", "PIL") for line in (ROOT / "requirements.txt").read_text().split()}
-    assert pinned == {"torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL"}
-    for file in [ROOT / name for name in tracked if re.fullmatch(r"(mini/)?\w+\.py", name) and name != "test_all.py"]:
-        nodes = list(ast.walk(ast.parse(file.read_text())))
-        imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom)}
-        beside = {f.stem for f in file.parent.glob("*.py")} | names
-        assert not {name.partition(".")[0] for name in imported} - pinned - sys.stdlib_module_names - (beside - {"train", "edit", "test_all"}), file
-    assert sum(f.stat().st_size for f in (ROOT / name for name in tracked if name.startswith("mini/")) if f.is_file()) < 25e6
-    top, mini = (sum(len(f.read_text().splitlines()) for f in folder.glob("*.py")) for folder in (ROOT, MINI))
-    assert top <= 3800 and mini <= 700, f"{top} lines in the ten files, {mini} in mini/"
+
+def test_readme_sizes_are_the_files():
+    """The reading order's sizes, in tokens, are within 3 % of the files'."""
+    text = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| ([\d,]+) \|$", text, re.M))
+    assert set(rows) == set(TOP)
+    for name, size in rows.items():
+        count, _ = code_of(ROOT / f"{name}.py")
+        assert abs(int(size.replace(",", "")) - count) <= 0.03 * count, (name, size, count)
+
+
+# ---- run -----------------------------------------------------------------------------------------
+
+def run_test(test):
+    """(outcome, why)"""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            test(*[Path(folder)] * test.__code__.co_argcount)
+    except unittest.SkipTest as error:
+        return "skipped", f": {error}"
+    except (Exception, SystemExit):
+        return "failed", "\n" + traceback.format_exc()
+    return "passed", ""
+
 
 def main(pattern=""):
-    count = dict(passed=0, failed=0, skipped=0)
-    for name, test in [(n, f) for n, f in globals().items() if n.startswith("test_") and pattern in n]:
-        start, outcome, why = time.time(), "passed", ""
-        try:
-            with tempfile.TemporaryDirectory() as at:
-                test(*[Path(at)] * test.__code__.co_argcount)
-        except unittest.SkipTest as error:
-            outcome, why = "skipped", f": {error}"
-        except (Exception, SystemExit):
-            outcome, why = "failed", "\n" + traceback.format_exc()
+    tests = [value for name, value in globals().items()
+             if name.startswith("test_") and pattern in name]
+    count = {"passed": 0, "failed": 0, "skipped": 0}
+    for test in tests:
+        start = time.time()
+        outcome, why = run_test(test)
         count[outcome] += 1
-        print(f"{outcome:8s}{time.time() - start:6.1f} s  {name}{why}", flush=True)
-    print(", ".join(f"{n} {outcome}" for outcome, n in count.items() if n or outcome != "skipped"))
-    return int(count["failed"] > 0 or count["passed"] == 0)
+        print(f"{outcome:8s}{time.time() - start:6.1f} s  {test.__name__}{why}", flush=True)
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    print(f"{count['passed']} passed, {count['failed']} failed{skipped}")
+    return 1 if count["failed"] or not count["passed"] else 0
+
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:2]))

@@ -8,7 +8,8 @@
     python train.py eval --policy runs/cdpo     # what held-out users get from a policy
     torchrun --nproc_per_node=3 train.py cdpo --preset paper     # Table 12 on real weights
 
-What is trained is a stage: graph.py, cdpo.py and patch_dpo.py hold them. The loop asks of one:
+What is trained is a stage: graph.py, cdpo.py and patch_dpo.py hold them. The loop asks of one, of
+its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device) and nothing more:
 
     items                       how many things it can be trained on
     parameter_groups()          AdamW's groups, of (name, Parameter), each with its own peak
@@ -23,7 +24,9 @@ What the loop promises:
   functions of (seed, step), dropout also of the micro-batch: there is no generator state to save,
   a resumed run is bit-equal to an unbroken one. Gradients are summed by hand, without DDP.
 - A checkpoint OUT/step_N appears whole or not at all. SIGINT and SIGTERM end the run after the
-  current step, saved; the same command goes on. A kill loses the steps since the last save.
+  current step, saved. A kill between two saves loses the steps since the last one (--save-every):
+  the same command reads the newest step_N, cuts metrics.jsonl to N lines, and takes the lost steps
+  again, with the same bits.
 - A loss or gradient that is not finite ends the run before the step is taken, the batch named.
 """
 import argparse
@@ -41,7 +44,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # as in edit.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # threads that wait do not spin
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
@@ -51,7 +54,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import cdpo
 import graph
 import patch_dpo
-from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit,
+from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit, choose,
                   flag, generator_for, pick_device, read_json, read_tensors,
                   seed_for, settings_from, write_whole)
 
@@ -82,7 +85,7 @@ def learning_rate(step, steps, warmup):
     """Factor on the peak rate. 1) linear warm-up, 2) half a cosine down to zero."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -118,7 +121,7 @@ def gradients(stage, settings, rows, parameters, *, step, stop):
         all_reduce(flat)
         all_reduce(means)
         vector_to_parameters(flat, grads)
-    return {name: round(mean, 6) for name, mean in zip(totals, means.tolist())}
+    return dict(zip(totals, means.tolist()))
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -257,8 +260,7 @@ def train(stage, settings, loop):
             raise SystemExit(message if RANK == 0 else 1)
         if RANK == 0:
             write_whole(out, stage.save, "the result")
-            report = getattr(stage, "report", {})
-            print(f"wrote {out}", *(f"{key} {value:.4f}" for key, value in report.items()))
+            print("wrote", out)
 
 
 def run_steps(stage, settings, loop, *, optimizer, step, stop):
@@ -277,7 +279,7 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             metrics = gradients(stage, settings, rows, parameters, step=step, stop=stop)
             stopping = metrics.pop("stop") > 0
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-            metrics["grad_norm"] = round(norm.item(), 6)
+            metrics["grad_norm"] = norm.item()
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
                                  f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
@@ -309,7 +311,7 @@ def build_patch(settings):
     there yet."""
     if settings.loss != "dro" and not Path(settings.generated).is_dir():
         patch_dpo.generate_pictures(settings)
-    return patch_dpo.LOSSES[settings.loss](settings)
+    return choose("--loss", settings.loss, patch_dpo.LOSSES)(settings)
 
 
 STAGES = {
@@ -328,8 +330,8 @@ def parse(argv=None):
     early.add_argument("--preset", choices=["mini", "paper"], default="mini",
                        help="values of the miniature, or of the paper's Table 12 (%(default)s)")
     preset = early.parse_known_args(argv)[0].preset
-    style = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(prog="train.py", description=__doc__, formatter_class=style)
+    top = argparse.ArgumentParser(description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = top.add_subparsers(dest="stage", metavar="STAGE", required=True,
                                 help="`train.py STAGE -h` lists its flags")
     for name, (settings, _, about) in STAGES.items():
@@ -354,18 +356,15 @@ def start_processes(device):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
 
 
-def build(name, settings):
-    return STAGES[name][1](settings)
-
-
 def main(argv=None):
     name, settings, loop = parse(argv)
+    build = STAGES[name][1]
     if name == "eval":
         if RANK == 0:
-            print(build(name, settings).table())
+            print(build(settings).table())
         return
     start_processes(pick_device(settings.device))
-    train(build(name, settings), settings, loop)
+    train(build(settings), settings, loop)
     if WORLD > 1:
         barrier()               # leave together, and at once: gloo aborts where one closes after
         sys.stdout.flush()      # another is gone, and now and then while the interpreter takes its

@@ -54,13 +54,13 @@ from world import COLORS, GUIDANCE, OBJECTS, WALLS, caption, edited_caption, ins
 from world import make_scenes, write_jsonl
 
 sys.path.insert(0, str(HERE.parent))
-from cdpo import profile, prompt                          # noqa: E402
-from controlnet import ControlNet, control_picture        # noqa: E402
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack                   # noqa: E402
-from graph import User                                    # noqa: E402
-from patch_dpo import (SAME_OBJECT, Edits, ImageFeatures, ImagePrompt,                     # noqa: E402
+from cdpo import profile, prompt
+from controlnet import ControlNet, control_picture
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
+from graph import User
+from patch_dpo import (SAME_OBJECT, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, stack)
-from qwen import Config, Qwen, Tokenizer, generator_for, read_json                         # noqa: E402
+from qwen import Config, Qwen, Tokenizer, generator_for, read_json
 
 SIZE = 64                                                 # pixels
 PICTURES = 14                                             # of each scene: plain, 13 times edited
