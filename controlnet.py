@@ -264,8 +264,9 @@ def render(*, flux, controlnet,
            device="cpu", dtype=torch.float32, offload=False, batch=1,
            image_prompt=None,
            measure=contextlib.nullcontext, progress=iter):
-    """N prompts -> N uint8 pictures (H, W, 3), shape = (H, W). Each part is loaded, used for all N
-    and freed before the next, but for the autoencoder (0.3 GB).
+    """From an instruction to pixels: N prompts -> N uint8 pictures (H, W, 3), shape = (H, W). Text
+    encoders -> autoencoder (source and edges in) -> Flux + ControlNet -> autoencoder (picture out).
+    Each part is loaded, used for all N and freed before the next, but for the autoencoder.
 
     flux, controlnet: folders. The net is not loaded without controls, at scale 0 and where no step
         lies between start and end.

@@ -718,7 +718,9 @@ def read_generated(edits):
 
 class PatchDPO(PictureStage):
     """An image prompt learns generated pictures where their patches are good, and the reference
-    where patches of it went missing. --loss reconstruction: all patches weigh the same."""
+    where patches of it went missing: `patch_quality` (computed once, by generate_pictures) ->
+    `patch_weights` -> `patch_dpo_loss`. --loss reconstruction: quality .5 everywhere, so that all
+    patches weigh the same."""
 
     def __init__(self, settings):
         super().__init__(*prompted(settings))
@@ -789,8 +791,9 @@ def random_indices(n, limit, generator):
 class DiffusionDRO(PictureStage):
     """Pictures of experts against the model's own trajectories. With PatchSettings an image prompt
     learns, and the experts are the scenes' pictures; with DROSettings a LoRA, and they are the
-    edits' true pictures. Every --refresh steps the sampler becomes the policy and paints a new
-    buffer; each step draws points from it."""
+    edits' true pictures. The negatives are points of the sampler's own trajectories, with the
+    velocity that it had there. Every --refresh steps the sampler becomes the policy and paints a
+    new buffer of them, so a negative is 0 to refresh - 1 steps old."""
 
     def __init__(self, settings):
         if isinstance(settings, PatchSettings):

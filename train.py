@@ -309,9 +309,10 @@ def shorten_log(log, step):
 def build_patch(settings):
     """PatchDPO, or what --loss compares it with; its pictures are painted first, if they are not
     there yet."""
+    method = choose("--loss", settings.loss, patch_dpo.LOSSES)
     if settings.loss != "dro" and not Path(settings.generated).is_dir():
         patch_dpo.generate_pictures(settings)
-    return choose("--loss", settings.loss, patch_dpo.LOSSES)(settings)
+    return method(settings)
 
 
 STAGES = {
