@@ -159,9 +159,10 @@ REQUEST = "Suggest a single, cohesive image-editing instruction"            # t 
 
 
 def prompt(caption, guidance="", profile=""):
-    """Chat messages that ask for an edit of a picture: the fixed request and the caption;
-    `guidance`: what this user adds in words. With a profile it is the paper's evaluation prompt
-    instead: the user in words, here for a policy that knows no users."""
+    """What the policy reads: chat messages with the fixed request and the caption; `guidance`:
+    what this user adds in words. `encode` puts them into Qwen's template (system turn, user turn,
+    the assistant's turn open), and the soft tokens stand in front of all that. With a profile it
+    is the paper's evaluation prompt instead: the user in words, without soft tokens."""
     text = f"{REQUEST}\nCaption: {caption}"
     if profile:
         text = (f"Given this user's profile {profile}, "
@@ -261,7 +262,8 @@ def token_logprobs(hidden, head, labels, chunk=128):
 
 def answer_logprobs(model, rows, soft=None, chunk=128):
     """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
-    tokens, or None."""
+    tokens, or None. Soft tokens and prompt are cut off before the head, padding is labelled -100:
+    none of them counts; <|im_end|> does."""
     soft_tokens = 0 if soft is None else soft.shape[1]
     head = model.lm_head.weight
     ids, labels, mask = pack(rows, soft_tokens, head.device)
@@ -397,8 +399,8 @@ Row = namedtuple("Row", "pairs readers similarity stay")
 
 def load_policy(settings, adapter):
     """(model, tokenizer) with two adapters, both those of this folder. "policy" is trained;
-    "reference" is frozen here for good: lora.inject gives it no gradient, no optimiser holds it,
-    and CDPO.pair_losses shows it no soft tokens, since SFT has never met a user."""
+    "reference" stays as it is copied here: LoRALinear gives it no gradient, no optimiser holds it.
+    CDPO.pair_losses shows it no soft tokens, since SFT has never met a user."""
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
                          "`python train.py cdpo` runs/cdpo")

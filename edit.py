@@ -434,7 +434,9 @@ def wrapped(texts, width):
 
 @torch.no_grad()
 def main(argv=None):
-    """From flags to files. Pictures are read before models: a mistake there costs no waiting."""
+    """From flags to files: the policy writes an instruction (plan_edits), `draw` hands "caption.
+    instruction" to controlnet.render (text encoders -> autoencoder -> Flux + ControlNet ->
+    autoencoder), `write` saves. Pictures are read before models: a mistake costs no waiting."""
     settings = parse(argv)
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)

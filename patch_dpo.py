@@ -718,9 +718,10 @@ def read_generated(edits):
 
 class PatchDPO(PictureStage):
     """An image prompt learns generated pictures where their patches are good, and the reference
-    where patches of it went missing: `patch_quality` (computed once, by generate_pictures) ->
-    `patch_weights` -> `patch_dpo_loss`. --loss reconstruction: quality .5 everywhere, so that all
-    patches weigh the same."""
+    where patches of it went missing. Quality p is each patch's best cosine (`patch_quality`, once,
+    in generate_pictures); weight p~ is p stretched to 0 .. 1 and resized to the latent
+    (`patch_weights`); the loss is p~^2 error^2 on the generated picture plus (1 - p~)^2 error^2 on
+    the reference (`patch_dpo_loss`). --loss reconstruction: p is .5, all patches weigh the same."""
 
     def __init__(self, settings):
         super().__init__(*prompted(settings))
