@@ -593,8 +593,8 @@ class Evaluation:
             captions[pair["user"]][pair["caption"]] = None
         self.captions = [list(captions[user.name]) for user in self.users]
         if not any(self.captions):
-            raise ValueError(f"{settings.pairs_test} has no caption for anybody in "
-                             f"{settings.users_test}")
+            raise ValueError(
+                f"{settings.pairs_test} has no caption for anybody in {settings.users_test}")
         self.names = find_names([*self.users, *read_users(settings.users)])
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 

@@ -145,8 +145,8 @@ def check_together(settings):
             raise ValueError(f"--{name} needs --caption: say in a few words what the picture "
                              'shows, e.g. --caption "A red mug on a table"')
     if settings.user and described(settings):
-        raise ValueError("--user names people, --likes and --dislikes describe a new one: "
-                         "give one or the other")
+        raise ValueError(
+            "--user names people, --likes and --dislikes a new one: give one or the other")
     both = set(settings.likes or []) & set(settings.dislikes or [])
     if both:
         raise ValueError(f"{min(both)!r} is both liked and disliked")
@@ -154,8 +154,8 @@ def check_together(settings):
         raise ValueError(f"--control-start is {settings.control_start}, --control-end "
                          f"{settings.control_end}; both must lie in 0 .. 1, in this order")
     if Path(settings.out).suffix != ".png":
-        raise ValueError(f"--out is {settings.out}; it must end in .png, "
-                         "which carries the settings as text")
+        raise ValueError(
+            f"--out is {settings.out}; it must end in .png, which carries the settings as text")
 
 
 def described(settings):

@@ -371,8 +371,8 @@ def read_jsonl(path, optional=None, **fields):
             items = value if kind is list and isinstance(value, list) else []
             if not isinstance(value, kind) or not all(isinstance(item, str) for item in items):
                 wanted = "a list of strings" if kind is list else "a string"
-                raise ValueError(f'{path}:{number}: "{name}" must be {wanted}, '
-                                 f"got {json.dumps(value)[:60]}")
+                raise ValueError(
+                    f'{path}:{number}: "{name}" must be {wanted}, got {json.dumps(value)[:60]}')
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds nothing")
@@ -408,8 +408,7 @@ def load_graph(file):
     """-> (PreferenceGraph, {name: tensor} of the other weights, config). ValueError when there is
     no such file, or its edges lead nowhere."""
     if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file; `python train.py graph`, then "
-                         "`python train.py cdpo`, write it")
+        raise ValueError(f"{file}: no such file; `python train.py graph` and `cdpo` write it")
     with reading(file), safe_open(file, "pt") as stored:
         about = json.loads(stored.metadata()["collaborative"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
@@ -417,8 +416,8 @@ def load_graph(file):
         features = tensors["graph.features"]
         graph = PreferenceGraph(about["users"], about["attributes"], edges, features)
         if graph.signs().shape[1] != len(features):                 # signs() checks the edges, too
-            raise ValueError(f"it names {len(graph.attributes)} attributes and has features "
-                             f"of {len(features)}")
+            raise ValueError(
+                f"it names {len(graph.attributes)} attributes and has features of {len(features)}")
     return graph, tensors, about["config"]
 
 

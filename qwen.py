@@ -367,8 +367,10 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         if not logits.isfinite().all():
             raise ValueError("the language model's logits are not finite: a spoiled checkpoint or "
                              "adapter, or numbers too large for its type")
-        lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
-        logits = torch.where(seen > 0, lower, logits)
+        if repetition_penalty != 1:
+            lower = torch.where(logits > 0, logits / repetition_penalty,
+                                logits * repetition_penalty)
+            logits = torch.where(seen > 0, lower, logits)
         token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
         for row, new in enumerate(token.tolist()):
             if new in model.config.eos:

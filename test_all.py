@@ -2878,6 +2878,8 @@ def test_graph_edges_are_users_attributes_and_signs():
     built = PreferenceGraph.build(people, ["a", "b"], torch.zeros(2, 3))
     assert built.signs().to_dense().tolist() == [[-1, 1], [1, 0]]
     raises("unknown attribute 'blue'", graph.edges_of, [User("x", ["blue"], [])], ["gold", "red"])
+    many = [f"t{i}" for i in range(70)]                                     # it names the first 60
+    assert raises("knows t0", graph.edges_of, [User("x", ["blue"], [])], many).endswith(" t59")
 
 
 def test_graph_similar_users_follow_equation_6():
@@ -2898,6 +2900,8 @@ def test_graph_similar_users_follow_equation_6():
     index, score = graph.similar_users(signs, 200)
     assert index.shape == score.shape == (150, 200) and not score[:, 149:].any()
     assert graph.similar_users(signs, 0)[0].shape == (150, 0)
+    assert graph.similar_users(torch.ones(2, 1), 1)[1].tolist() == [[1], [1]]
+    assert graph.similar_users(torch.eye(2), 1)[1].tolist() == [[0], [0]]
 
 
 def test_graph_similar_users_share_ties_out():
@@ -2973,7 +2977,7 @@ def test_graph_pretraining_learns_from_training_edges_alone():
     """60/20/20 is a partition, held-out edges carry no message, two tastes are learned."""
     built = toy_graph(80)
     model, scores = graph.pretrain(built, 16, 16, epochs=60)
-    assert scores["auc"] > 0.95 and scores["accuracy"] > 0.9
+    assert scores["auc"] > 0.95 and 0.9 < scores["accuracy"] <= 1
     parts = list(model.split.values())
     assert sorted(torch.cat(parts, 1).T.tolist()) == sorted(built.edges.T.tolist())
     assert [part.shape[1] for part in parts] == [288, 96, 96]
@@ -3003,6 +3007,41 @@ def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
     assert sorted(both) == sorted(model.split["train"].T.tolist())
     assert 0.02 < stay.float().mean() < 0.2
     assert same(seen["vectors"], model.vectors * stay)
+    few = graph.EdgeModel(toy_graph(1))                                     # 3 edges to train on
+    with mock.patch.object(few, "logits", watch):
+        few.loss(*few.draw(seeded()))
+    assert seen["asked"].shape[1] == 1
+
+
+def test_graph_pretraining_lets_only_user_vectors_decay():
+    model = graph.EdgeModel(toy_graph())
+    net, vectors = model.groups(0.5)
+    assert net["weight_decay"] == 0 and vectors["weight_decay"] == 0.5
+    assert vectors["params"] == [("vectors", model.vectors)]
+    assert len(net["params"]) == len(list(model.parameters())) - 1
+
+
+def test_graph_accuracy_is_the_share_of_edges_told_right():
+    """A score above 0 says "like"; 0 says "dislike"."""
+    model = graph.EdgeModel(toy_graph())
+    model.split["val"] = torch.tensor([[0, 1, 2], [0, 0, 0], [1, -1, -1]])
+    for score, want in (([0.5, -1, -1], 1), ([-1.0, 0.5, 0.5], 0), ([0.0, 0, 0], 2 / 3)):
+        with mock.patch.object(model, "logits", return_value=torch.tensor(score)):
+            assert_close(model.evaluate("val")["accuracy"], want)
+
+
+def test_graph_defaults_are_those_of_the_stage():
+    """`pretrain` and its parts do by default what `train.py graph` does; its one item is the whole
+    graph."""
+    stage = graph.GraphSettings()
+    sizes = stage.hidden, stage.out_dim
+    how = True, stage.drop
+    schedule = stage.steps, stage.lr
+    decay = stage.weight_decay, stage.seed
+    assert graph.pretrain.__defaults__ == (*sizes, *schedule, *how, *decay)
+    assert graph.EdgeModel.__init__.__defaults__ == (*sizes, *how, stage.seed)
+    assert cdpo.UserTokens.__init__.__defaults__ == ("graph", *sizes, True, None)
+    assert graph.GraphPretraining.items == 1
 
 
 def test_graph_pretraining_is_the_same_on_any_number_of_threads():
@@ -3165,6 +3204,20 @@ def test_cdpo_prompts_say_request_caption_guidance_and_profile():
     assert cdpo.profile(User("x", [], ["pink"])) == "dislikes pink"
 
 
+def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
+    """Prompt but for its last token, then that token and each answer; labels are shifted; padding
+    is 0 and -100; a soft token, the prompt and the own answer are seen, the other answer is not."""
+    rows = [([0, 4, 5], [[6, 7], [0]]), ([8], [[9], [3, 2]])]
+    ids, labels, mask = cdpo.pack(rows, soft_tokens=1)
+    assert ids.tolist() == [[0, 4, 5, 6, 5, 0], [0, 0, 8, 0, 8, 3]]
+    assert labels.tolist() == [[6, 7], [0, -100], [9, -100], [3, 2]]
+    first = mask[0, 0].int()
+    assert first[4].tolist() == [1, 1, 1, 1, 1, 0, 0]                       # "6" in answer 1
+    assert first[5].tolist() == [1, 1, 1, 0, 0, 1, 0]                       # "5" before answer 2
+    assert mask[1, 0, 6].int().tolist() == [1, 0, 0, 0, 0, 1, 1]            # "3": no padding
+    assert mask.diagonal(dim1=2, dim2=3).all()
+
+
 def test_cdpo_packed_answers_equal_separate_ones():
     """Chosen and rejected in one sequence behind one prompt give the log-probabilities and
     gradients of each alone, whatever else is in the batch."""
@@ -3208,8 +3261,10 @@ def test_cdpo_suggests_the_same_alone_and_in_a_batch():
 # ---- cdpo.py: what is trained --------------------------------------------------------------------
 
 def train_here(command):
-    """`train.py command` in this process, quietly, until it ends or is stopped."""
-    with quiet(), contextlib.suppress(SystemExit):
+    """`train.py command` in this process, quietly, until it ends or is stopped; one that is alone
+    does not leave without a word."""
+    left = AssertionError("left by os._exit")
+    with quiet(), contextlib.suppress(SystemExit), mock.patch("os._exit", side_effect=left):
         train.main(shlex.split(command))
 
 
@@ -3515,7 +3570,7 @@ def test_train_stops_at_a_signal_with_the_step_saved():
     assert process.returncode == 1 and "the same command continues" in said
     step = len(metrics_of(d / "told"))
     assert [p.name for p in (d / "told").glob("step_*")] == [f"step_{step}"]
-    assert f"stopped after step {step} of 5000" in said
+    assert f"stopped after step {step} of 5000" in said and "/5000 [" in said     # and a bar
 
 
 def test_train_keeps_the_newest_point_and_saves_as_often_as_asked():
@@ -3529,11 +3584,73 @@ def test_train_keeps_the_newest_point_and_saves_as_often_as_asked():
         write(optimizer, out, step)
 
     with mock.patch.object(train, "save_state", watch):
-        train_here(f"{command} --save-every 3 --steps 7 --out {d}/points")
+        train_here(f"{command} --save-every 3 --steps 7 --out {d}/new/points")
     assert saved == [3, 6, 7]
-    assert [p.name for p in (d / "points").glob("step_*")] == ["step_7"]
-    config = json.loads((d / "points/config.json").read_text())
+    assert [p.name for p in (d / "new/points").glob("step_*")] == ["step_7"]
+    config = json.loads((d / "new/points/config.json").read_text())
     assert config["stage"] == "CDPO" and config["steps"] == 7 and len(config["inputs"]) >= 5
+
+
+def test_train_goes_on_from_the_newest_of_several_points(tmp_path):
+    """Without any it begins; a point gives back step, values and moments, and holds no NaN."""
+    points = {}
+    for step in (3, 20, 7):
+        x = nn.Parameter(torch.full((2,), float(step)))
+        points[step] = optimizer = torch.optim.AdamW([{"params": [("x", x)]}])
+        assert train.load_state(optimizer, tmp_path / "none") == 0
+        x.square().sum().backward()
+        optimizer.step()
+        train.save_state(optimizer, tmp_path / "made", step)
+        (tmp_path / f"made/step_{step}").rename(tmp_path / f"step_{step}")
+    (tmp_path / "step_old").mkdir()
+    fresh = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([{"params": [("x", fresh)]}])
+    assert train.load_state(optimizer, tmp_path) == 20
+    found = train.tensors_of(optimizer)
+    want = train.tensors_of(points[20])
+    assert same([*found.values()], [*want.values()]) and len(found) == 3
+    assert optimizer.state[fresh]["step"] == 20 and same(found["x"], fresh)
+    want["x"][1] = math.nan
+    save_file(want, tmp_path / "step_20/state.safetensors")
+    raises("not finite", train.load_state, optimizer, tmp_path)
+
+
+def test_train_log_has_a_line_for_each_step_that_stands(tmp_path):
+    """Lines of steps that a kill has lost are cut off."""
+    log = tmp_path / "metrics.jsonl"
+    train.shorten_log(log, 2)
+    log.write_text("one\ntwo\nthree\n")
+    train.shorten_log(log, 2)
+    assert log.read_text() == "one\ntwo\n"
+
+
+def test_train_processes_share_the_micro_batches_out():
+    """The processes' gradients and metrics add up to those of one; a process without any
+    micro-batch adds nothing."""
+    stage, settings, _ = cdpo_stage("--lam 0")
+    rows = draw_batch(stage, settings)
+    parameters = [p for _, p in cdpo.trainable(stage.model)]
+
+    def share(rank, world):
+        with mock.patch.multiple(train, RANK=rank, WORLD=world, all_reduce=mock.Mock()):
+            metrics = train.gradients(stage, settings, rows, parameters, step=0, stop=[])
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        return flat, torch.tensor(list(metrics.values()))
+
+    whole = share(0, 1)
+    for settings.micro in (8, 3):
+        shares = [share(rank, 3) for rank in range(3)]
+        assert_close([sum(parts) for parts in zip(*shares)], whole, 1e-5)
+        assert [share[0].any().item() for share in shares[1:]] == 2 * [settings.micro == 3]
+
+
+def test_train_eval_prints_the_table():
+    found = SimpleNamespace(table=lambda: "| a table |")
+    said = io.StringIO()
+    entry = cdpo.EvalSettings, lambda settings: found, ""
+    with mock.patch.dict(train.STAGES, eval=entry), contextlib.redirect_stdout(said):
+        train.main(["eval"])
+    assert said.getvalue() == "| a table |\n"
 
 
 def test_train_one_two_and_four_processes_take_the_same_step():
@@ -3691,6 +3808,13 @@ def test_train_paper_preset_is_table_12():
     assert train.parse(["sft"])[2].out == "runs/sft" and train.parse(["sft"])[2].save_every == 50
 
 
+def test_train_without_a_stage_says_that_it_wants_one():
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        train.parse([])
+    assert "the following arguments are required: STAGE" in said.getvalue()
+
+
 def test_train_flags_out_of_bounds_are_named():
     """A number that makes no sense is refused by its flag, with what is allowed."""
     for words in ("sft --steps 0", "sft --dropout 1.5", "sft --lr -1", "sft --lr nan",
@@ -3841,6 +3965,7 @@ def test_edit_brings_any_shape_to_multiples_of_16():
         assert 1 / 4.5 <= w / h <= 4.5, (width, height, w, h)
     h, w, _ = edit.crop_to(Image.new("RGB", (400, 300)), 120, 4).shape
     assert (w, h) == (140, 104)
+    assert edit.crop_to(Image.new("RGB", (10, 10)), 16, 16).shape == (16, 16, 3)
     wide = np.zeros((40, 400, 3), np.uint8)
     wide[:, 120:280] = 255                                                  # the middle, 4 : 1
     assert edit.crop_to(Image.fromarray(wide), 80, 4)[:, 4:-4].min() == 255
@@ -3869,9 +3994,10 @@ def test_edit_says_in_one_sentence_what_is_wrong():
 
 
 def test_edit_ends_with_a_line_and_no_traceback():
-    """An unknown person: one line that offers the nearest name, and exit code 2."""
+    """An unknown person: one line that offers the three nearest names, and exit code 2."""
     done = shell("edit.py --user glamor-stylist")
     assert done.returncode == 2 and "nearest: glamour-stylist" in done.stderr, done.stderr
+    assert len(done.stderr.partition("nearest: ")[2].split(", ")) == 3
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("edit.py: ")
 
 
@@ -3908,6 +4034,8 @@ def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
     sheet, record = edited(tmp_path)
     assert [one["user"] for one in record["edits"]] == edit.PERSONAS
     assert sheet.shape[:2] == (16 + 256 + 20 * 4 + 24, 16 + 4 * (256 + 16))
+    source = np.array(flux.read_image(ROOT / edit.IMAGE).resize((256, 256))).astype(int)
+    assert np.abs(sheet[16:272, 16:272] - source).mean() < 4
     flags = ("", "--offload", "--seed 1")
     for name, in_company, more in zip(edit.PERSONAS, record["edits"], flags):
         picture, alone = edited(tmp_path, f"--user {name} {more}")
@@ -3942,9 +4070,9 @@ def test_edit_reads_no_controlnet_that_it_does_not_need(tmp_path):
     """Without scale, steps or picture no ControlNet is read; with them it changes the picture."""
     nowhere = f"--controlnet {tmp_path}"                        # an empty folder: reading it fails
     held, _ = edited(tmp_path, ONE)
-    plain, _ = edited(tmp_path, f"{ONE} {nowhere} --control-scale 0")
+    plain, _ = edited(tmp_path, f"{ONE} --controlnet mini/nowhere --control-scale 0")
     never, _ = edited(tmp_path, f"{ONE} {nowhere} --control-start 0.4 --control-end 0.6")
-    drawn, _ = edited(tmp_path, f'{ONE} {nowhere} --caption "A white vase"')
+    drawn, _ = edited(tmp_path, f'{ONE} --controlnet mini/nowhere --caption "A white vase"')
     assert (plain == never).all() and (drawn != plain).any() and (held != plain).any()
     ready, _ = edited(tmp_path, f"{ONE} --control-image {APPLE}")
     thresholds, _ = edited(tmp_path, f"{ONE} --low 10 --high 20")
@@ -3954,7 +4082,7 @@ def test_edit_reads_no_controlnet_that_it_does_not_need(tmp_path):
 
 
 def test_edit_strength_0_gives_the_photograph_back(tmp_path):
-    source, record = edited(tmp_path, f"{ONE} --strength 0 --control-scale 0")
+    source, record = edited(tmp_path / "new/folder", f"{ONE} --strength 0 --control-scale 0")
     photograph = np.array(flux.read_image(ROOT / record["settings"]["image"])).astype(float)
     assert np.abs(source - photograph).mean() < 12
     large, _ = edited(tmp_path, f"{ONE} --size 80 --image {MUG} --caption mug")
@@ -4003,6 +4131,8 @@ def test_edit_knows_training_users_as_they_were_trained():
     assert_close(soft, tokens.soft(tokens.embeddings()[5:6]))
     changed, _ = edit.soft_tokens(User(name, user.likes[1:], user.dislikes), tokens)
     assert note == "" and relative(changed, soft) > 1e-3
+    for user in (User("x", user.likes, []), User("x", [], user.dislikes)):
+        assert edit.soft_tokens(user, tokens)[0].shape == soft.shape        # one side is enough
 
 
 def test_edit_grid_wraps_its_words():
@@ -4014,7 +4144,22 @@ def test_edit_grid_wraps_its_words():
     assert sheet.shape[1] == 16 + 4 * 272
     assert sheet.shape[0] == 16 + 2 * (256 + 20 * len(lines) + 24)
     assert " ".join(line for line, *_ in lines[1:-1]).split() == instruction.split()
-    assert (sheet[16 + 128, 16 + 128] == [255, 0, 0]).all()
+    assert (sheet[16:16 + 256, 16:16 + 256] == [255, 0, 0]).all()           # no word over it
+    below = sheet[16 + 256:, :272].min((1, 2))                              # darkest, row by row
+    assert below[:8].min() == 255
+    for n in range(len(lines)):
+        assert below[8 + 20 * n:28 + 20 * n].min() < 128
+    large = edit.grid([(Image.new("RGB", (300, 200)), "a name", "", "")])
+    assert large.size == (16 + 316, 16 + 200 + 20 + 24)
+
+
+def test_edit_prints_what_a_part_took():
+    """Seconds, and the process's peak memory in GB."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), edit.measure("cpu", "nothing"):
+        pass
+    name, seconds, _, _, peak, unit = said.getvalue().split()
+    assert name == "nothing" and unit == "GB" and float(seconds) < 1 and 0.1 < float(peak) < 30
 
 
 RECORDED_WORDS = {
