@@ -3041,6 +3041,7 @@ def test_graph_defaults_are_those_of_the_stage():
     assert graph.pretrain.__defaults__ == (*sizes, *schedule, *how, *decay)
     assert graph.EdgeModel.__init__.__defaults__ == (*sizes, *how, stage.seed)
     assert cdpo.UserTokens.__init__.__defaults__ == ("graph", *sizes, True, None)
+    assert cdpo.SoftPrompt.__init__.__defaults__ == (8, 0.02)
     assert graph.GraphPretraining.items == 1
 
 
@@ -3112,16 +3113,19 @@ def test_cdpo_dpo_loss_is_equation_1():
     """By hand: margins of 4 and 0, beta .5; ln 2 where the policy is the reference; rewards carry
     no gradient."""
     policy = torch.tensor([3.0, 1.0]).requires_grad_()
-    rejected = torch.tensor([-1.0, 0.5])
+    rejected = torch.tensor([-1.0, 0.5]).requires_grad_()
     losses, good, bad = cdpo.dpo_loss(policy, rejected, torch.tensor([1.0, 1.0]),
                                       torch.tensor([2.0, 0.5]), beta=0.5)
     margins = torch.tensor([(3 + 1) - (1 - 2), (1 - 0.5) - (1 - 0.5)])
     assert_close(losses, torch.log1p(torch.exp(-0.5 * margins)))            # (1)
     assert good.tolist() == [1, 0] and bad.tolist() == [-1.5, 0]
-    assert not good.requires_grad and losses.requires_grad
+    assert not good.requires_grad and not bad.requires_grad and losses.requires_grad
+    four = policy, rejected, good, bad
+    assert same(cdpo.dpo_loss(*four), cdpo.dpo_loss(*four, beta=0.1))
     metrics = cdpo.dpo_metrics(policy, rejected, good, bad)
     assert metrics["rewards/margins"] == 2.5 and metrics["rewards/accuracies"] == 1
     assert metrics["rewards/chosen"] == 1 and metrics["rewards/rejected"] == -1.5
+    assert cdpo.dpo_metrics(*2 * [policy], 0.1 * good, 0 * bad)["rewards/accuracies"] == 1
     assert metrics["logps/chosen"] == 4 and metrics["logps/rejected"] == -0.5
 
 
@@ -3132,6 +3136,7 @@ def test_cdpo_loss_is_equation_7():
     similarity = torch.tensor([[0.5, 1.0], [0.0, 0.0]])
     got = cdpo.cdpo_loss(own, neighbour, similarity, lam=0.3)
     assert_close(got, torch.tensor([1 + 0.3 * 2.0, 1.0]))                   # (7)
+    assert_close(cdpo.cdpo_loss(own, neighbour, 1e-4 * similarity, lam=0.3), got)
     assert_close(cdpo.cdpo_loss(own, torch.zeros(2, 0), torch.zeros(2, 0)), own)
     assert_close(cdpo.cdpo_loss(own, neighbour, similarity), torch.tensor([1.3, 1.0]))
 
@@ -3176,7 +3181,7 @@ def test_cdpo_user_whose_vector_rests_is_only_what_the_graph_says():
     without = model.embeddings(stay)
     model.vectors.data[3] = 0
     assert_close(without, model.embeddings())
-    assert 0.003 < model.vectors.std() < 0.03
+    assert 0.005 < model.vectors.std() < 0.015
 
 
 def test_cdpo_dpo_user_knows_strangers_by_the_mean_or_the_nearest():
@@ -3216,6 +3221,9 @@ def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
     assert first[5].tolist() == [1, 1, 1, 0, 0, 1, 0]                       # "5" before answer 2
     assert mask[1, 0, 6].int().tolist() == [1, 0, 0, 0, 0, 1, 1]            # "3": no padding
     assert mask.diagonal(dim1=2, dim2=3).all()
+    ids, labels, mask = cdpo.pack([rows[0], (rows[1][0], [[9]])])           # one of them has one
+    assert labels.tolist() == [[6, 7], [0, -100], [9, -100], [-100, -100]]
+    assert mask.shape == (2, 1, ids.shape[1], ids.shape[1])
 
 
 def test_cdpo_packed_answers_equal_separate_ones():
@@ -3256,6 +3264,16 @@ def test_cdpo_suggests_the_same_alone_and_in_a_batch():
     assert "mug" in plain[0][0] and "bowl" in plain[1][0]
     ((text, ended),) = cdpo.suggest(model, tokenizer, prompts[:1], max_new_tokens=2)
     assert not ended and len(text.split()) <= 2
+    prompts.append(cdpo.prompt(tokenizer.decode([0])))                      # 0 is a token, too
+    soft = noise(3, 3, soft.shape[2])
+    with mock.patch.object(cdpo, "generate", return_value=[]) as given:
+        cdpo.suggest(model, tokenizer, prompts, soft)
+    seen = given.call_args.kwargs
+    assert same(seen["embeds"][:, :3], soft) and seen["max_new_tokens"] == 48
+    assert seen["attention_mask"].shape == seen["embeds"].shape[:2]
+    for row, asked in zip(seen["attention_mask"].tolist(), prompts):
+        length = 3 + len(tokenizer.chat(asked))
+        assert row == [place < length for place in range(len(row))]
 
 
 # ---- cdpo.py: what is trained --------------------------------------------------------------------
@@ -3321,6 +3339,7 @@ def test_cdpo_lambda_zero_is_dpo_of_the_users_own_pairs():
     loss, metrics = stage.loss(rows)
     assert_close(loss, torch.log1p(torch.exp(-settings.beta * margin)).sum())
     assert_close(metrics["logps/chosen"], logp[:, 0].sum())
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
     assert_close(metrics["rewards/chosen"], settings.beta * (logp - ref)[:, 0].sum(), 1e-5)
     assert 0 <= metrics["rewards/accuracies"] <= 8
 
@@ -3340,6 +3359,8 @@ def test_cdpo_neighbours_are_read_with_the_tokens_that_the_flag_says():
         flags = f"--neighbours exact --neighbour-user {reading} --lam 0.7 --nll 0.3 --drop 0"
         stage, settings, _ = cdpo_stage(flags)
         rows = draw_batch(stage, settings)[:3]
+        numbers = [str(row.pairs[0] + 1) for row in rows]                   # the users' own
+        assert stage.describe(rows).endswith(f"pairs.jsonl, lines {', '.join(numbers)}")
         want = 0
         for row in rows:
             own, *near = row.pairs
@@ -3531,6 +3552,11 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
     people = [known] * len(found.users)
     said = found.answers(people, found.captions, settings.policy)
     asked = [(i, text) for i, texts in enumerate(found.captions) for text in texts]
+    strangers = [User("x", ["marble"], [])] * len(people)
+    assert said != found.answers(strangers, found.captions, settings.policy)
+    with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
+        found.answers(people, found.captions, settings.policy)
+    assert given.call_args.kwargs["temperature"] == 1
     assert [(i, text) for i, text, *_ in said] == asked
     assert said == found.answers(people, found.captions, settings.policy)
     assert said != found.answers(people, found.captions, settings.policy, seed=1)
@@ -3589,6 +3615,7 @@ def test_train_keeps_the_newest_point_and_saves_as_often_as_asked():
     assert [p.name for p in (d / "new/points").glob("step_*")] == ["step_7"]
     config = json.loads((d / "new/points/config.json").read_text())
     assert config["stage"] == "CDPO" and config["steps"] == 7 and len(config["inputs"]) >= 5
+    assert all(len(value) == 16 for value in config["inputs"].values())
 
 
 def test_train_goes_on_from_the_newest_of_several_points(tmp_path):
@@ -3602,6 +3629,7 @@ def test_train_goes_on_from_the_newest_of_several_points(tmp_path):
         optimizer.step()
         train.save_state(optimizer, tmp_path / "made", step)
         (tmp_path / f"made/step_{step}").rename(tmp_path / f"step_{step}")
+        (tmp_path / "made/step_note").touch()                   # not a point, and no obstacle
     (tmp_path / "step_old").mkdir()
     fresh = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([{"params": [("x", fresh)]}])
@@ -3679,7 +3707,7 @@ def test_train_micro_batches_do_not_change_a_gradient():
     rows = draw_batch(stage, settings)
     parameters = [p for _, p in cdpo.trainable(stage.model)]
     found = []
-    for settings.micro in (4, 8, 3):
+    for settings.micro in (4, 8, 7):
         metrics = train.gradients(stage, settings, rows, parameters, step=0, stop=[])
         found.append([torch.cat([p.grad.flatten() for p in parameters]),
                       torch.tensor(list(metrics.values()))])
@@ -3700,7 +3728,10 @@ def test_train_refuses_two_runs_and_other_flags():
     raises("a run with stage = 'CDPO', now it is 'SFT'", train_here, sft)
     with train.locked(out):
         raises("is being written by another run", train_here, command)
+    (out / ".tmp_note").touch()                                 # a file of somebody else's
+    (out / "metrics.jsonl").write_text(3 * "{}\n")              # a kill has lost the third step
     train_here(f"{command} --save-every 2 --checkpointing")
+    assert len(metrics_of(out)) == 2
 
 
 def test_train_refuses_to_continue_with_other_data(tmp_path):
@@ -3966,6 +3997,7 @@ def test_edit_brings_any_shape_to_multiples_of_16():
     h, w, _ = edit.crop_to(Image.new("RGB", (400, 300)), 120, 4).shape
     assert (w, h) == (140, 104)
     assert edit.crop_to(Image.new("RGB", (10, 10)), 16, 16).shape == (16, 16, 3)
+    assert edit.crop_to(Image.new("RGB", (40, 400)), 80, 4).shape == (160, 40, 3)
     wide = np.zeros((40, 400, 3), np.uint8)
     wide[:, 120:280] = 255                                                  # the middle, 4 : 1
     assert edit.crop_to(Image.fromarray(wide), 80, 4)[:, 4:-4].min() == 255
@@ -3991,6 +4023,7 @@ def test_edit_says_in_one_sentence_what_is_wrong():
         ("--flux mini/nowhere", "mini/nowhere"),
     ):
         raises(part, edit.main, flags.split())
+    edit.parse("--control-start 0.5 --control-end 0.5".split())             # never, which is fine
 
 
 def test_edit_ends_with_a_line_and_no_traceback():
@@ -4081,6 +4114,14 @@ def test_edit_reads_no_controlnet_that_it_does_not_need(tmp_path):
     raises("a control picture that is ready", edited, tmp_path, f"{ONE} --control-mode depth")
 
 
+def test_edit_fits_a_control_picture_to_the_photograph(tmp_path):
+    Image.open(MUG).convert("RGB").crop((0, 0, 64, 32)).save(tmp_path / "wide.png")
+    flags = f"--image {tmp_path}/wide.png --caption mug --control-image {APPLE}"
+    settings = edit.parse(shlex.split(flags))
+    source, control, shape = edit.read_pictures(settings, MINI / "flux")
+    assert source.shape == control.shape == (*shape, 3) and shape[1] > shape[0]
+
+
 def test_edit_strength_0_gives_the_photograph_back(tmp_path):
     source, record = edited(tmp_path / "new/folder", f"{ONE} --strength 0 --control-scale 0")
     photograph = np.array(flux.read_image(ROOT / record["settings"]["image"])).astype(float)
@@ -4151,6 +4192,17 @@ def test_edit_grid_wraps_its_words():
         assert below[8 + 20 * n:28 + 20 * n].min() < 128
     large = edit.grid([(Image.new("RGB", (300, 200)), "a name", "", "")])
     assert large.size == (16 + 316, 16 + 200 + 20 + 24)
+
+
+def test_edit_writes_a_grid_of_two_people_and_the_picture_alone_of_one(tmp_path):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    one = {"user": "a b/c", "likes": [], "instruction": "", "settings": {"caption": "mug"}}
+    for number, want in ((1, ["x.png"]), (2, ["x.png", "x_a_b_c.png"])):
+        with quiet():
+            edit.write(tmp_path / "x.png", pixels, number * [one], number * [pixels])
+        assert sorted(file.name for file in tmp_path.glob("*.png")) == want
+        with Image.open(tmp_path / "x.png") as image:
+            assert (image.width == 64) == (number == 1)
 
 
 def test_edit_prints_what_a_part_took():
