@@ -201,8 +201,9 @@ def save_state(optimizer, out, step):
 
 
 def load_state(optimizer, out):
-    """Continue from the newest OUT/step_N -> N; 0 when there is none. The steps after it, which a
-    kill has lost, are taken again with the same bits. ValueError: it is torn, or another run's."""
+    """Continue from the newest OUT/step_N -> N; 0 when there is none. The steps after it, which
+    only a SIGKILL loses (see `stop_signals`), are taken again with the same bits. ValueError: it
+    is torn, or another run's."""
     numbers = [point.name.removeprefix("step_") for point in out.glob("step_*")]
     step = max((int(number) for number in numbers if number.isdigit()), default=0)
     if step == 0:
