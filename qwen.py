@@ -6,7 +6,7 @@ and every parameter has its published name. The file goes from the model to its 
     the model                  Config, RMSNorm, RoPE, Attention, MLP, Layer, Decoder, Qwen
     embedding and generation   embed_texts, sample, generate
     a faster matrix product    for frozen weights on a CPU; a first reading may skip it
-    tokenizer                  Tokenizer
+    tokenizer                  Tokenizer, load_language_model
     reading of checkpoints     resolve, read_json, read_tensors, check_fit, load_checkpoint
     what all stages share      settings and flags, devices, seeds, processes, writing of files
 
@@ -310,7 +310,8 @@ def embed_texts(model, tokenizer, texts, batch_size=32):
     without tokens."""
     vectors = []
     for start in range(0, len(texts), batch_size):
-        rows = [torch.tensor(tokenizer.encode(text)) for text in texts[start:start + batch_size]]
+        batch = texts[start:start + batch_size]
+        rows = [torch.tensor(tokenizer.encode(text, whole=True)) for text in batch]
         last = [len(row) - 1 for row in rows]
         if -1 in last:
             raise ValueError("a text without tokens has no embedding")
@@ -341,9 +342,9 @@ def sample(logits, temperature, top_k, top_p, generator):
 
 @torch.inference_mode()
 def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=64, temperature=0.0,
-             top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+             top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None, stop=()):
     """Continues prompts of token ids (B, T) or vectors (B, T, D), padded on either side -> B lists
-    of new ids, each ending before its eos.
+    of new ids, each ending before its eos: the checkpoint's, or an id in `stop`.
 
     repetition_penalty (CTRL's, as in transformers) makes tokens that stand in the row already less
     likely: the prompt's ids and the new ones, never padding or vectors. Sampling draws from
@@ -359,6 +360,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     cache = Cache(model.config, B, T + max_new_tokens, x.device, x.dtype)
     answers = [[] for _ in range(B)]
     running = set(range(B))                                                # rows without end so far
+    eos = {*model.config.eos, *stop}
     for _ in range(max_new_tokens):
         # x is the prompt at first (prefill), then one token a row (decode)
         hidden = model.model(embeds=x, attention_mask=mask, cache=cache)   # (B, T, D)
@@ -373,7 +375,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
             logits = torch.where(seen > 0, lower, logits)
         token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
         for row, new in enumerate(token.tolist()):
-            if new in model.config.eos:
+            if new in eos:
                 running.discard(row)
             if row in running:
                 answers[row].append(new)
@@ -444,11 +446,11 @@ class Tokenizer:
             eos = eos["content"]
         return cls(fast, [fast.token_to_id(eos)] if eos else [])
 
-    def encode(self, text):
-        """list[int]; special tokens written in the text count as such, and the tokenizer's own
-        (Mistral's <s>) are added."""
-        ids = self.fast.encode(text).ids
-        return ids if ids[-1:] == self.end else ids + self.end
+    def encode(self, text, whole=False):
+        """list[int]; special tokens written in the text count as such. `whole`: as embedding models
+        read a text, between the tokenizer's own tokens (Mistral's <s> and </s>)."""
+        ids = self.fast.encode(text, add_special_tokens=whole).ids
+        return ids + self.end if whole and ids[-1:] != self.end else ids
 
     def decode(self, ids):
         """The text of a list of ids, without special tokens."""
@@ -456,7 +458,11 @@ class Tokenizer:
 
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in
-        Qwen2.5's template. ValueError for another role."""
+        Qwen2.5's template. ValueError for another role, and for a tokenizer of another template."""
+        for token in ("<|im_start|>", "<|im_end|>"):
+            if len(self.encode(token)) != 1:
+                raise ValueError(f"this tokenizer has no token {token}: the model was trained on "
+                                 "another chat template than Qwen2.5's")
         text = ""
         if not messages or messages[0]["role"] != "system":
             text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
@@ -469,6 +475,18 @@ class Tokenizer:
         if add_generation_prompt:
             text += "<|im_start|>assistant\n"
         return self.encode(text)
+
+
+def load_language_model(path, device="cpu", dtype=torch.float32):
+    """(Qwen, Tokenizer) of one folder or hub repository. ValueError as their `load` and for token
+    ids beyond the embedding."""
+    model = Qwen.load(path, device, dtype)
+    tokenizer = Tokenizer.load(path)
+    largest = max(tokenizer.fast.get_vocab().values(), default=0)
+    if largest >= model.config.vocab:
+        raise ValueError(f"{path}/tokenizer.json has ids up to {largest}, which do not fit "
+                         f"config.json's vocab_size = {model.config.vocab}")
+    return model, tokenizer
 
 
 # ---- reading of checkpoints --------------------------------------------------------------------
@@ -612,6 +630,13 @@ def flag(mini, paper, about, bounds=None, **how):
         "mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how})
 
 
+def shipped(default):
+    """A default in mini/ lies beside this file, wherever the user stands."""
+    here = Path(__file__).resolve().parent
+    outside = str(default).startswith("mini/") and Path.cwd() != here
+    return str(here / default) if outside else default
+
+
 def add_flags(parser, settings, preset="mini"):
     """One --flag for each field of the dataclass `settings`; the preset's column is the default."""
     for row in fields(settings):
@@ -622,7 +647,7 @@ def add_flags(parser, settings, preset="mini"):
             how = {"action": "store_true"}
         elif value not in (None, ""):
             about += f" (default: {value})"
-        parser.add_argument(f"--{row.name.replace('_', '-')}", default=value, help=about, **how)
+        parser.add_argument(f"--{row.name.replace('_', '-')}", default=shipped(value), help=about, **how)
 
 
 def settings_from(args, settings):
@@ -734,7 +759,7 @@ def write_whole(folder, write, what):
 
 
 if __name__ == "__main__":
-    tokenizer = Tokenizer.load("mini/qwen")
+    model, tokenizer = load_language_model(shipped("mini/qwen"))
     ids = tokenizer.chat([{"role": "user", "content": "Caption: A white bowl in front of a wall"}])
-    (answer,) = generate(Qwen.load("mini/qwen"), torch.tensor([ids]))
+    (answer,) = generate(model, torch.tensor([ids]))
     print(tokenizer.decode(answer))
