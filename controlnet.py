@@ -262,7 +262,7 @@ def render(*, flux, controlnet,
            steps=28, guidance=3.5, strength=1.0,
            cfg=1.0, negative="",
            device="cpu", dtype=torch.float32, offload=False, batch=1,
-           image_prompt=None,
+           equip=None,
            measure=contextlib.nullcontext, progress=iter):
     """From an instruction to pixels: N prompts -> N uint8 pictures (H, W, 3), shape = (H, W). Text
     encoders -> autoencoder (source and edges in) -> Flux + ControlNet -> autoencoder (picture out).
@@ -270,13 +270,14 @@ def render(*, flux, controlnet,
 
     flux, controlnet: folders. The net is not loaded without controls, at scale 0 and where no step
         lies between start and end.
+    prompts: strings or pairs (caption, instruction), see flux.encode_prompt.
     seeds: one a picture; its noise depends on nothing else, and with batch 1 neither does the
         picture.
     sources, controls: N pictures uint8 (H, W, 3) each, or None; strength < 1 needs sources.
     mode: one of MODES; scale, start, end: as in `steer`; guidance, strength, cfg: as in `denoise`;
         negative: the prompt that cfg steers away from.
-    image_prompt(model, ids): called once before the first step, hangs an image prompt into the
-        model (patch_dpo.ImagePrompt.attend_to).
+    equip(model, ids): called once before the first step with Flux and the pixels' positions: hangs
+        an image prompt into it (patch_dpo.ImagePrompt.attend_to), merges a LoRA, ...
     measure(name): a context around each part; progress: around the steps of each batch."""
     run = steps - int(steps - steps * strength)                 # how many steps denoise runs
     if not (controls and scale and active(run, start, end)):
@@ -300,8 +301,8 @@ def render(*, flux, controlnet,
         file = f"{flux}/scheduler/scheduler_config.json"
         with reading(file):
             levels = sigmas(steps, len(ids), read_json(file))
-        if image_prompt:
-            image_prompt(model, ids)
+        if equip:
+            equip(model, ids)
         size = (1, model.x_embedder.in_features // 4, h, w)
         noise = [torch.randn(size, generator=torch.Generator().manual_seed(seed))
                  for seed in seeds]

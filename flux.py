@@ -16,6 +16,7 @@ which they are named, an nn.ModuleDict is a name that holds others and computes 
 Try it: python flux.py
 """
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -265,16 +266,19 @@ class T5(Pretrained):
 
 @torch.no_grad()
 def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
-    """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder.
+    """Prompts -> (txt (N, T, 4096) from T5, pooled (N, 768) from CLIP). `path`: a FLUX.1 folder; a
+    prompt is a string or a pair (caption, instruction), which reads "caption. instruction". CLIP
+    reads 77 tokens, T5 512: a string is cut at its end, of a pair the caption.
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the
-    transformer works. CLIP reads the first 77 tokens, T5 512."""
-    def run(encoder, part):
-        ids = TextTokenizer(f"{path}/tokenizer{part}")(prompts).to(device)  # (N, T)
+    transformer works."""
+    def run(encoder, part, limit):
+        tokenizer = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)
+        ids = tokenizer(prompts).to(device)                                 # (N, T)
         folder = f"{path}/text_encoder{part}"
         model = encoder.load(folder, device, dtype)
         with reading(folder):                   # ids beyond the vocabulary, heads that do not fit
             return torch.cat([model(rows) for rows in ids.split(batch)])
-    return run(T5, "_2"), run(CLIPText, "")
+    return run(T5, "_2", 512), run(CLIPText, "", 77)
 
 
 # ---- the picture: autoencoder ------------------------------------------------------------------
@@ -874,6 +878,7 @@ def denoise(
     modulations = flux.modulations(levels[:-1], guidance, pooled)
     if cfg != 1:
         no_txt, no_pooled = negative
+        no_rope = flux.rope(no_txt.new_zeros(no_txt.shape[1], 3), img_ids)
         no_modulations = flux.modulations(levels[:-1], guidance, no_pooled)
     for i in progress(range(steps)):
         t = levels[i].expand(len(x))                                        # (B,)
@@ -881,7 +886,7 @@ def denoise(
         img = x.to(txt.dtype)
         v = flux.velocity(img, txt, modulations[i], rope, *residuals).float()
         if cfg != 1:
-            no_v = flux.velocity(img, no_txt, no_modulations[i], rope, *residuals).float()
+            no_v = flux.velocity(img, no_txt, no_modulations[i], no_rope, *residuals).float()
             v = no_v + cfg * (v - no_v)
         x = x + (levels[i + 1] - levels[i]) * v                             # Euler
     if not x.isfinite().all():
@@ -895,23 +900,43 @@ def denoise(
 # ---- tokenizers: from a FLUX.1 folder's files to ids -------------------------------------------
 
 class TextTokenizer:
-    """Prompts -> ids (N, T), cut or padded to model_max_length of tokenizer_config.json. `path`:
-    the folder `tokenizer` (CLIP, 77) or `tokenizer_2` (T5, 512)."""
+    """Prompts (see encode_prompt) -> ids (N, T), cut or padded to model_max_length of
+    tokenizer_config.json, at most `limit`. `path`: the folder `tokenizer` (CLIP) or `tokenizer_2`
+    (T5); `reader`: who reads the ids, for the line on stderr that says what was cut."""
 
-    def __init__(self, path):
+    def __init__(self, path, limit=512, reader="the text encoder"):
         path = Path(path)
         file = path / "tokenizer.json"
         config = read_json(path / "tokenizer_config.json")
         with reading(path):
-            length = config["model_max_length"]
+            self.length = min(config.get("model_max_length", limit), limit)
             backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(path)
-            backend.enable_truncation(length)
+            backend.no_truncation()
             pad_id = backend.token_to_id(config["pad_token"])
-            backend.enable_padding(length=length, pad_id=pad_id)
+            backend.enable_padding(length=self.length, pad_id=pad_id)
         self.backend = backend
+        self.reader = reader
 
     def __call__(self, prompts):
-        return torch.tensor([row.ids for row in self.backend.encode_batch(prompts)])
+        pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
+        return torch.tensor([self.ids(*pair) for pair in pairs])
+
+    def ids(self, caption, instruction):
+        """The ids (T,) of "caption. instruction", without the last words of the caption where it is
+        too long; of the instruction as much as is too long even then."""
+        text = f"{caption}. {instruction}" if instruction else caption
+        found = self.backend.encode(text)
+        ends = [end for _, end in found.offsets]                            # in the text
+        words = [i for i, special in enumerate(found.special_tokens_mask) if not special]
+        words.sort(key=lambda i: (ends[i] > len(caption), -i))              # first to go, first
+        cut = set(words[:max(0, len(ends) - self.length)])
+        kept = [i for i in range(len(ends)) if i not in cut]
+        if cut:
+            read = set().union(*(range(*found.offsets[i]) for i in kept))
+            lost = "".join(c for i, c in enumerate(text) if i not in read)
+            print(f"{self.reader} reads {self.length} tokens; cut from the prompt: "
+                  f"{' '.join(lost.split())!r}", file=sys.stderr)
+        return [found.ids[i] for i in kept]
 
 
 def clip_bpe(path):
