@@ -282,6 +282,9 @@ def render(*, flux, controlnet,
     run = steps - int(steps - steps * strength)                 # how many steps denoise runs
     if not (controls and scale and active(run, start, end)):
         controlnet = None
+    Flux.check_parts(f"{flux}/transformer", flux)
+    if controlnet:
+        ControlNet.check_parts(controlnet, flux)
 
     with measure("text encoders"):
         texts = [*prompts, negative] if cfg != 1 else prompts

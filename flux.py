@@ -15,6 +15,7 @@ it has in the public checkpoints: a class made of nn.Sequential runs its layers 
 which they are named, an nn.ModuleDict is a name that holds others and computes nothing.
 Try it: python flux.py
 """
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -30,19 +31,36 @@ from torch.utils.checkpoint import checkpoint
 from qwen import Linear, RMSNorm, choose, load_checkpoint, on_meta, read_json, reading
 
 
+def check_settings(config, only):
+    """ValueError when the dict of a config file says anything else than `only`, {name: value}."""
+    for name, value in only.items():
+        found = config.get(name, value)
+        if found != value:
+            raise ValueError(f"{name} is {found!r:.80}; here it must be {value!r}")
+
+
 class Pretrained(nn.Module):
     """A module built from the dict in its config.json, where it is called `kind`."""
     kind = ""
+    only = {}                   # settings of which one value can be read
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
+    def read_config(cls, path):
         """`path`: the folder of one part, e.g. FLUX.1-dev/transformer. ValueError when its
-        config.json is of another kind, or a tensor does not fit."""
+        config.json is of another kind."""
         file = Path(path) / "config.json"
-        with reading(file), on_meta():
+        with reading(file):
             config = read_json(file)
             kind = config.get("_class_name") or config.get("model_type")
             choose("the kind of model", kind, {cls.kind: cls})
+            check_settings(config, {"quantization_config": None, **cls.only})
+        return config
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32):
+        """As `read_config`, with the weights. ValueError when a tensor does not fit."""
+        config = cls.read_config(path)
+        with reading(Path(path) / "config.json"), on_meta():
             model = cls(config)
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
@@ -106,10 +124,11 @@ class CLIPLayer(nn.Module):
             config["hidden_act"],
             {"quick_gelu": QuickGELU, "gelu": nn.GELU}
         )
+        eps = config.get("layer_norm_eps", 1e-5)
         self.self_attn = CLIPAttention(width, config["num_attention_heads"])
-        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm1 = nn.LayerNorm(width, eps)
         self.mlp = CLIPMLP(width, config["intermediate_size"], activation())
-        self.layer_norm2 = nn.LayerNorm(width)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
 
     def forward(self, x):
         x = x + self.self_attn(self.layer_norm1(x))
@@ -126,7 +145,7 @@ class CLIPTransformer(nn.Module):
         })
         layers = [CLIPLayer(config) for _ in range(config["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
-        self.final_layer_norm = nn.LayerNorm(width)
+        self.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
 
     def forward(self, ids):                                                 # (B, T)
         places = self.embeddings.position_embedding.weight[:ids.shape[1]]
@@ -152,8 +171,9 @@ class CLIPText(Pretrained):
 
     @staticmethod
     def rename(name):
-        """transformers 5 saves them without the prefix."""
-        return "text_model." + name.removeprefix("text_model.")
+        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too."""
+        if not name.endswith("position_ids"):
+            return "text_model." + name.removeprefix("text_model.")
 
 
 # ---- the prompt: T5 ----------------------------------------------------------------------------
@@ -230,7 +250,8 @@ class T5(Pretrained):
 
     def __init__(self, config):
         super().__init__()
-        choose("feed_forward_proj", config["feed_forward_proj"], {"gated-gelu": T5FeedForward})
+        proj = config.get("feed_forward_proj", "relu")
+        choose("feed_forward_proj", proj, {"gated-gelu": T5FeedForward})
         width = config["d_model"]
         self.max_distance = config.get("relative_attention_max_distance", 128)
         blocks = [T5Block(config, biased=i == 0) for i in range(config["num_layers"])]
@@ -258,6 +279,8 @@ class T5(Pretrained):
 
     def forward(self, ids):
         x = self.shared(ids)                                                # (B, T, D)
+        if x.dtype == torch.float16:
+            raise ValueError("T5's numbers are too large for float16; use bfloat16 or float32")
         bias = self.bias(ids.shape[1], ids.device)
         for block in self.encoder.block:
             x = block(x, bias)
@@ -271,14 +294,19 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     reads 77 tokens, T5 512: a string is cut at its end, of a pair the caption.
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the
     transformer works."""
-    def run(encoder, part, limit):
-        tokenizer = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)
-        ids = tokenizer(prompts).to(device)                                 # (N, T)
+    def run(encoder, part):
         folder = f"{path}/text_encoder{part}"
+        config = encoder.read_config(folder)
+        limit = config.get("max_position_embeddings", 512)                  # T5 has no such limit
+        ids = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)(prompts)
+        if ids.max() >= config["vocab_size"]:
+            raise ValueError(
+                f"{folder}: vocab_size is {config['vocab_size']}, its tokenizer has id {ids.max()}"
+            )
         model = encoder.load(folder, device, dtype)
-        with reading(folder):                   # ids beyond the vocabulary, heads that do not fit
-            return torch.cat([model(rows) for rows in ids.split(batch)])
-    return run(T5, "_2", 512), run(CLIPText, "", 77)
+        with reading(folder):                                               # heads that do not fit
+            return torch.cat([model(rows) for rows in ids.to(device).split(batch)])
+    return run(T5, "_2"), run(CLIPText, "")
 
 
 # ---- the picture: autoencoder ------------------------------------------------------------------
@@ -407,13 +435,18 @@ class VAE(Pretrained):
     """The autoencoder. Latents are shifted and scaled to about unit size:
     z = (encoder - shift) * scale. `factor`: pixels on a side of a latent's pixel."""
     kind = "AutoencoderKL"
+    only = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+        "use_quant_conv": False,                        # Stable Diffusion's autoencoders have both
+        "use_post_quant_conv": False
+    }
 
     def __init__(self, config):
         super().__init__()
-        # Stable Diffusion's autoencoders have one
-        choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})
         self.scale = float(config["scaling_factor"])
-        self.shift = float(config["shift_factor"])
+        self.shift = float(config["shift_factor"] or 0)
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -435,6 +468,17 @@ class VAE(Pretrained):
 
 # ---- pictures as files, as tensors, as tokens --------------------------------------------------
 
+UPRIGHT = {                                                                 # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90
+}
+
+
 def read_image(path):
     """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white,
     of an animation the first frame. 16 and 32 bits and floats come down to 8: white is 65535, or 1
@@ -443,7 +487,11 @@ def read_image(path):
     # Pillow reads twice as many, and 200 million come out of telephones.
     Image.MAX_IMAGE_PIXELS = 2 ** 28
     with reading(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)                              # reads the pixels, too
+        image.load()
+        turn = None
+        with contextlib.suppress(Exception):            # EXIF that cannot be read costs no picture
+            turn = image.getexif().get(ExifTags.Base.Orientation)
+        image = image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image.copy()
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.array(image, float))
         largest = values.max()
@@ -703,6 +751,7 @@ class Flux(Pretrained):
     pixels and text); a sampler computes the first two once for all its steps.
     `checkpointing = True` trades time for memory in training."""
     kind = "FluxTransformer2DModel"
+    only = {"patch_size": 1}
 
     def __init__(self, config):
         super().__init__()
@@ -710,8 +759,20 @@ class Flux(Pretrained):
         head_dim = config["attention_head_dim"]
         dim = heads * head_dim
         self.axes = config.get("axes_dims_rope", [16, 56, 56])
-        choose(f"the sum of axes_dims_rope {self.axes}", sum(self.axes), {head_dim: None})
-        self.guided = config["guidance_embeds"]
+        pairs = [size // 2 for size in self.axes]
+        if len(pairs) != 3 or 2 * sum(pairs) != head_dim:
+            raise ValueError(
+                f"axes_dims_rope is {self.axes}; it must be three even numbers, whose sum is "
+                f"attention_head_dim, {head_dim}"
+            )
+        # FLUX.1 Fill, Canny and Depth read a picture beside the noise
+        channels = config["in_channels"]
+        choose(
+            f"out_channels beside in_channels {channels}",
+            config.get("out_channels") or channels,
+            {channels: None}
+        )
+        self.guided = config.get("guidance_embeds", False)
         self.checkpointing = False
         self.time_text_embed = nn.ModuleDict({
             "timestep_embedder": MLPEmbedder(256, dim),
@@ -720,7 +781,7 @@ class Flux(Pretrained):
         if self.guided:
             self.time_text_embed.guidance_embedder = MLPEmbedder(256, dim)
         self.context_embedder = Linear(config["joint_attention_dim"], dim)
-        self.x_embedder = Linear(config["in_channels"], dim)
+        self.x_embedder = Linear(channels, dim)
         self.transformer_blocks = nn.ModuleList(
             DoubleBlock(dim, heads) for _ in range(config["num_layers"])
         )
@@ -728,7 +789,19 @@ class Flux(Pretrained):
             SingleBlock(dim, heads) for _ in range(config["num_single_layers"])
         )
         self.norm_out = Modulation(dim, 2)                                  # scale, then shift
-        self.proj_out = Linear(dim, config["in_channels"])
+        self.proj_out = Linear(dim, channels)
+
+    @classmethod
+    def check_parts(cls, folder, flux):
+        """ValueError, before anything is loaded, when the transformer or ControlNet in `folder` is
+        not as wide as the autoencoder and the text encoders of the FLUX.1 folder `flux`."""
+        widths = {
+            "in_channels": 4 * VAE.read_config(f"{flux}/vae")["latent_channels"],
+            "joint_attention_dim": T5.read_config(f"{flux}/text_encoder_2")["d_model"],
+            "pooled_projection_dim": CLIPText.read_config(f"{flux}/text_encoder")["hidden_size"]
+        }
+        with reading(folder):
+            check_settings(cls.read_config(folder), widths)
 
     def forward(
         self,
@@ -824,6 +897,18 @@ SCHEDULE = {                                                                # FL
     "base_image_seq_len": 256,
     "max_image_seq_len": 4096
 }
+EULER = {                               # what else the file may say of levels, steps and timesteps
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_flow_sigmas": False
+}
 
 
 def sigmas(steps, image_tokens, schedule=SCHEDULE):
@@ -833,6 +918,8 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
     `shift` in place of e^mu."""
     if steps < 1:
         raise ValueError(f"steps is {steps}, at least 1 is needed")
+    check_settings(schedule, EULER)
+    schedule = {**SCHEDULE, "use_dynamic_shifting": False, "shift": 1.0, **schedule}
     sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     shift = schedule["shift"]
     if schedule["use_dynamic_shifting"]:
@@ -912,7 +999,8 @@ class TextTokenizer:
             self.length = min(config.get("model_max_length", limit), limit)
             backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(path)
             backend.no_truncation()
-            pad_id = backend.token_to_id(config["pad_token"])
+            pad = config["pad_token"]                                       # older files: a dict
+            pad_id = backend.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
             backend.enable_padding(length=self.length, pad_id=pad_id)
         self.backend = backend
         self.reader = reader
