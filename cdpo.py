@@ -30,8 +30,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
-                   read_jsonl, read_users, save_graph, similar_users)
-from qwen import (DTYPES, Qwen, Tokenizer, TrainSettings, check_fit, flag, generate, linear,
+                   in_words_of, read_jsonl, read_users, save_graph, similar_users, tastes)
+from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
                   pick_device, reading, seed_for)
 
 
@@ -125,10 +125,15 @@ class UserTokens(nn.Module):
         return self.sage(self.vectors * stay, self.graph.features, self.graph.edges)[0]
 
     def new(self, users, unknown="mean"):
-        """h (N, out) of users who are not stored. Kind "id", a table, knows nothing about them:
-        they get the mean of all h, or, with unknown="nearest", that of the stored user who agrees
-        most often with them and clashes least (ours)."""
+        """h (N, out) of users who are not stored; attributes that the graph does not know take part
+        by their text. Kind "id", a table, knows nothing about these users: they get the mean of
+        all h, or, with unknown="nearest", that of the stored user who agrees most often with them
+        and clashes least (ours)."""
         graph = self.graph
+        users = [in_words_of(user, graph.attributes) for user in users]
+        names = attribute_names(users)
+        if not set(names) <= set(graph.attributes):
+            graph = graph.widened(names)
         if self.sage is not None:
             states = self.sage(self.vectors, graph.features, graph.edges)[2]
             return embed_new_user(self.sage, states, users, graph.attributes)
@@ -181,9 +186,17 @@ def profile(user):
     return "; ".join(said)
 
 
+END = "<|im_end|>"
+
+
+def closed(answer):
+    """The answer and END, once, also where END or <|endoftext|> closes it already."""
+    return re.sub(r"(\s*<\|(im_end|endoftext)\|>\s*)+$", "", answer) + END
+
+
 def encode(tokenizer, messages, *answers):
-    """(prompt ids, [ids of each answer]) in Qwen's template; <|im_end|> closes an answer."""
-    return tokenizer.chat(messages), [tokenizer.encode(f"{text}<|im_end|>") for text in answers]
+    """(prompt ids, [ids of each answer]) in Qwen's template; END closes an answer."""
+    return tokenizer.chat(messages), [tokenizer.encode(closed(text)) for text in answers]
 
 
 def behind(soft, embeds):
@@ -283,7 +296,7 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
     ids = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)         # (N, T)
     embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))               # (N, S+T, D)
     mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
-    answers = generate(model, embeds=embeds, attention_mask=mask,
+    answers = generate(model, embeds=embeds, attention_mask=mask, stop=tokenizer.encode(END),
                        max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(ids).strip(), len(ids) < max_new_tokens) for ids in answers]
 
@@ -311,6 +324,19 @@ def lines_of(file, items):
     return f"{file}, lines {', '.join(str(item['line']) for item in items)}"
 
 
+def check_answers(file, rows, *keys):
+    """ValueError for lines whose answers go on behind END, or are the same: nothing is preferred
+    then."""
+    wrong = []
+    for row in rows:
+        answers = {closed(row[key]) for key in keys}
+        if len(answers) < len(keys) or any(text.count("<|im_") > 1 for text in answers):
+            wrong.append(row)
+    if wrong:
+        raise ValueError(f"{lines_of(file, wrong[:9])} ({len(wrong)} in all): {' and '.join(keys)} "
+                         f"must differ, and hold no <|im_start|> nor, but at the end, {END}")
+
+
 def trainable(module, prefix=""):
     """[(name, Parameter)] of what has a gradient."""
     return [(prefix + n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -324,9 +350,10 @@ class SFT:
         self.settings = settings
         self.edits = read_jsonl(settings.edits, {"guidance": ""}, input=str, edit=str)
         self.items = len(self.edits)
+        check_answers(settings.edits, self.edits, "edit")
         device = pick_device(settings.device)
-        self.tokenizer = Tokenizer.load(settings.qwen)
-        self.model = Qwen.load(settings.qwen, device, DTYPES[settings.dtype])
+        self.model, self.tokenizer = load_language_model(
+            settings.qwen, device, DTYPES[settings.dtype])
         self.model.model.checkpointing = settings.checkpointing
         torch.manual_seed(settings.seed)
         lora.inject(self.model, settings.rank, settings.alpha, settings.dropout)
@@ -405,10 +432,10 @@ def load_policy(settings, adapter):
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
                          "`python train.py cdpo` runs/cdpo")
     device = pick_device(settings.device)
-    model = Qwen.load(settings.qwen, device, DTYPES[settings.dtype])
+    model, tokenizer = load_language_model(settings.qwen, device, DTYPES[settings.dtype])
     lora.load_adapter(model, adapter)
     lora.copy_adapter(model)
-    return model, Tokenizer.load(settings.qwen)
+    return model, tokenizer
 
 
 class CDPO:
@@ -420,6 +447,7 @@ class CDPO:
         self.pairs = read_jsonl(settings.pairs, {"guidance": ""}, user=str, caption=str,
                                 chosen=str, rejected=str)
         self.items = len(self.pairs)
+        check_answers(settings.pairs, self.pairs, "chosen", "rejected")
         self.owner, self.pairs_of = self.owners()
         # In eval mode: DPO has no dropout, as in TRL.
         self.model, self.tokenizer = load_policy(settings, settings.sft)
@@ -444,9 +472,13 @@ class CDPO:
         """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
         settings = self.settings
         stored = UserTokens.load(Path(settings.graph) / "collaborative.safetensors")
-        if stored.graph.users != [user.name for user in self.users]:
+        was = {user.name: tastes(user) for user in stored.graph.people()}
+        now = {user.name: tastes(user) for user in self.users}
+        if [*was.items()] != [*now.items()]:
+            other = [name for name in was | now if was.get(name) != now.get(name)]
             raise ValueError(f"{settings.graph} was trained on other users than {settings.users} "
-                             "holds: run the graph stage again")
+                             f"holds, or other likes and dislikes ({', '.join(other[:3])}...): run "
+                             "the graph stage again, perhaps with --continue-from")
         table = self.model.model.embed_tokens.weight
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}

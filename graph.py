@@ -9,14 +9,16 @@ From C-DPO (arXiv 2511.05616), 4.1.1 and App. B. A SAGE layer takes the mean of 
     out_i = W_l mean over the neighbours j of i of x_j + b + W_r x_i
 
 An attribute starts as the frozen embedding of its name, a known user as a learned vector, a new
-user as the zero vector: see `embed_new_user`. The paper describes one set of edges, so its encoder
+user as the zero vector: see `embed_new_user`. An attribute that nobody named before takes part by
+its text: see `PreferenceGraph.widened` (ours). The paper describes one set of edges, so its encoder
 cannot tell a like from a dislike (`signed=False`); by default each has weights of its own (ours).
 
 Shapes: U users, A attributes, E edges, F width of a node's features, k similar users.
 Try it: python graph.py
 """
+import difflib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,25 +27,42 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwen import Qwen, Tokenizer, embed_texts, flag, generator_for, pick_device, reading
+from qwen import (check_fit, embed_texts, flag, generator_for, load_language_model, pick_device,
+                  reading, shipped)
 
 
 @dataclass
 class User:
+    """Who likes and dislikes what, each said once. ValueError for what is both."""
     name: str
     likes: list
     dislikes: list
     hidden: list = ()          # what the persona would like but never said: for evaluation only
 
+    def __post_init__(self):
+        self.likes = [*dict.fromkeys(self.likes)]
+        self.dislikes = [*dict.fromkeys(self.dislikes)]
+        likes, dislikes = tastes(self)
+        if likes & dislikes:
+            raise ValueError(
+                f"user {self.name!r} likes and dislikes {min(likes & dislikes)!r}")
+
+
+def tastes(user):
+    """What tells two users apart; the order in which they said it does not."""
+    return set(user.likes), set(user.dislikes)
+
 
 class PreferenceGraph(nn.Module):
     """G of Eq. 5. users and attributes are names; edges (3, E) int64 has the rows user, attribute,
-    sign (+1 like, -1 dislike); features (A, F) are the embeddings of the attributes' names."""
+    sign (+1 like, -1 dislike); features (A, F) are the embeddings of the attributes' names.
+    `embedder`: how `embed_names` made them, its arguments by name; None where nobody knows."""
 
     def __init__(self, users, attributes, edges, features):
         super().__init__()
         self.users = users
         self.attributes = attributes
+        self.embedder = None
         self.register_buffer("edges", edges)
         self.register_buffer("features", features)
 
@@ -52,6 +71,32 @@ class PreferenceGraph(nn.Module):
         """From list[User]."""
         names = [user.name for user in users]
         return cls(names, list(attributes), edges_of(users, attributes), features)
+
+    def people(self):
+        """list[User], as they were when the graph was built."""
+        users = [User(name, [], []) for name in self.users]
+        for user, attribute, sign in self.edges.T.tolist():
+            said = users[user].likes if sign > 0 else users[user].dislikes
+            said.append(self.attributes[attribute])
+        return users
+
+    def widened(self, names):
+        """This graph, and those of the names that it lacks as attributes like any other, by their
+        text, without edges. ValueError when nothing embeds names as it did the graph's own."""
+        names = [name for name in names if name not in self.attributes]
+        if not self.embedder:
+            raise ValueError(f"the graph's file does not say how to embed {', '.join(names)[:80]}: "
+                             "run the graph stage, and those after it, again")
+        known = len(self.attributes)
+        names = self.attributes + names
+        features = embed_names(names, **self.embedder, known=known, device=self.features.device)
+        features = features.to(self.features)                               # (A', F)
+        own = features[:known]
+        same = own.shape == self.features.shape
+        if not same or (own - self.features).norm() > 0.05 * own.norm():
+            raise ValueError(f"the graph's attributes were embedded otherwise than {self.embedder} "
+                             "embeds them now")
+        return PreferenceGraph(self.users, names, self.edges, features)
 
     def signs(self):
         """(U, A) sparse: +1 liked, -1 disliked, 0 nothing said. RuntimeError: edges to nowhere."""
@@ -76,10 +121,49 @@ def edges_of(users, attributes):
         for names, sign in ((user.likes, 1), (user.dislikes, -1)):
             for name in names:
                 if name not in index:
-                    known = ", ".join(list(attributes)[:60])
-                    raise ValueError(f"unknown attribute {name!r}; the graph knows {known}")
+                    alike = near(name, attributes)
+                    raise ValueError(f"unknown attribute {name!r}; spelt like it are {alike}")
                 edges.append((i, index[name], sign))
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+
+
+def embed_names(names, embedder, norm, known=None, device="cpu"):
+    """Features (A, F) of attributes' names. Ours: the mean (of the first `known`) is taken off, and
+    they get length `norm`, since short texts are embedded much alike; norm 0: as is (paper)."""
+    model, tokenizer = load_language_model(shipped(embedder), device)
+    features = embed_texts(model, tokenizer, names).cpu()                   # (A, F)
+    if norm:
+        centred = features - features[:known].mean(0)
+        features = F.normalize(centred, dim=-1) * norm
+    return features
+
+
+def fold(name):
+    """What "Neon-Green" and "neon green" have in common."""
+    return " ".join(name.casefold().replace("-", " ").split())
+
+
+def find_attribute(name, attributes):
+    """The attribute that is the same word, else the same but for `fold` and plural, else None."""
+    if name in attributes:
+        return name
+    for known in attributes:
+        short, long = sorted([fold(name), fold(known)], key=len)
+        if long in (short, f"{short}s", f"{short}es", f"{short[:-1]}ies"):
+            return known
+    return None
+
+
+def near(name, attributes):
+    """Up to three attributes that are spelt like the name."""
+    return difflib.get_close_matches(fold(name), attributes)
+
+
+def in_words_of(user, attributes):
+    """The User with the attributes' own names for what `find_attribute` finds among them."""
+    likes = [find_attribute(name, attributes) or name for name in user.likes]
+    dislikes = [find_attribute(name, attributes) or name for name in user.dislikes]
+    return replace(user, likes=likes, dislikes=dislikes)
 
 
 def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
@@ -111,12 +195,14 @@ def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
 # ---- GraphSAGE -----------------------------------------------------------------------------------
 
 class SAGEConv(nn.Module):
-    """One SAGE layer with mean aggregation; PyG's names and numbers: lin_r has no bias."""
+    """One SAGE layer with mean aggregation; PyG's names and numbers: lin_r has no bias. in_dim
+    may be two widths, of sources and of destinations."""
 
     def __init__(self, in_dim, out_dim):
         super().__init__()
-        self.lin_l = nn.Linear(in_dim, out_dim)
-        self.lin_r = nn.Linear(in_dim, out_dim, bias=False)
+        widths = in_dim if isinstance(in_dim, tuple) else (in_dim, in_dim)
+        self.lin_l = nn.Linear(widths[0], out_dim)
+        self.lin_r = nn.Linear(widths[1], out_dim, bias=False)
 
     def forward(self, x_src, x_dst, edge_index):
         """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination) -> (N, out).
@@ -207,9 +293,26 @@ class EdgeModel(nn.Module):
         self.decoder = EdgeDecoder(out_dim, hidden_dim)
         count = graph.edges.shape[1]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        if count < 5:
+            raise ValueError(f"the graph has {count} edges (likes and dislikes); to train on 60 % "
+                             "and hold out 20 and 20 % it needs at least 5")
         cuts = [int(0.6 * count), int(0.8 * count)]                         # 60/20/20
         parts = graph.edges[:, order].tensor_split(cuts, dim=1)
         self.split = dict(zip(("train", "val", "test"), parts))
+
+    def take_over(self, file):
+        """Begin with the encoder of an earlier graph, and its vectors of those users whom it knows;
+        the decoder begins anew. ValueError where the encoder has other sizes, or read other
+        features."""
+        before, tensors, _ = load_graph(file)
+        before.embedder = self.graph.embedder
+        before.widened([])
+        vectors = dict(zip(before.users, tensors.pop("vectors")))
+        encoder = {n[5:]: t for n, t in tensors.items() if n.startswith("sage.")}
+        check_fit(file, self.sage.state_dict(), encoder, finite=True)
+        self.sage.load_state_dict(encoder)
+        for own, name in zip(self.vectors.data, self.graph.users):
+            own.copy_(vectors.get(name, own))
 
     def groups(self, weight_decay):
         """The optimiser's: only user vectors decay."""
@@ -242,12 +345,19 @@ class EdgeModel(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, part):
-        """{accuracy, auc} on the edges of "val" or "test"; only training edges carry messages."""
+        """{accuracy, auc, ...} on the edges of "val" or "test"; only training edges carry messages.
+        `guessing`: the standard deviation around 0.5 of the AUC of guesses, which says what an AUC
+        on so few edges is worth. There is no AUC without a like and a dislike."""
         edges = self.split[part]
         liked = edges[2] > 0
         score = self.logits(self.split["train"], edges, self.vectors)
         accuracy = ((score > 0) == liked).float().mean().item()
-        return {"accuracy": accuracy, "auc": auc(score, liked)}
+        found = {"accuracy": accuracy, "edges": len(liked)}
+        pairs = (liked.sum() * (~liked).sum()).item()
+        if pairs:
+            found["auc"] = auc(score, liked)
+            found["guessing"] = ((len(liked) + 1) / (12 * pairs)) ** 0.5
+        return found
 
 
 def auc(score, positive):
@@ -261,7 +371,7 @@ def auc(score, positive):
 
 def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9,
              weight_decay=1e-2, seed=0):
-    """-> (EdgeModel, {accuracy, auc} of the held-out 20 %): the whole of it. `python train.py
+    """-> (EdgeModel, {accuracy, auc, ...} of the held-out 20 %): the whole of it. `python train.py
     graph` runs the same loss with a schedule and checkpoints."""
     model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
     model.to(graph.features.device)
@@ -282,6 +392,8 @@ class GraphSettings:
                                "Qwen or Mistral that embeds the attributes' names")
     hidden:       int   = flag(64, 1024, "width of the first SAGE layer and of the edge decoder")
     out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
+    continue_from: str  = flag("", "", "folder of an earlier graph; people whom it knows"
+                               " begin with their trained vectors (paper, App. B)")
     unsigned:     bool  = flag(False, True, "one kind of edge, likes and dislikes alike")
     feature_norm: float = flag(4.0, 0.0, "length that centred name embeddings get (ours); 0: as is")
     drop:         float = flag(0.9, 0.0, "chance that a user's vector sits out an epoch (ours)",
@@ -307,14 +419,14 @@ class GraphPretraining:
         names = attribute_names(users)
         if not names:
             raise ValueError(f"{settings.users} holds no user who likes or dislikes anything")
-        embedder = Qwen.load(settings.embedder, device)
-        features = embed_texts(embedder, Tokenizer.load(settings.embedder), names).cpu()   # (A, F)
-        if settings.feature_norm:
-            centred = features - features.mean(0)
-            features = F.normalize(centred, dim=-1) * settings.feature_norm
+        embedder = {"embedder": settings.embedder, "norm": settings.feature_norm}
+        features = embed_names(names, **embedder, device=device)            # (A, F)
         graph = PreferenceGraph.build(users, names, features).to(device)
+        graph.embedder = embedder
         model = EdgeModel(graph, settings.hidden, settings.out_dim, not settings.unsigned,
                           drop=settings.drop, seed=settings.seed)
+        if settings.continue_from:
+            model.take_over(Path(settings.continue_from) / "collaborative.safetensors")
         self.model = model.to(device)
 
     def parameter_groups(self):
@@ -339,8 +451,8 @@ class GraphPretraining:
         config = {"kind": "graph", "hidden_dim": settings.hidden, "out_dim": settings.out_dim,
                   "signed": not settings.unsigned, "soft": None}
         save_graph(folder / "collaborative.safetensors", self.model.graph, tensors, config)
-        report = json.dumps(self.model.evaluate("test"))
-        (folder / "report.json").write_text(report)
+        report = self.model.evaluate("test")
+        (folder / "report.json").write_text(json.dumps(report))
         print("held-out edges:", report)
 
 
@@ -350,8 +462,9 @@ def read_jsonl(path, optional=None, **fields):
     """Rows of a JSON-lines file: dicts, their line number under "line".
 
     Each must have `fields`, given as name=type (list: a list of strings), and may have `optional`,
-    given as {name: default}, of the default's type. Blank lines are skipped; what else does not
-    fit is a ValueError with file and line number."""
+    given as {name: default}, of the default's type. Other keys are ignored, but for those that are
+    nearly one of these, such as "dislike". Blank lines are skipped; what else does not fit is a
+    ValueError with file and line number."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     optional = optional or {}
@@ -366,6 +479,10 @@ def read_jsonl(path, optional=None, **fields):
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
                              f"({error})") from None
+        for key in row:
+            meant = difflib.get_close_matches(key.strip().lower(), kinds, 1, 0.82)
+            if meant and key not in kinds:
+                raise ValueError(f'{path}:{number}: "{key}" is no key here; "{meant[0]}" is')
         for name, kind in kinds.items():
             value = row.get(name)
             items = value if kind is list and isinstance(value, list) else []
@@ -380,25 +497,22 @@ def read_jsonl(path, optional=None, **fields):
 
 
 def read_users(path):
-    """users.jsonl -> list[User], in file order. A name stands once; nothing is liked and disliked
-    at once; what is said twice counts once."""
+    """users.jsonl -> list[User], in file order. A name stands once."""
     users = {}
     for row in read_jsonl(path, {"hidden": []}, user=str, likes=list, dislikes=list):
         name = row["user"]
-        likes = dict.fromkeys(row["likes"])
-        dislikes = dict.fromkeys(row["dislikes"])
-        both = sorted(likes.keys() & dislikes.keys())
-        if both or name in users:
-            what = f"likes and dislikes {both[0]!r}" if both else "appears twice"
-            raise ValueError(f"{path}:{row['line']}: user {name!r} {what}")
-        users[name] = User(name, [*likes], [*dislikes], row["hidden"])
+        with reading(f"{path}:{row['line']}"):
+            if name in users:
+                raise ValueError(f"user {name!r} appears twice")
+            users[name] = User(name, row["likes"], row["dislikes"], row["hidden"])
     return list(users.values())
 
 
 def save_graph(file, graph, tensors, config):
     """collaborative.safetensors: all that embeds a new user. Weights, node vectors, attribute
     features and edges are tensors; names and sizes (`config`) stand in its metadata."""
-    about = {"users": graph.users, "attributes": graph.attributes, "config": config}
+    about = {"users": graph.users, "attributes": graph.attributes, "config": config,
+             "embedder": graph.embedder}
     tensors = {**tensors, "graph.edges": graph.edges.int()}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     save_file(tensors, file, {"collaborative": json.dumps(about)})      # one key: a fixed order
@@ -415,6 +529,7 @@ def load_graph(file):
         edges = tensors.pop("graph.edges").long()
         features = tensors["graph.features"]
         graph = PreferenceGraph(about["users"], about["attributes"], edges, features)
+        graph.embedder = about.get("embedder")                              # older files have none
         if graph.signs().shape[1] != len(features):                 # signs() checks the edges, too
             raise ValueError(
                 f"it names {len(graph.attributes)} attributes and has features of {len(features)}")
