@@ -14,6 +14,10 @@ an image prompt (PatchDPO) shows it what things look like. Models are loaded in 
 before the next. Each person's edit depends on nobody else in the list: same seed, same picture.
 All that made a picture stands beside it as JSON, and in the PNG. Pictures (H, W, 3) are uint8.
 """
+import signal
+
+if __name__ == "__main__":                                # Ctrl-C ends it without a traceback, also
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # while torch is loaded
 import argparse
 import contextlib
 import difflib
@@ -41,13 +45,16 @@ from controlnet import FLUX_PARTS, MODES, control_picture, render
 from flux import read_image, read_square, to_tensor
 from graph import User, read_users
 from patch_dpo import ImageFeatures, ImagePrompt
-from qwen import (DTYPES, Qwen, Tokenizer, add_flags, flag, pick_device, read_json, reading,
-                  resolve, settings_from)
+from qwen import (DTYPES, add_flags, flag, load_language_model, pick_device, read_json, reading,
+                  resolve, settings_from, shipped, write_whole)
 
 # What is edited, and for whom, when nothing is said; the people are the paper's three.
 IMAGE = "mini/sample/scenes/04_bowl.png"
 CAPTION = "A beige bowl in front of a grey wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
+
+# What stands in every PNG and JSON that is written here, and hardly in another.
+MARK = b'"reference_scale": '
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -96,6 +103,9 @@ class EditSettings:
     device: str            = flag("",   "",   "cpu, cuda, cuda:1 ...; the best when not given")
     dtype: str             = flag("fp32", "bf16", "of weights; the autoencoder's is always fp32",
                                               choices=DTYPES)
+    lora: str              = flag(None, None, "LoRA for Flux: folder or file that `train.py dro` "
+                                              "wrote, or one in diffusers' or PEFT's format")
+    lora_scale: float      = flag(1.0,  1.0,  "its weight", bounds=(-100, 100))
     offload: bool          = flag(False, False, "for cards of 24 GB: modulation layers and the "
                                               "ControlNet's blocks stay in main memory")
     # words and picture
@@ -110,7 +120,8 @@ class EditSettings:
     reference_scale: float = flag(1.5,  0.78, "of each reference beside the text; several add up",
                                               bounds=(0, 10))
     control_mode: str      = flag("canny", "canny", "what the ControlNet looks at", choices=MODES)
-    control_image: str     = flag(None, None, "a control picture that is ready, say a depth map")
+    control_image: str     = flag(None, None, "a control picture that is ready, say a depth map; "
+                                              "also for a new picture")
     control_scale: float   = flag(1.0,  0.4,  "the ControlNet's weight; at 0 it is not even loaded",
                                               bounds=(-100, 100))
     control_start: float   = flag(0.0,  0.0,  "share of the steps before which it rests")
@@ -132,10 +143,30 @@ def parse(argv=None, preset="mini"):
     args = parser.parse_args(argv)
     if args.preset != preset:                             # once more, with the other column
         return parse(argv, args.preset)
+    nothing = dict.fromkeys(vars(args))
+    said = vars(parser.parse_args(argv, argparse.Namespace(**nothing)))
+    given = {f"--{name.replace('_', '-')}": value for name, value in said.items()
+             if value is not None}
     settings = settings_from(args, EditSettings)
     settings.device = pick_device(settings.device)
+    check_texts(given)
     check_together(settings)
+    if not settings.caption:
+        settings.image = shipped(IMAGE)
+        settings.caption = CAPTION
+    check_effects(settings, given)
     return settings
+
+
+def check_texts(given):
+    """ValueError for a flag whose text is empty, or no text."""
+    for name, value in given.items():
+        if not str(value).strip() and name not in ("--instruction", "--negative", "--device"):
+            raise ValueError(f"{name} is empty: give it a value or leave it out")
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:                        # bytes of another encoding
+            raise ValueError(f"{name} is {value!r}, which is not text in UTF-8") from None
 
 
 def check_together(settings):
@@ -158,12 +189,47 @@ def check_together(settings):
             f"--out is {settings.out}; it must end in .png, which carries the settings as text")
 
 
+def check_effects(settings, given):
+    """ValueError for a flag that would change nothing, naming what gives it effect."""
+    shaped = settings.image or settings.control_image
+    edges = not settings.control_image and settings.control_mode == "canny"
+    named = asks_policy(settings) and not described(settings)
+    needs = [                                             # flags, what they need, its name
+        ("--strength", settings.image, "--image"),
+        ("--control-mode --control-scale", shaped, "--image or --control-image"),
+        ("--control-start --control-end", shaped, "--image or --control-image"),
+        ("--low --high", settings.image and edges, "--image, of which Canny draws the edges"),
+        ("--negative", settings.true_cfg != 1, "--true-cfg"),
+        ("--reference-scale --image-prompt --features", settings.reference, "--reference"),
+        ("--lora-scale", settings.lora, "--lora"),
+        ("--temperature", asks_policy(settings), "--user, --likes or --dislikes"),
+        ("--users", named, "--user"),
+    ]
+    for names, effect, what in needs:
+        idle = given.keys() & names.split()
+        if idle and not effect:
+            raise ValueError(f"{min(idle)} has no effect without {what}")
+
+
+def asks_policy(settings):
+    """Whether a policy writes the instruction: always, but for references without a person."""
+    return not settings.reference or settings.user or described(settings)
+
+
 def described(settings):
     """Whether --likes or --dislikes describe somebody new."""
     return (settings.likes, settings.dislikes) != (None, None)
 
 
 # ---- who asks ------------------------------------------------------------------------------------
+
+def names_of(settings):
+    """The names of the people asked for: several, or one."""
+    if described(settings):
+        return ["you"]
+    people = PERSONAS if asks_policy(settings) else ["nobody"]
+    return list(dict.fromkeys(settings.user or people))
+
 
 def find_users(settings, graph):
     """The people asked for, list[User]: from --likes and --dislikes, from the file --users, or as
@@ -230,15 +296,15 @@ def tastes(user):
 def write_instructions(settings):
     """[(user, note, the policy's instruction)] for the people asked for. One person at a time, so
     that no answer depends on who else asks."""
-    if settings.reference and not settings.user and not described(settings):
+    if not asks_policy(settings):
         return [(User("nobody", [], []), "no policy is asked", settings.instruction)]
     wishes = []
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy, ["*.json", "*.safetensors"])
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
-        model = Qwen.load(settings.qwen, settings.device, DTYPES[settings.dtype])
-        tokenizer = Tokenizer.load(settings.qwen)
+        model, tokenizer = load_language_model(
+            settings.qwen, settings.device, DTYPES[settings.dtype])
         lora.load_adapter(model, folder)
         message = cdpo.prompt(settings.caption, settings.instruction)
         for user in people:
@@ -268,10 +334,7 @@ def plan_edits(settings):
 
 def read_pictures(settings, flux):
     """(source, control, (H, W)), pictures (H, W, 3) or None. Fills in what the settings leave open:
-    the sample's image and caption, the size, and the strength where there is no picture."""
-    if not settings.caption:                              # and so no picture either
-        settings.image = IMAGE
-        settings.caption = CAPTION
+    the size, and the strength where there is no photograph."""
     file = flux / "vae" / "config.json"
     with reading(file):
         vae = read_json(file)
@@ -279,10 +342,13 @@ def read_pictures(settings, flux):
         multiple = 2 ** len(vae["block_out_channels"])    # FLUX.1: 16
     if not settings.image:                                # a new picture, from noise alone
         settings.strength = 1.0
+    shaping = settings.image or settings.control_image    # the file whose shape is kept
+    if not shaping:
         side = max(multiple, settings.size // multiple * multiple)
         return None, None, (side, side)
-    source = crop_to(read_image(settings.image), settings.size, multiple)
-    shape = source.shape[:2]
+    picture = crop_to(read_image(shaping), settings.size, multiple)
+    shape = picture.shape[:2]
+    source = picture if settings.image else None
     if settings.control_image:
         control = np.array(ImageOps.fit(read_image(settings.control_image), shape[::-1]))
     else:
@@ -299,22 +365,25 @@ def crop_to(image, size, multiple):
     return np.array(ImageOps.fit(image, (width, height), Image.LANCZOS))
 
 
-def image_prompt(settings):
-    """What `render` calls with its Flux and the pixels' positions, so that Flux attends to the
-    --reference pictures; None without any."""
-    if not settings.reference:
-        return None
-    with measure(settings.device, "references"):
-        features = ImageFeatures.load(settings.features, settings.device)
-        pictures = [to_tensor(read_square(file, features.side)) for file in settings.reference]
-        images = torch.stack(pictures).to(settings.device)      # (M, 3, side, side)
-        maps = features.tokens(images)[None, :, 1:]             # (1, M, S, D), class token left out
+def equipment(settings):
+    """What `render` calls with its Flux and the pixels' positions: adds --lora to the weights, and
+    makes Flux attend to the --reference pictures."""
+    if settings.reference:
+        with measure(settings.device, "references"):
+            features = ImageFeatures.load(settings.features, settings.device)
+            pictures = [to_tensor(read_square(file, features.side)) for file in settings.reference]
+            images = torch.stack(pictures).to(settings.device)  # (M, 3, side, side)
+            maps = features.tokens(images)[None, :, 1:]         # (1, M, S, D), class token left out
 
-    def attend(flux, ids):
-        prompt = ImagePrompt.load(settings.image_prompt, flux, settings.reference_scale)
-        prompt.to(settings.device).attend_to(flux, maps, ids)
+    def equip(flux, ids):
+        if settings.lora:
+            lora.load_adapter(flux, settings.lora)
+            lora.merge(flux, strength=settings.lora_scale)
+        if settings.reference:
+            prompt = ImagePrompt.load(settings.image_prompt, flux, settings.reference_scale)
+            prompt.to(settings.device).attend_to(flux, maps, ids)
 
-    return attend
+    return equip
 
 
 # ---- the drawing ---------------------------------------------------------------------------------
@@ -328,7 +397,7 @@ def draw(settings, flux, edits, source, control, shape):
     return render(
         flux=flux,
         controlnet=controlnet,
-        prompts=[edit["prompt"] for edit in edits],
+        prompts=[(settings.caption, edit["instruction"]) for edit in edits],
         seeds=[settings.seed] * N,
         shape=shape,
         sources=None if source is None else [source] * N,
@@ -345,7 +414,7 @@ def draw(settings, flux, edits, source, control, shape):
         device=settings.device,
         dtype=DTYPES[settings.dtype],
         offload=settings.offload,
-        image_prompt=image_prompt(settings),
+        equip=equipment(settings),
         measure=partial(measure, settings.device),
         progress=partial(tqdm, disable=None, leave=False))
 
@@ -370,34 +439,63 @@ def measure(device, name):
 
 # ---- pictures out --------------------------------------------------------------------------------
 
+def files_of(out, names):
+    """Each person's PNG: `out` of one alone, else beside it, with the name as far as a file may be
+    called so; no two share one, not even where case does not count."""
+    if len(names) == 1:
+        return [out]
+    files = {}
+    for name in names:
+        stem = f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", name)[:50]
+        while stem.lower() in files:
+            stem += "_2"
+        files[stem.lower()] = out.with_stem(stem)
+    return list(files.values())
+
+
+def check_files(settings):
+    """ValueError, before anybody waits, where --out cannot be written or would destroy a file."""
+    out = Path(settings.out)
+    inputs = [settings.image, settings.control_image, settings.users, *(settings.reference or [])]
+    inputs = [Path(file).resolve() for file in inputs if file]
+    for picture in {out, *files_of(out, names_of(settings))}:
+        for file in (picture, picture.with_suffix(".json")):
+            read = file.is_dir() or file.resolve() in inputs
+            if read or file.exists() and MARK not in file.read_bytes():
+                raise ValueError(f"--out would overwrite {file}, which is a folder, is read here, "
+                                 "or was not written by edit.py: name another file")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    write_whole(there, lambda folder: None, "--out")
+
+
 def write(out, source, edits, pictures):
-    """Each person's picture, and of several people a grid of them at `out`, the source first."""
-    several = len(edits) > 1
-    files = [out]
+    """Each person's picture, and of several people a grid of them at `out`, the source first; all
+    of it or nothing: ValueError when the disk is full."""
+    files = files_of(out, [edit["user"] for edit in edits])
+    made = {}
     cells = []
     if source is not None:
         cells.append((Image.fromarray(source), "source", edits[0]["settings"]["caption"], ""))
-    for edit, pixels in zip(edits, pictures):
+    for file, edit, pixels in zip(files, edits, pictures):
         picture = Image.fromarray(pixels)
-        file = out
-        if several:
-            file = out.with_stem(f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", edit["user"]))
-            files.append(file)
-        save(file, picture, edit)
+        made[file] = picture, edit
         likes = ", ".join(edit["likes"]) or "nothing in particular"
         cells.append((picture, edit["user"], edit["instruction"], f"likes {likes}"))
-    if several:
-        save(out, grid(cells), {"edits": edits})
-    print("wrote", ", ".join(map(str, files)))
+    if len(edits) > 1:
+        made = {out: (grid(cells), {"edits": edits}), **made}
+    write_whole(out.parent, partial(save, made), "the pictures")
+    print("wrote", ", ".join(map(str, made)))
 
 
-def save(file, picture, record):
-    """The PIL picture as PNG, and `record` twice: in the PNG's text and in a JSON beside it."""
-    text = json.dumps(record, indent=1)
-    info = PngImagePlugin.PngInfo()
-    info.add_text("edit", text)
-    picture.save(file, pnginfo=info)
-    file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+def save(made, folder):
+    """{file: (PIL picture, record)} into `folder`, as PNG, with the record twice: in the PNG's text
+    and in a JSON beside it."""
+    for file, (picture, record) in made.items():
+        text = json.dumps(record, indent=1)
+        info = PngImagePlugin.PngInfo()
+        info.add_text("edit", text)
+        picture.save(folder / file.name, pnginfo=info)
+        (folder / file.name).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 def grid(cells, columns=4):
@@ -438,14 +536,13 @@ def main(argv=None):
     instruction" to controlnet.render (text encoders -> autoencoder -> Flux + ControlNet ->
     autoencoder), `write` saves. Pictures are read before models: a mistake costs no waiting."""
     settings = parse(argv)
-    out = Path(settings.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_files(settings)
     flux = resolve(settings.flux, FLUX_PARTS)
     inputs = read_pictures(settings, flux)                # source, control, (H, W)
     print(f"{settings.image or 'a new picture'}: {settings.caption}")
     edits = plan_edits(settings)
     pictures = draw(settings, flux, edits, *inputs)
-    write(out, inputs[0], edits, pictures)
+    write(Path(settings.out), inputs[0], edits, pictures)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ own words stand for one another: "Paint the mug red" allows "Paint the bowl red"
 
     python mini/judge.py                  # judges three sentences by the shipped sample
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback, whenever it comes
 import itertools
 import json
 import re

@@ -27,6 +27,10 @@ x_t = (1-t) x_0 + t eps, and the network learns v = eps - x_0.
 A recipe is a class with `model`, `lr`, `one_cycle`, `loss(generator)` of a batch, `save(average)`;
 `train_steps` trains it. S scenes, 14 pictures of each; B batch; a picture is 64 tokens of width 64.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback, whenever it comes
 import argparse
 import contextlib
 import copy
@@ -36,6 +40,7 @@ import random
 import shutil
 import sys
 from collections import defaultdict, namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,7 +64,7 @@ from controlnet import ControlNet, control_picture
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
 from graph import User
 from patch_dpo import (SAME_OBJECT, Edits, ImageFeatures, ImagePrompt,
-                       ImagePrompts, PatchSettings, PictureStage, flow, stack)
+                       ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
 from qwen import Config, Qwen, Tokenizer, generator_for, read_json
 
 SIZE = 64                                                 # pixels
@@ -97,7 +102,7 @@ def render_pictures(args):
         for j, (_, attributes) in enumerate(asked):
             images[i, j] = torch.from_numpy(geometry.shade(color, wall, attributes))
         prompts.append([words for words, _ in asked])
-    save_whole((images, prompts), args.work / "pictures.pt")
+    save_whole(partial(torch.save, (images, prompts)), args.work / "pictures.pt")
 
 
 def read_pictures(args):
@@ -121,17 +126,18 @@ def control_pictures(images, mode):
 
 # ---- the loop -----------------------------------------------------------------------------------
 
-def save_whole(thing, file):
-    """torch.save, but never half a file."""
+def save_whole(write, file):
+    """write(file), but never half a file."""
     part = file.with_suffix(".part")
-    torch.save(thing, part)
+    write(part)
     part.replace(file)
 
 
 def save_weights(folder, model, name="diffusion_pytorch_model"):
     """The weights of one part of a checkpoint, in bf16."""
     tensors = {key: t.to(torch.bfloat16).contiguous() for key, t in model.state_dict().items()}
-    save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+    write = partial(save_file, tensors, metadata={"format": "pt"})
+    save_whole(write, folder / f"{name}.safetensors")
 
 
 def schedule_for(recipe, optimizer, steps):
@@ -178,7 +184,8 @@ def train_steps(args, recipe):
         bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % 500 == 0 or step + 1 == args.steps:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_whole({"step": step + 1, "random": random.getstate(), **states}, file)
+            state = {"step": step + 1, "random": random.getstate(), **states}
+            save_whole(partial(torch.save, state), file)
             recipe.save(average)
 
 
@@ -425,7 +432,7 @@ class Features:
         pixels = read_json(self.folder / "preprocessor_config.json")
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
-            "vit": ImageFeatures(config, pixels["image_mean"], pixels["image_std"]),
+            "vit": ImageFeatures(config, mean_and_std(pixels)),
             "name": nn.Linear(96, len(names)),
             "patch": nn.Linear(96, 3 * 4 * 4),
         })
@@ -524,7 +531,7 @@ class NewImagePrompt:
 
     def save(self, average):
         self.folder.mkdir(exist_ok=True)
-        average.save(self.folder / "image_prompt.safetensors")
+        save_whole(average.save, self.folder / "image_prompt.safetensors")
 
 
 # ---- qwen: the language model -------------------------------------------------------------------
@@ -663,7 +670,8 @@ class LanguageModel:
         """The weights as they are: one cycle needs no average. The head is the embedding."""
         tensors = {name: t.contiguous() for name, t in self.model.state_dict().items()}
         tensors.pop("lm_head.weight", None)
-        save_file(tensors, self.folder / "model.safetensors", {"format": "pt"})
+        write = partial(save_file, tensors, metadata={"format": "pt"})
+        save_whole(write, self.folder / "model.safetensors")
 
 
 # ---- the command line ---------------------------------------------------------------------------

@@ -13,6 +13,10 @@ part of an object that edits change. Words and most colours stand in concepts.js
 
     python mini/render.py "teddy bear" "leopard spots" sunset      # writes out/scene.png
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback, whenever it comes
 import json
 import math
 import sys

@@ -20,6 +20,10 @@ states about two thirds of the taste, and now and then a fancy that fits no them
     python mini/world.py --users 2900          # the paper's size: 139,200 + 4,800 pairs
     python mini/world.py --sample              # the small sample that is shipped, mini/sample
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C: no traceback, whenever it comes
 import argparse
 import json
 import random
