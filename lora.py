@@ -5,17 +5,21 @@
 Over one frozen base live two adapters: "policy", which is trained, and "reference", the frozen SFT
 policy that DPO compares it with. `use` says which of them (or neither) the next forwards run with.
 An adapter is fp32 whatever the base is: bf16 AdamW cannot move at the paper's 2e-7.
-Files are in PEFT's format, both ways. Shapes: "..." is any batch. Try it: python lora.py
+Files are in PEFT's format, both ways; diffusers' LoRAs for FLUX.1 are read as well.
+Shapes: "..." is any batch. Try it: python lora.py
 """
 import json
+import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen import Linear, check_fit, read_json, read_tensors, reading
+from qwen import (Linear, check_fit, few, find_tensors, put, read_json, read_tensors, reading,
+                  resolve)
 
 ADAPTERS = ("policy", "reference")
 
@@ -72,10 +76,16 @@ def layers(model):
     return found
 
 
-def matching(names, targets):
-    """The names that end in one of `targets`: q_proj and self_attn.q_proj are such ends."""
-    ends = tuple(f".{target}" for target in targets)
-    return [name for name in names if f".{name}".endswith(ends)]
+def adaptable(model):
+    """Names of the linear layers that can have adapters: all but the output head, whose weight
+    cdpo.py multiplies with by itself."""
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [name for name in names if not name.endswith("lm_head")]
+
+
+def matching(names, target):
+    """The name `target`, else those that end in it: q_proj and self_attn.q_proj are such ends."""
+    return [target] if target in names else [n for n in names if n.endswith(f".{target}")]
 
 
 def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
@@ -85,13 +95,14 @@ def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
     for targets that the model lacks."""
     if injected(model):
         raise ValueError(f"{type(model).__name__} has adapters already")
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    names = adaptable(model)
     if targets == "all-linear":
-        targets = [name for name in names if not name.endswith("lm_head")]
-    absent = [target for target in targets if not matching(names, [target])]
+        targets = names
+    absent = [target for target in targets if not matching(names, target)]
     if absent:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
-    names = matching(names, targets)
+    chosen = set().union(*[matching(names, target) for target in targets])
+    names = [name for name in names if name in chosen]
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
@@ -125,84 +136,149 @@ def copy_adapter(model, source="policy", target="reference"):
 
 
 @torch.no_grad()
-def merge(model, adapter="policy"):
-    """Add the adapter to the base weights, in fp32 and then rounded once, and leave plain linear
-    layers: it cannot be undone or repeated."""
+def merge(model, adapter="policy", strength=1.0):
+    """Add the adapter, times `strength`, to the base weights, in fp32 and then rounded once, and
+    leave plain linear layers: it cannot be undone or repeated."""
     for name, layer in layers(model).items():
         plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        change = layer.scale * layer.lora_B[adapter] @ layer.lora_A[adapter]    # (out, in)
+        scale = strength * layer.scale
+        change = scale * layer.lora_B[adapter] @ layer.lora_A[adapter]      # (out, in)
         weight = (layer.weight.float() + change).to(layer.weight.dtype)
         plain.weight = nn.Parameter(weight, False)
         plain.bias = layer.bias
         model.set_submodule(name, plain.train(layer.training))
 
 
-# ---- files in PEFT's format --------------------------------------------------------------------
+# ---- files in PEFT's format, and diffusers' for FLUX.1 ------------------------------------------
+
+PEFT_FILE = "adapter_model.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+# A tensor's name: PEFT's or diffusers' prefix, then the layer, then what it is. Adapters of
+# embedding models lack "model.".
+FORM = re.compile(r"(?:base_model\.model\.|transformer\.)?(?:model\.)?(.+)"
+                  r"\.(lora_A\.weight|lora_B\.weight|alpha)")
 
 # What adapter_config.json may say, and the values of which one case is written here (false and
 # null always pass). Which layers have adapters is read off the tensors' names.
 KNOWN = {"r", "lora_alpha", "lora_dropout", "use_rslora",                      # honoured
          "base_model_name_or_path", "task_type", "revision", "auto_mapping",   # without effect
          "inference_mode", "peft_version", "megatron_core", "qalora_group_size",
+         "eva_config", "runtime_config",
          "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-FIXED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, "gaussian"]}
+FIXED = {"peft_type": ["LORA"], "bias": ["none"],
+         "init_lora_weights": [True, "gaussian", "eva", "orthogonal"]}
 
 
 def save_adapter(model, folder, adapter="policy", base_model=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is
     the path or repository noted there."""
+    headless = getattr(model, "lm_head", model) is None
+
+    def public(name):
+        return name.replace("model.layers", "layers") if headless else name
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors(model, adapter), folder / "adapter_model.safetensors", {"format": "pt"})
+    stored = {public(name): p for name, p in tensors(model, adapter).items()}
+    save_file(stored, folder / PEFT_FILE, {"format": "pt"})
     layer, *_ = layers(model).values()          # all have the same rank, alpha and dropout
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") else None,
+        "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") and not headless else None,
         "base_model_name_or_path": base_model and str(base_model),
         "r": layer.lora_A[adapter].shape[0],
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": list(layers(model)),      # in full: a last part may stand elsewhere too
-    }
+        "target_modules": [public(name) for name in layers(model)],    # in full: a last part may
+    }                                                                  # stand elsewhere too
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def check_config(config, folder):
+def check_config(config, file):
     """ValueError naming each setting that is not written here: DoRA, rank patterns, ..."""
     refused = [f"{name} = {value!r}" for name, value in config.items()
                if value and name not in KNOWN and value not in FIXED.get(name, [])]
     if refused:
-        raise ValueError(f"{folder}/adapter_config.json: not supported: {', '.join(refused)}")
+        raise ValueError(f"{file}: not supported: {few(refused)}")
+
+
+def read_adapter(path):
+    """An adapter's folder or file -> (file, {name: tensor}, its settings, as PEFT calls them).
+    PEFT's stand in adapter_config.json; diffusers' in the file itself, or nowhere: {}."""
+    if not Path(path).is_file():
+        path = resolve(path, ["*.json", "*.safetensors"])
+    file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
+    stored = read_tensors(file)
+    if file.name == PEFT_FILE or any(name.startswith("base_model.") for name in stored):
+        source = file.with_name("adapter_config.json")
+        config = read_json(source)
+    else:
+        source = file
+        with reading(file), safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+            settings = json.loads(header).items()
+            config = {name.removeprefix("transformer."): value for name, value in settings}
+    check_config(config, source)
+    return file, stored, config
+
+
+def by_layer(model, stored):
+    """The {name: tensor} of an adapter's file -> {layer: {"lora_A.weight": tensor, ...}}, where
+    layers have their names here. ValueError for names of another form (kohya's, BFL's, ...) and for
+    layers that cannot have an adapter."""
+    known = {name.removeprefix("model."): name for name in adaptable(model)}
+    found = {}
+    for name, tensor in stored.items():
+        match = FORM.fullmatch(name)
+        layer = match and known.get(match[1])
+        if not layer:
+            raise ValueError(f"{name} is not read: adapters of {type(model).__name__} are called "
+                             "base_model.model.LAYER.lora_A.weight (PEFT) or transformer.LAYER."
+                             f"lora_A.weight (diffusers), where LAYER is {few([*known])}")
+        put(found.setdefault(layer, {}), [match[2]], tensor)
+    return found
+
+
+def widen(part, rank):
+    """A layer's tensors in a file of diffusers' -> with `rank`, filled up with zeros, and alpha /
+    its own rank multiplied into B."""
+    A, B = part["lora_A.weight"], part["lora_B.weight"]
+    more = rank - len(A)
+    scale = part.get("alpha", len(A)) / len(A)
+    return {"lora_A.weight": F.pad(A, (0, 0, 0, more)), "lora_B.weight": scale * F.pad(B, (0, more))}
 
 
 @torch.no_grad()
-def load_adapter(model, folder, adapter="policy"):
-    """Read a LoRA adapter in PEFT's format into `adapter`; a model without adapters is injected as
-    adapter_config.json says. ValueError as in check_config, for another scale than the model's
-    adapters have, and for every missing, unexpected or misshapen tensor."""
-    folder = Path(folder)
-    config = read_json(folder / "adapter_config.json")
-    stored = read_tensors(folder / "adapter_model.safetensors")
-    check_config(config, folder)
-    names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-             for name in stored if name.endswith(".lora_A.weight")]
-    with reading(folder):
-        rank = config["r"]
+def load_adapter(model, path, adapter="policy"):
+    """Read a LoRA of PEFT's or diffusers', folder or file, into `adapter`; a model without
+    adapters is injected as it says. Where diffusers' file has no settings, each layer has its own
+    rank and alpha: see `widen`. ValueError as in check_config and by_layer, for another scale than
+    the model's adapters have, and for every missing, unexpected or misshapen tensor."""
+    file, stored, config = read_adapter(path)
+    with reading(file):
+        parts = by_layer(model, stored)
         dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
-        alpha = config["lora_alpha"]
+        if config:
+            rank = config["r"]
+            alpha = config["lora_alpha"]
+        else:
+            rank = alpha = max(len(part["lora_A.weight"]) for part in parts.values())
+            parts = {name: widen(part, rank) for name, part in parts.items()}
         if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
             alpha *= rank ** 0.5
         if not injected(model):
-            inject(model, rank, alpha, dropout, names)
+            inject(model, rank, alpha, dropout, list(parts))
         own = tensors(model, adapter)
-        check_fit(folder, own, stored, finite=True)
+        stored = {f"base_model.model.{name}.{what}": tensor
+                  for name, part in parts.items() for what, tensor in part.items()}
+        check_fit(file, own, stored, finite=True)
         layer, *_ = layers(model).values()
         if layer.scale != alpha / rank:
             raise ValueError(
-                f"{folder}: alpha / rank is {alpha / rank}, the model's adapters have {layer.scale}"
-            )
+                f"{file}: alpha / rank is {alpha / rank}, the model's adapters have {layer.scale}")
     for name, p in own.items():
         p.copy_(stored[name])
 

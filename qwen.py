@@ -70,9 +70,9 @@ class Config:
 
         heads = c["num_attention_heads"]
         generation = read_json(path / "generation_config.json", {})
-        eos = generation.get("eos_token_id", c.get("eos_token_id", []))
-        if not isinstance(eos, list):
-            eos = [eos]
+        eos = generation.get("eos_token_id")
+        if eos is None:
+            eos = c.get("eos_token_id", [])
         return cls(
             vocab=c["vocab_size"],
             width=c["hidden_size"],
@@ -86,8 +86,8 @@ class Config:
             qkv_bias=qkv_bias,
             tied=c.get("tie_word_embeddings", False),
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
-            window=c.get("sliding_window") if kind == "mistral" else None,
-            eos=tuple(eos),
+            window=c.get("sliding_window", 4096) if kind == "mistral" else None,
+            eos=tuple(eos) if isinstance(eos, list) else (eos,),
         )
 
 
@@ -298,7 +298,9 @@ class Qwen(nn.Module):
 
     @staticmethod
     def rename(stored):
-        """Embedding models are stored without the prefix "model."."""
+        """Embedding models are stored without the prefix "model."; old files hold RoPE's table."""
+        if stored.endswith("rotary_emb.inv_freq"):
+            return None
         return stored if stored.startswith(("model.", "lm_head.")) else f"model.{stored}"
 
 
@@ -333,7 +335,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
         p, token = logits.softmax(-1).sort(descending=True)                # (B, V), likeliest first
-        before = p.cumsum(-1) - p                                          # of all likelier ones
+        before = F.pad(p.cumsum(-1)[:, :-1], (1, 0))                       # of all likelier ones
         reached = before >= max(top_p, 1e-9)                               # never before the first
         outside = reached.scatter(-1, token, reached)                      # (B, V), by token
         logits = logits.masked_fill(outside, -torch.inf)
@@ -360,7 +362,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     cache = Cache(model.config, B, T + max_new_tokens, x.device, x.dtype)
     answers = [[] for _ in range(B)]
     running = set(range(B))                                                # rows without end so far
-    eos = {*model.config.eos, *stop}
+    eos = (*model.config.eos, *stop)
     for _ in range(max_new_tokens):
         # x is the prompt at first (prefill), then one token a row (decode)
         hidden = model.model(embeds=x, attention_mask=mask, cache=cache)   # (B, T, D)
@@ -440,11 +442,15 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(file))
         fast.no_padding()
         fast.no_truncation()
-        config = read_json(path / "tokenizer_config.json", {})
-        eos = config.get("add_eos_token") and config.get("eos_token")
-        if isinstance(eos, dict):
-            eos = eos["content"]
-        return cls(fast, [fast.token_to_id(eos)] if eos else [])
+        file = path / "tokenizer_config.json"
+        config = read_json(file, {})
+        if not config.get("add_eos_token"):
+            return cls(fast, [])
+        with reading(file):
+            eos = config["eos_token"]
+            if isinstance(eos, dict):
+                eos = eos["content"]
+            return cls(fast, [fast.get_vocab()[eos]])
 
     def encode(self, text, whole=False):
         """list[int]; special tokens written in the text count as such. `whole`: as embedding models
@@ -517,61 +523,103 @@ def reading(file):
         yield
     except torch.OutOfMemoryError:
         raise
-    except ValueError as error:
-        if str(file) in str(error):
-            raise
-        raise ValueError(f"{file}: {error}") from error
     except Exception as error:
-        raise ValueError(
-            f"{file} is truncated, absent or not what is expected: {error!r}") from error
+        raise ValueError(what_is_wrong(file, error)) from error
+
+
+def what_is_wrong(file, error):
+    """One sentence about `file`, where reading it raised `error`."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {error.filename or file}"
+    if Path(file).is_file():
+        with open(file, "rb") as stream:
+            if stream.read(20) == b"version https://git-":
+                return f"{file} is a git-lfs pointer, not the file itself: `git lfs pull` gets it"
+    if isinstance(error, KeyError):
+        return f"{file} has no {error}"
+    if not isinstance(error, ValueError):
+        return f"{file} is truncated or not what is expected: {error!r:.200}"
+    return str(error) if str(file) in str(error) else f"{file}: {error}"
 
 
 def read_json(file, default=None):
     """The JSON object in `file`, `default` where there is no file. ValueError naming a file that
-    holds none, or counts layers that would take hours to build."""
+    holds none, or is of quantised weights, or counts layers that would take hours to build."""
     if default is not None and not Path(file).is_file():
         return default
     with reading(file):
         value = json.loads(Path(file).read_text(encoding="utf-8"))
+        if value.get("quantization_config"):
+            raise ValueError("quantised weights (quantization_config) cannot be read; take the "
+                             "checkpoint that they were made from")
         for name, count in value.items():
             if "layers" in name and isinstance(count, int) and count > 1000:
                 raise ValueError(f"{name} is {count}, allowed are at most 1000")
         return value
 
 
-def read_tensors(path):
-    """A safetensors file, or a folder with one, or with shards and their index -> {name: tensor},
-    memory-mapped (the file never changes). ValueError naming what is absent or truncated."""
+def find_tensors(path, usual=("model.safetensors", "diffusion_pytorch_model.safetensors")):
+    """The *.safetensors file `path`; of a folder that with a usual name or its index of shards,
+    else the only one. ValueError where there is none, or more: of a whole file beside an index
+    transformers reads the file, diffusers the shards, and one of them is old."""
     path = Path(path)
-    files = [path]
-    if not path.is_file():
-        files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
+    if path.is_file():
+        return path
+    named = [path / f"{name}{end}" for name in usual for end in ("", ".index.json")]
+    files = ([file for file in named if file.is_file()]
+             or [*path.glob("*.safetensors.index.json")]
+             or [*path.glob("*.safetensors")])
     if len(files) != 1:
+        names = sorted(file.name for file in files)
         raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of "
-                         f"shards; found: {[file.name for file in files] or 'none'}")
-    index = files[0]
-    if index.suffix == ".json":
-        with reading(index):
-            files = sorted({path / name for name in read_json(index)["weight_map"].values()})
+                         f"shards; found: {few(names) or 'none'}")
+    return files[0]
+
+
+def read_tensors(path):
+    """The checkpoint in the file or folder `path`, see find_tensors -> {name: tensor},
+    memory-mapped (the file never changes). ValueError naming what is absent or truncated."""
+    file = find_tensors(path)
+    files = [file]
+    if file.suffix == ".json":
+        with reading(file):
+            shards = read_json(file)["weight_map"].values()
+            files = [file.parent / shard for shard in sorted(set(shards))]
     tensors = {}
     for file in files:
         with reading(file):
-            tensors |= load_file(file)
+            for name, tensor in load_file(file).items():
+                put(tensors, [name], tensor)
     return tensors
 
 
+def put(tensors, names, tensor):
+    """tensors[name] = tensor, for all `names` of one parameter. ValueError where they have another
+    tensor already."""
+    if names[0] in tensors and not torch.equal(tensors[names[0]], tensor):
+        raise ValueError(f"two different tensors are stored for {' = '.join(names)}")
+    tensors.update(dict.fromkeys(names, tensor))
+
+
+def few(names):
+    """The first two of a list, and how many more there are."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more
+
+
 def check_fit(what, expected, stored, finite=False):
-    """ValueError naming every tensor of {name: tensor} `stored` that `expected` lacks, or the other
-    way round, of another shape, of integers, or (finite) with nan or inf."""
-    faults = [f"missing {name}" for name in expected if name not in stored]
+    """ValueError naming tensors of {name: tensor} `stored` that `expected` lacks, or the other way
+    round, of another shape, of integers, or (finite) with nan or inf: a few of each kind."""
+    missing = [f"missing {name}" for name in expected if name not in stored]
+    unexpected = [f"unexpected {name}" for name in stored if name not in expected]
+    wrong = []
     for name, tensor in stored.items():
-        if name not in expected:
-            faults.append(f"unexpected {name}")
-        elif tensor.shape != expected[name].shape:
-            faults.append(
+        if name in expected and tensor.shape != expected[name].shape:
+            wrong.append(
                 f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
         if not tensor.is_floating_point() or finite and not tensor.float().isfinite().all():
-            faults.append(f"{name} is {tensor.dtype}, or not finite")
+            wrong.append(f"{name} is {tensor.dtype}, or not finite")
+    faults = [few(kind) for kind in (missing, unexpected, wrong) if kind]
     if faults:
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
@@ -605,17 +653,19 @@ def load_checkpoint(module, path, rename=lambda name: name):
     memory-mapped tensors themselves.
 
     `rename(name)` says what a stored tensor is called in the module, None to leave it out. Of tied
-    parameters one name is enough. ValueError as in read_tensors and check_fit."""
+    parameters one name is enough, and several must hold the same. ValueError as in read_tensors
+    and check_fit."""
+    own = module.state_dict(keep_vars=True)
+    names = {}                                            # of each parameter; tied ones have two
+    for name, parameter in own.items():
+        names.setdefault(id(parameter), []).append(name)
     stored = {}
     for name, tensor in read_tensors(path).items():
         name = rename(name)
         if name:
-            stored[name] = nn.Parameter(tensor, False)    # so that tied ones stay one object
-    own = module.state_dict(keep_vars=True)
-    found = {id(own[name]): tensor for name, tensor in stored.items() if name in own}
-    for name, parameter in own.items():
-        if id(parameter) in found:                        # of tied parameters all names get it
-            stored[name] = found[id(parameter)]
+            with reading(path):
+                shared = names[id(own[name])] if name in own else [name]
+                put(stored, shared, nn.Parameter(tensor, False))    # tied ones stay one object
     check_fit(path, own, stored)
     module.load_state_dict(stored, assign=any(tensor.is_meta for tensor in own.values()))
 
