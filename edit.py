@@ -43,7 +43,7 @@ import cdpo
 import lora
 from controlnet import FLUX_PARTS, MODES, control_picture, render
 from flux import read_image, read_square, to_tensor
-from graph import User, read_users
+from graph import User, attribute_names, in_words_of, load_graph, near, read_users, tastes
 from patch_dpo import ImageFeatures, ImagePrompt
 from qwen import (DTYPES, add_flags, flag, load_language_model, pick_device, read_json, reading,
                   resolve, settings_from, shipped, write_whole)
@@ -87,6 +87,7 @@ class EditSettings:
                                               "what they like; needless for the policy's own users")
     likes: list            = flag(None, None, "of somebody new, with commas between", type=words)
     dislikes: list         = flag(None, None, "and what they dislike", type=words)
+    attributes: bool       = flag(False, False, "list what the policy's graph knows, and end")
     # models: each a folder or a hub repository
     preset: str            = flag("mini", "paper", "which column the flags not given take",
                                               choices=("mini", "paper"))
@@ -151,22 +152,19 @@ def parse(argv=None, preset="mini"):
     settings.device = pick_device(settings.device)
     check_texts(given)
     check_together(settings)
-    if not settings.caption:
-        settings.image = shipped(IMAGE)
-        settings.caption = CAPTION
+    fill_in(settings)
     check_effects(settings, given)
     return settings
 
 
 def check_texts(given):
-    """ValueError for a flag whose text is empty, or no text."""
+    """ValueError for a flag that is given, but as no text."""
     for name, value in given.items():
-        if not str(value).strip() and name not in ("--instruction", "--negative", "--device"):
-            raise ValueError(f"{name} is empty: give it a value or leave it out")
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:                        # bytes of another encoding
-            raise ValueError(f"{name} is {value!r}, which is not text in UTF-8") from None
+        text = json.dumps(value, ensure_ascii=False)
+        odd = text.encode(errors="replace").decode() != text      # bytes of another encoding
+        blank = not str(value).strip() and name not in ("--instruction", "--negative", "--device")
+        if odd or blank:
+            raise ValueError(f"{name} is {value!r}; it must be text, in UTF-8, or be left out")
 
 
 def check_together(settings):
@@ -178,9 +176,6 @@ def check_together(settings):
     if settings.user and described(settings):
         raise ValueError(
             "--user names people, --likes and --dislikes a new one: give one or the other")
-    both = set(settings.likes or []) & set(settings.dislikes or [])
-    if both:
-        raise ValueError(f"{min(both)!r} is both liked and disliked")
     if not settings.control_start <= settings.control_end <= 1:
         raise ValueError(f"--control-start is {settings.control_start}, --control-end "
                          f"{settings.control_end}; both must lie in 0 .. 1, in this order")
@@ -189,31 +184,37 @@ def check_together(settings):
             f"--out is {settings.out}; it must end in .png, which carries the settings as text")
 
 
+def fill_in(settings):
+    """What is edited, and for whom, where nothing is said. `user` stays None where no policy is
+    asked: for references without a person."""
+    if not settings.caption:
+        settings.image = shipped(IMAGE)
+        settings.caption = CAPTION
+    if described(settings):
+        settings.user = ["you"]
+    elif settings.user or not settings.reference:
+        settings.user = list(dict.fromkeys(settings.user or PERSONAS))
+
+
 def check_effects(settings, given):
     """ValueError for a flag that would change nothing, naming what gives it effect."""
     shaped = settings.image or settings.control_image
     edges = not settings.control_image and settings.control_mode == "canny"
-    named = asks_policy(settings) and not described(settings)
     needs = [                                             # flags, what they need, its name
         ("--strength", settings.image, "--image"),
-        ("--control-mode --control-scale", shaped, "--image or --control-image"),
-        ("--control-start --control-end", shaped, "--image or --control-image"),
+        ("--control-mode --control-scale --control-start --control-end",
+         shaped, "--image or --control-image"),
         ("--low --high", settings.image and edges, "--image, of which Canny draws the edges"),
         ("--negative", settings.true_cfg != 1, "--true-cfg"),
         ("--reference-scale --image-prompt --features", settings.reference, "--reference"),
         ("--lora-scale", settings.lora, "--lora"),
-        ("--temperature", asks_policy(settings), "--user, --likes or --dislikes"),
-        ("--users", named, "--user"),
+        ("--temperature", settings.user, "--user, --likes or --dislikes"),
+        ("--users", settings.user and not described(settings), "--user"),
     ]
     for names, effect, what in needs:
         idle = given.keys() & names.split()
         if idle and not effect:
             raise ValueError(f"{min(idle)} has no effect without {what}")
-
-
-def asks_policy(settings):
-    """Whether a policy writes the instruction: always, but for references without a person."""
-    return not settings.reference or settings.user or described(settings)
 
 
 def described(settings):
@@ -223,72 +224,46 @@ def described(settings):
 
 # ---- who asks ------------------------------------------------------------------------------------
 
-def names_of(settings):
-    """The names of the people asked for: several, or one."""
-    if described(settings):
-        return ["you"]
-    people = PERSONAS if asks_policy(settings) else ["nobody"]
-    return list(dict.fromkeys(settings.user or people))
-
-
 def find_users(settings, graph):
-    """The people asked for, list[User]: from --likes and --dislikes, from the file --users, or as
-    the policy was trained with them. ValueError for a name that is nobody's."""
+    """The people asked for, list[User], in the graph's own words: from --likes and --dislikes, from
+    the file --users, or as the policy was trained with them. ValueError for nobody's name."""
     if described(settings):
-        return [User("you", settings.likes or [], settings.dislikes or [])]
-    people = {user.name: user for user in read_users(settings.users)}
-    known = [*people, *graph.users]
+        people = [User("you", settings.likes or [], settings.dislikes or [])]
+    else:
+        people = [*graph.people(), *read_users(settings.users)]
+    known = {user.name: user for user in people}
     found = []
-    for name in dict.fromkeys(settings.user or PERSONAS):
+    for name in settings.user:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0)
+            names = difflib.get_close_matches(name, known, 3, 0)
             raise ValueError(f"nobody is called {name!r}, neither in {settings.users} nor among "
-                             f"those the policy was trained with; nearest: {', '.join(near)}")
-        found.append(people.get(name) or trained_user(graph, name))
+                             f"those the policy was trained with; nearest: {', '.join(names)}")
+        found.append(in_words_of(known[name], graph.attributes))
     return found
 
 
-def trained_user(graph, name):
-    """The person `name` as the policy was trained with them."""
-    user = User(name, [], [])
-    mine = graph.edges[0] == graph.users.index(name)
-    for attribute, sign in graph.edges[1:, mine].T.tolist():
-        said = user.likes if sign == 1 else user.dislikes
-        said.append(graph.attributes[attribute])
-    return user
-
-
 def soft_tokens(user, tokens):
-    """(soft tokens (1, S, D), note), the tokens None where nobody shares any of the user's likes
-    and dislikes. The note says what is left out."""
+    """(soft tokens (1, S, D), note), the tokens None of a user who likes and dislikes nothing. The
+    note says which words only this user has, and offers known ones that are spelt like them."""
     known = tokens.graph.attributes
-    likes = [a for a in user.likes if a in known]
-    dislikes = [a for a in user.dislikes if a in known]
-    unknown = [a for a in user.likes + user.dislikes if a not in known]
-    soft = None
     notes = []
-    if unknown:
-        notes.append(f"nobody else has a word on {', '.join(unknown)}; left out")
-    if likes or dislikes:
-        soft = tokens.soft(embedding(User(user.name, likes, dislikes), tokens))
-    else:
-        notes.append("no likes or dislikes that anybody shares, so no similar users: "
-                     "this is the generic edit")
-    return soft, "; ".join(notes)
+    for word in attribute_names([user]):
+        if word not in known:
+            alike = ", ".join(near(word, known)) or "none"
+            notes.append(f"nobody else has a word on {word}, which takes part by its text; "
+                         f"known words spelt like it: {alike}")
+    if user.likes or user.dislikes:
+        return tokens.soft(embedding(user, tokens)), "; ".join(notes)
+    return None, "no likes or dislikes, so no similar users: this is the generic edit"
 
 
 def embedding(user, tokens):
-    """h (1, D) of a user whose attributes the graph knows all: as trained, of somebody new, or who
-    says something else today, from likes and dislikes alone."""
-    graph = tokens.graph
-    if user.name in graph.users and tastes(trained_user(graph, user.name)) == tastes(user):
-        return tokens.embeddings()[graph.users.index(user.name)][None]
+    """h (1, D) of a user as trained, or of somebody new, or who says something else today, from
+    likes and dislikes alone."""
+    for i, trained in enumerate(tokens.graph.people()):
+        if trained.name == user.name and tastes(trained) == tastes(user):
+            return tokens.embeddings()[i][None]
     return tokens.new([user])
-
-
-def tastes(user):
-    """What tells two users apart; the order in which they said it does not."""
-    return set(user.likes), set(user.dislikes)
 
 
 # ---- the instruction -----------------------------------------------------------------------------
@@ -296,19 +271,19 @@ def tastes(user):
 def write_instructions(settings):
     """[(user, note, the policy's instruction)] for the people asked for. One person at a time, so
     that no answer depends on who else asks."""
-    if not asks_policy(settings):
+    if not settings.user:
         return [(User("nobody", [], []), "no policy is asked", settings.instruction)]
     wishes = []
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy, ["*.json", "*.safetensors"])
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
+        softs = [soft_tokens(user, tokens) for user in people]
         model, tokenizer = load_language_model(
             settings.qwen, settings.device, DTYPES[settings.dtype])
         lora.load_adapter(model, folder)
         message = cdpo.prompt(settings.caption, settings.instruction)
-        for user in people:
-            soft, note = soft_tokens(user, tokens)
+        for user, (soft, note) in zip(people, softs):
             generator = torch.Generator(settings.device).manual_seed(settings.seed)
             answers = cdpo.suggest(model, tokenizer, [message], soft, generator=generator,
                                    temperature=settings.temperature)
@@ -442,26 +417,24 @@ def measure(device, name):
 def files_of(out, names):
     """Each person's PNG: `out` of one alone, else beside it, with the name as far as a file may be
     called so; no two share one, not even where case does not count."""
-    if len(names) == 1:
-        return [out]
     files = {}
     for name in names:
         stem = f"{out.stem}_" + re.sub(r"[^\w.-]+", "_", name)[:50]
         while stem.lower() in files:
             stem += "_2"
         files[stem.lower()] = out.with_stem(stem)
-    return list(files.values())
+    return list(files.values()) if len(names) > 1 else [out]
 
 
 def check_files(settings):
     """ValueError, before anybody waits, where --out cannot be written or would destroy a file."""
     out = Path(settings.out)
-    inputs = [settings.image, settings.control_image, settings.users, *(settings.reference or [])]
+    inputs = [settings.image, settings.control_image, *(settings.reference or [])]
     inputs = [Path(file).resolve() for file in inputs if file]
-    for picture in {out, *files_of(out, names_of(settings))}:
+    for picture in {out, *files_of(out, settings.user or [])}:
         for file in (picture, picture.with_suffix(".json")):
-            read = file.is_dir() or file.resolve() in inputs
-            if read or file.exists() and MARK not in file.read_bytes():
+            taken = file.is_dir() or file.resolve() in inputs
+            if taken or file.exists() and MARK not in file.read_bytes():
                 raise ValueError(f"--out would overwrite {file}, which is a folder, is read here, "
                                  "or was not written by edit.py: name another file")
     there = next(folder for folder in out.absolute().parents if folder.exists())
@@ -536,6 +509,10 @@ def main(argv=None):
     instruction" to controlnet.render (text encoders -> autoencoder -> Flux + ControlNet ->
     autoencoder), `write` saves. Pictures are read before models: a mistake costs no waiting."""
     settings = parse(argv)
+    if settings.attributes:
+        graph, *_ = load_graph(resolve(settings.policy) / "collaborative.safetensors")
+        print(*graph.attributes, sep="\n")
+        return
     check_files(settings)
     flux = resolve(settings.flux, FLUX_PARTS)
     inputs = read_pictures(settings, flux)                # source, control, (H, W)
