@@ -4,6 +4,8 @@ Markdown tables, mean and standard deviation over training runs.
     python bench/methods.py text                  # 7 methods x 3 seeds: half an hour on two cores
     python bench/methods.py sweep --sweep lam,k   # C-DPO with other values of a flag, and what each
                                                   # gains over lambda 0 with the same seed
+    python bench/methods.py unknown               # people who like what the graph does not know:
+                                                  # C-DPO twice a seed, once without these words
     python bench/methods.py pictures              # every edit of every held-out scene, and for each
                                                   # user a picture of each method's instruction
 
@@ -13,6 +15,7 @@ A method is trained now unless its run stands in --out. Unknown flags are `train
 import argparse
 import contextlib
 import functools
+import json
 import math
 import os
 import statistics
@@ -33,7 +36,7 @@ import train
 from cdpo import CONDITIONS, Evaluation, markdown_table
 from controlnet import FLUX_PARTS, canny, control_picture, render
 from flux import read_image
-from graph import User, read_jsonl, read_users
+from graph import User, attribute_names, read_jsonl, read_users
 from mini.judge import Judge
 from patch_dpo import read_scenes
 from qwen import DTYPES, pick_device, resolve
@@ -78,8 +81,9 @@ class Methods:
         seen += [(pair["caption"], pair["rejected"]) for pair in pairs]
         self.judge = Judge(self.users + read_users(self.settings.users), seen)
 
-    def trained(self, flags, seed):
-        """The folder of a cdpo run with these flags and this seed; the SFT adapter's for None."""
+    def trained(self, flags, seed, files=()):
+        """The folder of a cdpo run with these flags and this seed; the SFT adapter's for None.
+        `files`: flags that name other files than the bench's own."""
         args = self.args
         if flags is None:
             return args.sft
@@ -87,14 +91,11 @@ class Methods:
         if args.steps:
             words += ["--steps", str(args.steps)]
         name = "-".join(word.strip("-") for word in words) or "default"
+        if files:
+            name += "-without"
         out = f"{args.out}/{name}-seed{seed}"
         start = ["--sft", args.sft, "--graph", args.graph, "--seed", str(seed), "--out", out]
-        argv = ["cdpo", *self.shared, *start, *words]
-        _, settings, _ = train.parse(argv)
-        if not Path(out, f"step_{settings.steps}").exists():
-            with contextlib.redirect_stdout(sys.stderr):
-                train.main(argv)
-        return out
+        return train_once(["cdpo", *self.shared, *start, *words, *files])
 
     def answers(self, method, flags, seed, users, captions):
         """A method's instructions -> [(user index, caption, text, ended)]."""
@@ -152,6 +153,69 @@ class Methods:
             text += self.rates_table(f"C-DPO, --{flag}", rows)
         return text
 
+    def unknown(self):
+        """What people get who like some of every eighth attribute, where the graph knows it; where
+        nobody in graph or pairs has ever named it, and it takes part by its text; and where it is
+        left out. Once all that they say is shown, once these likes alone."""
+        everybody = read_users(self.settings.users)
+        new = attribute_names(everybody)[::8]
+        files = self.write_without(new, everybody)
+        fans = [i for i, user in enumerate(self.users) if set(new) & set(user.likes)]
+        whole = [self.users[i] for i in fans]
+        alone = [replace(user, likes=common(user.likes, new), dislikes=[]) for user in whole]
+        rows = []
+        for how in ("known", "by its text", "left out"):
+            cells = []
+            for shown in (whole, alone):
+                if how == "left out":
+                    shown = [less(user, new) for user in shown]
+                runs = self.fan_rates(fans, shown, new, () if how == "known" else files)
+                cells += [spread(column(runs, name)) for name in ("hit", "asks for it")]
+            rows.append([how, *cells])
+        columns = ["the attribute is", "hit", "asks for it", "hit, it alone is said",
+                   "asks for it, it alone is said"]
+        title = f"{len(fans)} held-out users who like some of {', '.join(new)} "
+        return table(f"{title}({self.args.seeds} seeds)", columns, rows)
+
+    def write_without(self, new, users):
+        """Users and pairs as if nobody had ever named the attributes `new`, and the graph stage's
+        run on them -> cdpo's flags that name the three."""
+        folder = Path(self.args.out, "without")
+        folder.mkdir(parents=True, exist_ok=True)
+        people = []
+        for user in users:
+            user = less(user, new)
+            people.append({"user": user.name, "likes": user.likes, "dislikes": user.dislikes})
+        pairs = []
+        for pair in read_jsonl(self.args.pairs, {"guidance": ""}, chosen=str, rejected=str):
+            text = f"{pair['chosen']}, {pair['rejected']}, {pair['guidance']}"
+            if not common(self.judge.names.findall(text), new):
+                pairs.append(pair)
+        flags = []
+        for name, rows in (("users", people), ("pairs", pairs)):
+            file = folder / f"{name}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            flags += [f"--{name}", str(file)]
+        where = ["--out", str(folder / "graph"), "--device", self.settings.device]
+        graph = train_once(["graph", "--preset", self.args.preset, *flags[:2], *where])
+        return [*flags, "--graph", graph]
+
+    def fan_rates(self, fans, shown, new, files):
+        """[{"hit", "asks for it"}], one for each seed, of the users `fans`, numbers, of whom
+        `shown`, list[User], is known."""
+        captions = [self.evaluation.captions[i] * self.settings.answers for i in fans]
+        found = []
+        for seed in range(self.args.seeds):
+            folder = self.trained("", seed, files)
+            verdicts = []
+            for place, *answer in self.evaluation.answers(shown, captions, folder, seed=seed):
+                user = self.users[fans[place]]
+                fan = replace(user, likes=common(user.likes, new), hidden=[])
+                verdicts.append([self.judge(one, *answer)["hit"] for one in (user, fan)])
+            hit, asked = np.mean(verdicts, 0)
+            found.append({"hit": hit, "asks for it": asked})
+        return found
+
     def pictures(self):
         """Every edit of every scene, at strength 1 and at the default, beside the untouched source
         and the truth; then pictures of the methods' own instructions."""
@@ -207,6 +271,28 @@ class Methods:
             batch=32,
         )
         return [measure(picture, job) for picture, job in zip(drawn, jobs)]
+
+
+# ---- training runs and people --------------------------------------------------------------------
+
+def train_once(argv):
+    """train.py with these flags, unless the run stands already -> its folder."""
+    _, settings, loop = train.parse(argv)
+    if not Path(loop.out, f"step_{settings.steps}").exists():
+        with contextlib.redirect_stdout(sys.stderr):
+            train.main(argv)
+    return loop.out
+
+
+def common(names, others):
+    return [name for name in names if name in others]
+
+
+def less(user, names):
+    """The user without a word on the attributes `names`."""
+    likes = [name for name in user.likes if name not in names]
+    dislikes = [name for name in user.dislikes if name not in names]
+    return replace(user, likes=likes, dislikes=dislikes)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -340,7 +426,7 @@ def kind_table(rows):
 def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["text", "sweep", "pictures"])
+    p.add_argument("what", choices=["text", "sweep", "unknown", "pictures"])
     p.add_argument("--sft", default="runs/sft", help="adapter that every method starts from")
     p.add_argument("--graph", default="runs/graph", help="folder of the graph stage")
     p.add_argument("--out", default="runs/methods", help="folder of the training runs")
