@@ -83,9 +83,11 @@ def adaptable(model):
     return [name for name in names if not name.endswith("lm_head")]
 
 
-def matching(names, target):
-    """The name `target`, else those that end in it: q_proj and self_attn.q_proj are such ends."""
-    return [target] if target in names else [n for n in names if n.endswith(f".{target}")]
+def matching(names, targets):
+    """The names among `targets`, and those that end in a target which is no whole name itself:
+    q_proj and self_attn.q_proj are such ends."""
+    ends = tuple(f".{target}" for target in targets if target not in names)
+    return [name for name in names if name in targets or name.endswith(ends)]
 
 
 def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
@@ -98,11 +100,10 @@ def inject(model, rank=16, alpha=32, dropout=0.05, targets="all-linear"):
     names = adaptable(model)
     if targets == "all-linear":
         targets = names
-    absent = [target for target in targets if not matching(names, target)]
+    absent = [target for target in targets if not matching(names, [target])]
     if absent:
         raise ValueError(f"{type(model).__name__} has no linear layer named {', '.join(absent)}")
-    chosen = set().union(*[matching(names, target) for target in targets])
-    names = [name for name in names if name in chosen]
+    names = matching(names, targets)
     model.requires_grad_(False)
     for name in names:
         model.set_submodule(name, LoRALinear(model.get_submodule(name), rank, alpha, dropout))
@@ -154,10 +155,10 @@ def merge(model, adapter="policy", strength=1.0):
 PEFT_FILE = "adapter_model.safetensors"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
-# A tensor's name: PEFT's or diffusers' prefix, then the layer, then what it is. Adapters of
+# A tensor's name: PEFT's or diffusers' prefix, the layer, which of its tensors. Adapters of
 # embedding models lack "model.".
-FORM = re.compile(r"(?:base_model\.model\.|transformer\.)?(?:model\.)?(.+)"
-                  r"\.(lora_A\.weight|lora_B\.weight|alpha)")
+FORM = re.compile(r"(base_model\.model\.|transformer\.)?(model\.)?"
+                  r"(?P<layer>.+)\.(?P<what>lora_A\.weight|lora_B\.weight|alpha)")
 
 # What adapter_config.json may say, and the values of which one case is written here (false and
 # null always pass). Which layers have adapters is read off the tensors' names.
@@ -205,62 +206,62 @@ def check_config(config, file):
         raise ValueError(f"{file}: not supported: {few(refused)}")
 
 
-def read_adapter(path):
-    """An adapter's folder or file -> (file, {name: tensor}, its settings, as PEFT calls them).
-    PEFT's stand in adapter_config.json; diffusers' in the file itself, or nowhere: {}."""
-    if not Path(path).is_file():
-        path = resolve(path, ["*.json", "*.safetensors"])
-    file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
-    stored = read_tensors(file)
+def read_settings(file, stored):
+    """The settings of an adapter, as PEFT calls them. They stand in adapter_config.json; those of
+    diffusers' files in the header, or nowhere: {}."""
     if file.name == PEFT_FILE or any(name.startswith("base_model.") for name in stored):
-        source = file.with_name("adapter_config.json")
-        config = read_json(source)
+        file = file.with_name("adapter_config.json")
+        config = read_json(file)
     else:
-        source = file
         with reading(file), safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-            settings = json.loads(header).items()
-            config = {name.removeprefix("transformer."): value for name, value in settings}
-    check_config(config, source)
-    return file, stored, config
+            config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            config = {name.removeprefix("transformer."): value for name, value in config.items()}
+    check_config(config, file)
+    return config
 
 
 def by_layer(model, stored):
-    """The {name: tensor} of an adapter's file -> {layer: {"lora_A.weight": tensor, ...}}, where
-    layers have their names here. ValueError for names of another form (kohya's, BFL's, ...) and for
-    layers that cannot have an adapter."""
+    """The {name: tensor} of an adapter's file -> {layer's name here: {"lora_A.weight": tensor,
+    ...}}. ValueError for names of another form (kohya's, BFL's, ...), and for layers that cannot
+    have an adapter."""
+    if not stored:
+        raise ValueError("there are no tensors in it")
     known = {name.removeprefix("model."): name for name in adaptable(model)}
-    found = {}
+    parts = {}
     for name, tensor in stored.items():
         match = FORM.fullmatch(name)
-        layer = match and known.get(match[1])
+        layer = match and known.get(match["layer"])
         if not layer:
             raise ValueError(f"{name} is not read: adapters of {type(model).__name__} are called "
                              "base_model.model.LAYER.lora_A.weight (PEFT) or transformer.LAYER."
                              f"lora_A.weight (diffusers), where LAYER is {few([*known])}")
-        put(found.setdefault(layer, {}), [match[2]], tensor)
-    return found
+        put(parts.setdefault(layer, {}), [match["what"]], tensor)
+    return parts
 
 
 def widen(part, rank):
-    """A layer's tensors in a file of diffusers' -> with `rank`, filled up with zeros, and alpha /
-    its own rank multiplied into B."""
-    A, B = part["lora_A.weight"], part["lora_B.weight"]
+    """One layer of diffusers' file, of its own rank and alpha -> with `rank`, filled up with zeros,
+    and its scale multiplied into B."""
+    A = part["lora_A.weight"]                               # (own rank, in)
     more = rank - len(A)
-    scale = part.get("alpha", len(A)) / len(A)
-    return {"lora_A.weight": F.pad(A, (0, 0, 0, more)), "lora_B.weight": scale * F.pad(B, (0, more))}
+    scale = float(part.get("alpha", len(A))) / len(A)
+    B = scale * F.pad(part["lora_B.weight"].float(), (0, more))         # (out, rank)
+    return {"lora_A.weight": F.pad(A, (0, 0, 0, more)), "lora_B.weight": B}
 
 
 @torch.no_grad()
 def load_adapter(model, path, adapter="policy"):
-    """Read a LoRA of PEFT's or diffusers', folder or file, into `adapter`; a model without
-    adapters is injected as it says. Where diffusers' file has no settings, each layer has its own
-    rank and alpha: see `widen`. ValueError as in check_config and by_layer, for another scale than
-    the model's adapters have, and for every missing, unexpected or misshapen tensor."""
-    file, stored, config = read_adapter(path)
+    """Read a LoRA into `adapter`: a folder or file of PEFT's or, for FLUX.1, of diffusers'. A model
+    without adapters is injected as it says; see also `widen`. ValueError as in check_config and
+    by_layer, for another scale than the model's adapters have, and naming tensors that are missing
+    or misshapen."""
+    if not Path(path).is_file():
+        path = resolve(path, ["*.json", "*.safetensors"])
+    file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
+    stored = read_tensors(file)
+    config = read_settings(file, stored)
     with reading(file):
         parts = by_layer(model, stored)
-        dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
         if config:
             rank = config["r"]
             alpha = config["lora_alpha"]
@@ -269,11 +270,12 @@ def load_adapter(model, path, adapter="policy"):
             parts = {name: widen(part, rank) for name, part in parts.items()}
         if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
             alpha *= rank ** 0.5
+        dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
         if not injected(model):
             inject(model, rank, alpha, dropout, list(parts))
-        own = tensors(model, adapter)
         stored = {f"base_model.model.{name}.{what}": tensor
                   for name, part in parts.items() for what, tensor in part.items()}
+        own = tensors(model, adapter)
         check_fit(file, own, stored, finite=True)
         layer, *_ = layers(model).values()
         if layer.scale != alpha / rank:

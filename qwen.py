@@ -70,9 +70,9 @@ class Config:
 
         heads = c["num_attention_heads"]
         generation = read_json(path / "generation_config.json", {})
-        eos = generation.get("eos_token_id")
-        if eos is None:
-            eos = c.get("eos_token_id", [])
+        eos = generation.get("eos_token_id", c.get("eos_token_id", []))
+        if not isinstance(eos, list):
+            eos = [eos]
         return cls(
             vocab=c["vocab_size"],
             width=c["hidden_size"],
@@ -87,7 +87,7 @@ class Config:
             tied=c.get("tie_word_embeddings", False),
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
             window=c.get("sliding_window", 4096) if kind == "mistral" else None,
-            eos=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos=tuple(eos),
         )
 
 
@@ -566,14 +566,11 @@ def find_tensors(path, usual=("model.safetensors", "diffusion_pytorch_model.safe
     if path.is_file():
         return path
     named = [path / f"{name}{end}" for name in usual for end in ("", ".index.json")]
-    files = ([file for file in named if file.is_file()]
-             or [*path.glob("*.safetensors.index.json")]
-             or [*path.glob("*.safetensors")])
-    if len(files) != 1:
-        names = sorted(file.name for file in files)
+    found = [file for file in named if file.is_file()] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
         raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of "
-                         f"shards; found: {few(names) or 'none'}")
-    return files[0]
+                         f"shards; found: {few([file.name for file in found]) or 'none'}")
+    return found[0]
 
 
 def read_tensors(path):
@@ -697,7 +694,8 @@ def add_flags(parser, settings, preset="mini"):
             how = {"action": "store_true"}
         elif value not in (None, ""):
             about += f" (default: {value})"
-        parser.add_argument(f"--{row.name.replace('_', '-')}", default=shipped(value), help=about, **how)
+        how = {"default": shipped(value), "help": about, **how}
+        parser.add_argument(f"--{row.name.replace('_', '-')}", **how)
 
 
 def settings_from(args, settings):
