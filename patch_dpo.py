@@ -15,9 +15,14 @@ Shapes: H, W count patches, S = H W patches of one picture, h, w latent pixels, 
 tokens, M references, N edits, G generated pictures of each. Losses give one number a sample.
 Try it: python patch_dpo.py
 """
+import contextlib
 import copy
+import glob
+import hashlib
 import json
 import math
+import os
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -140,7 +146,7 @@ class ViTLayer(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm2 = nn.LayerNorm(width, eps)
         self.attention = ViTAttention(
-            width, config["num_attention_heads"], config["qkv_bias"])
+            width, config["num_attention_heads"], config.get("qkv_bias", True))
         self.mlp = CLIPMLP(width, hidden, nn.GELU())
         self.layer_scale1 = scale(width)
         self.layer_scale2 = scale(width)
@@ -173,11 +179,23 @@ class ViTEmbeddings(nn.Module):
         return torch.cat([first.expand_as(patches[:, :1]), patches], dim=1) # (B, 1+S, D)
 
 
+def mean_and_std(processor):
+    """What preprocessor_config.json does to pixels -> mean and std (2, 3) of pixels in [0, 1]. Its
+    sizes and crops are not followed: f reads pictures of any size."""
+    white = 255.0
+    if processor.get("do_rescale", True):
+        white *= processor.get("rescale_factor", 1 / 255)
+    rows = [[0] * 3, [1] * 3]
+    if processor.get("do_normalize", True):
+        rows = [processor["image_mean"], processor["image_std"]]
+    return torch.tensor(rows, dtype=torch.float64).view(2, 3) / white
+
+
 class ImageFeatures(nn.Module):
     """DINOv2 or ViT: features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last
-    feature map. Built from config.json's values and preprocessor_config.json's mean and std."""
+    feature map. Built from config.json's values and what `mean_and_std` gives (2, 3)."""
 
-    def __init__(self, config, image_mean, image_std):
+    def __init__(self, config, mean_std):
         super().__init__()
         scale = choose(
             "model_type",
@@ -185,7 +203,7 @@ class ImageFeatures(nn.Module):
             {"dinov2": LayerScale, "vit": nn.Identity}
         )
         choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
-        self.mean_std = [[*map(float, image_mean)], [*map(float, image_std)]]
+        self.mean_std = mean_std
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
         width = config["hidden_size"]
@@ -202,7 +220,7 @@ class ImageFeatures(nn.Module):
         positions are interpolated; where nothing is to be resized, that changes no bit."""
         size = [n * self.patch for n in self.cells(image)]
         image = F.interpolate(image, size, mode="bicubic", antialias=True)
-        mean, std = image.new_tensor(self.mean_std)[..., None, None]        # (3, 1, 1)
+        mean, std = self.mean_std.to(image)[..., None, None]                # (3, 1, 1)
         pixels = ((image + 1) / 2 - mean) / std
         return self.layernorm(self.encoder.layer(self.embeddings(pixels)))
 
@@ -220,13 +238,16 @@ class ImageFeatures(nn.Module):
     @classmethod
     def load(cls, path, device="cpu"):
         """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224).
-        ValueError for other model types, or when a tensor does not fit."""
-        path = resolve(path, ["*.json", "model.safetensors"])
+        ValueError for other model types or steps, or when a tensor does not fit."""
+        path = resolve(path, ["*.json", "model*.safetensors"])
         config = read_json(path / "config.json")
-        pixels = read_json(path / "preprocessor_config.json")
+        file = path / "preprocessor_config.json"
+        processor = read_json(file)
+        with reading(file):
+            mean_std = mean_and_std(processor)
         with reading(path), on_meta():
-            model = cls(config, pixels["image_mean"], pixels["image_std"])
-        load_checkpoint(model, path / "model.safetensors", cls.rename)
+            model = cls(config, mean_std)
+        load_checkpoint(model, path, cls.rename)
         return model.to(device, torch.float32).eval()
 
     @staticmethod
@@ -307,8 +328,12 @@ class ImagePrompt(nn.Module):
     @classmethod
     def load(cls, file, flux, scale=1.0):
         """The width stands in the file. ValueError when it was trained for another Flux."""
+        stored = read_tensors(file)
+        if "to_k_ip.0.weight" not in stored:
+            raise ValueError(f"{file} holds no to_k_ip.0.weight: no image prompt that `train.py "
+                             "patch` wrote; XLabs' and other IP-Adapters cannot be read")
         with reading(file):
-            width = read_tensors(file)["to_k_ip.0.weight"].shape[1]
+            width = stored["to_k_ip.0.weight"].shape[1]
         prompt = cls(flux, width, scale)
         load_checkpoint(prompt, file)
         return prompt
@@ -347,7 +372,8 @@ class PictureSettings(TrainSettings):
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
     size:         int   = flag(64, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
-    refresh:      int   = flag(1, 1, "dro: M, steps between copies of the policy into the sampler")
+    refresh:      int   = flag(1, 1, "M, steps between copies of the policy into the sampler "
+                               "(--loss dro only)")
     weight_decay: float = flag(0.0, 0.01, "AdamW's")
 
 
@@ -363,10 +389,12 @@ class PatchSettings(PictureSettings):
                                "generated pictures and their quality; made when not there")
     quality_features: str = flag("", "", "f of patch quality, --features when not given; "
                                  "bench/features.py trains one")
-    samples:      int   = flag(2, 1, "generated pictures of each edit; dpo needs 2")
-    power:        int   = flag(2, 2, "of the weight: 2 paper, 1 authors' code", choices=[1, 2])
-    beta:         float = flag(100.0, 100.0, "dpo: its temperature (Flow-GRPO's)")
-    buffer:       int   = flag(16, 16, "dro: trajectories in the buffer")
+    samples:      int   = flag(2, 1, "generated pictures of each edit, at least 2 for dpo "
+                               "(--loss patch or reconstruction or dpo only)")
+    power:        int   = flag(2, 2, "of the weight: 2 paper, 1 authors' code (--loss patch or "
+                               "reconstruction only)", choices=[1, 2])
+    beta:         float = flag(100.0, 100.0, "DPO's temperature, Flow-GRPO's (--loss dpo only)")
+    buffer:       int   = flag(16, 16, "trajectories in the buffer (--loss dro only)")
     steps:        int   = flag(150, 30_000, "optimiser steps")
     batch:        int   = flag(16, 32, "global batch, whatever the number of processes")
     micro:        int   = flag(16, 1, "rows of one pass, pictures painted at once")
@@ -411,13 +439,17 @@ def read_scenes(path, *needed):
 
 
 def edits_of(scenes, types, wordings):
-    """The scenes' edits of these types (all when empty), once for each wording of the prompt."""
+    """The scenes' edits of these types (all when empty), once for each wording of the prompt: a
+    template, or "" for the pair (caption, instruction), see flux.encode_prompt."""
     found = []
     for scene in scenes:
         for edit in scene["edits"]:
             if not types or edit["edit_type"] in types:
                 for wording in wordings:
-                    found.append({**edit, "prompt": wording.format(**edit)})
+                    prompt = edit["caption"], edit["instruction"]
+                    if wording:
+                        prompt = wording.format(**edit)
+                    found.append({**edit, "prompt": prompt})
     return found
 
 
@@ -433,8 +465,7 @@ class Edits:
     the scene's where it is not known. Beside them what is frozen: Flux and f."""
 
     @torch.no_grad()
-    def __init__(self, settings, types=(),
-                 wordings=("{caption}. {instruction}",)):
+    def __init__(self, settings, types=(), wordings=("",)):
         self.settings = settings
         self.device = pick_device(settings.device)
         scenes = read_scenes(settings.scenes, "edit_type", "instruction")
@@ -661,6 +692,31 @@ def stack(rows):
 # ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
 GENERATED = "generated.safetensors"
+HELD = (".json", ".jsonl", ".safetensors", ".txt")      # what is read of a folder
+
+def fingerprint(path):
+    """A hash of what an input holds: a file, and the pictures that it names if it is a table; the
+    weights and tables in a folder or downloaded repository, but for resume points. None: nothing
+    of that name."""
+    path = Path(path).expanduser()
+    with contextlib.suppress(ValueError, OSError):
+        path = path if path.exists() else Path(snapshot_download(str(path), local_files_only=True))
+    if path.is_dir():
+        names = glob.glob("**", root_dir=path, recursive=True)
+        names = [name for name in names if name.endswith(HELD) and not name.startswith("step_")]
+    elif path.is_file():
+        names = re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes())
+        names = ["", *(f"../{json.loads(name)}" for name in names)]
+    else:
+        return None
+    h = hashlib.sha256()
+    for name in sorted(set(names)):
+        file = os.path.normpath(path / name)
+        if os.path.isfile(file):
+            h.update(name.encode())
+            with open(file, "rb") as stream:
+                h.update(hashlib.file_digest(stream, "sha256").digest())
+    return h.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -687,19 +743,20 @@ def generate_pictures(settings):
         tensors = {"latent": latent, "quality": quality}
         write_whole(
             Path(settings.generated),
-            lambda folder: save_file(tensors, folder / GENERATED, origin(edits)),
+            lambda folder: save_file(tensors, folder / GENERATED, origin(settings)),
             "generated pictures"
         )
     barrier()
 
 
-def origin(edits):
-    """What generated pictures depend on: {name: text}, the metadata of their file."""
-    names = ("flux", "image_prompt", "features", "quality_features", "size", "samples",
-             "paint_steps", "seed")
-    settings = {name: str(getattr(edits.settings, name)) for name in names}
-    prompts = [row["prompt"] for row in edits.rows[:edits.count]]
-    return {**settings, "prompts": json.dumps(prompts)}
+def origin(settings):
+    """What generated pictures depend on, {flag: text}: the metadata of their file."""
+    found = {}
+    for name in ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features",
+                 "size", "samples", "paint_steps", "seed", "dtype"):
+        value = str(getattr(settings, name) or settings.features)
+        found[name] = fingerprint(value) or value
+    return found
 
 
 def read_generated(edits):
@@ -707,12 +764,14 @@ def read_generated(edits):
     of generated and of reference patches (2, NG, H, W). ValueError: absent, or made otherwise."""
     file = Path(edits.settings.generated) / GENERATED
     with reading(file), safe_open(file, "pt") as stored:
-        about = stored.metadata()
+        about = stored.metadata() or {}
         latent = stored.get_tensor("latent").flatten(0, 1)
         quality = stored.get_tensor("quality").flatten(1, 2)
-    if about != origin(edits):
-        raise ValueError(f"{file} holds pictures of other edits, or of another model, size or "
-                         "number: give another --generated, or delete the folder")
+    now = origin(edits.settings)
+    changed = [name.replace("_", "-") for name in now if about.get(name) != now[name]]
+    if changed:
+        raise ValueError(f"{file} was painted with another --{', --'.join(changed)}, or its files "
+                         "have changed since: give another --generated, or delete the folder")
     return latent.to(edits.device), quality.to(edits.device)
 
 

@@ -33,18 +33,20 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # threads that wait do not spin
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)          # Ctrl-C ends it; steps see stop_signals
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
@@ -54,8 +56,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import cdpo
 import graph
 import patch_dpo
+from patch_dpo import fingerprint
 from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit, choose,
-                  flag, generator_for, pick_device, read_json, read_tensors,
+                  flag, generator_for, pick_device, read_json, read_tensors, reading,
                   seed_for, settings_from, write_whole)
 
 
@@ -138,41 +141,37 @@ def locked(out):
         yield
 
 
-def digest(path):
-    """One hash of a file, or of the weights and tables in a folder; None of what is neither."""
-    if not path.exists():
-        return None
-    h = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        resume_point = file.parent.name.startswith("step_")
-        if file.suffix in (".json", ".jsonl", ".safetensors") and not resume_point:
-            h.update(file.name.encode())
-            with open(file, "rb") as stream:
-                h.update(hashlib.file_digest(stream, "sha256").digest())
-    return h.hexdigest()[:16]
-
-
-def write_config(stage, settings, loop, out):
-    """OUT/config.json: every flag, and a hash of every input. ValueError when OUT holds a run of
-    something else: it cannot be continued."""
-    flags = {"stage": type(stage).__name__, **asdict(settings)}
-    paths = {key: Path(value) for key, value in flags.items() if isinstance(value, str) and value}
-    hashes = {key: digest(path) for key, path in paths.items()}
-    config = {**flags, **asdict(loop), "inputs": {key: h for key, h in hashes.items() if h}}
+def write_config(settings, loop, out):
+    """OUT/config.json: every flag, and a hash of every input. ValueError when OUT holds something
+    else, or a run of something else: it cannot be continued."""
+    stage = type(settings).__name__.removesuffix("Settings").lower()
+    flags = {"stage": stage, **asdict(settings)}
+    inputs = {}
+    for key, now in flags.items():
+        if isinstance(now, str) and now and out.resolve() != Path(now).resolve():
+            content = fingerprint(now)
+            if content:
+                inputs[key] = content
     file = out / "config.json"
-    if any(out.glob("step_*")):
-        before = read_json(file)
-        inputs = before.pop("inputs", {})
-        for key, now in flags.items():                      # the stage first
-            was = before.get(key)
+    before = read_json(file, {})
+    owner = before.get("stage", "something else")
+    if owner != stage and (before or any(out.glob("*.safetensors"))):
+        raise ValueError(f"{out} holds a run of {owner}, not of {stage}: give another --out")
+    if not any(out.glob("step_*")):
+        config = json.dumps({**flags, **asdict(loop), "inputs": inputs}, indent=1)
+        write_whole(out, lambda folder: (folder / file.name).write_text(config + "\n"), file.name)
+        return
+    with reading(out):
+        for key, now in flags.items():
+            name = "--" + key.replace("_", "-")
+            was = before.get(key, "unknown")
+            fault = None
             if was != now and key not in ("device", "checkpointing"):
-                raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
-                                 "give another --out, or delete the folder")
-            if inputs.get(key) != config["inputs"].get(key):
-                raise ValueError(f"{out} holds a run whose --{key}, {now}, has changed since: "
-                                 "give another --out, or delete the folder")
-    else:
-        file.write_text(json.dumps(config, indent=1) + "\n")
+                fault = f"with {name} {was!r}, now it is {now!r}"
+            elif inputs.get(key) != before["inputs"].get(key):
+                fault = f"whose {name}, {now}, or a file that it names or holds, has changed since"
+            if fault:
+                raise ValueError(f"{out} holds a run {fault}: give another --out, or delete it")
 
 
 def tensors_of(optimizer):
@@ -244,7 +243,7 @@ def train(stage, settings, loop):
     with contextlib.ExitStack() as held:
         if RANK == 0:
             held.enter_context(locked(out))
-            write_config(stage, settings, loop, out)
+            write_config(settings, loop, out)
             for torn in out.glob(".tmp_*"):                 # of a run that was killed while saving
                 shutil.rmtree(torn, ignore_errors=True)
         barrier()
@@ -326,6 +325,18 @@ STAGES = {
 }
 
 
+def note_idle_flags(settings, preset):
+    """Says on stderr which of the given flags have no effect: those of whose text "(--loss dpo
+    only)" is a part, beside another --loss."""
+    for row in fields(settings):
+        needs = re.search(r"\(--(\w+) (.*) only\)", row.metadata["about"])
+        given = getattr(settings, row.name) != row.metadata[preset]
+        if needs and given and getattr(settings, needs[1], needs[2]) not in needs[2]:
+            name = row.name.replace("_", "-")
+            print(f"note: --{name} has no effect here, only with --{needs[1]} {needs[2]}",
+                  file=sys.stderr)
+
+
 def parse(argv=None):
     """-> (stage, its settings, LoopSettings). ValueError for a number that makes no sense."""
     early = argparse.ArgumentParser(add_help=False)
@@ -343,6 +354,7 @@ def parse(argv=None):
             add_flags(p, LoopSettings, preset)
     args = top.parse_args(argv)
     settings = settings_from(args, STAGES[args.stage][0])
+    note_idle_flags(settings, preset)
     loop = LoopSettings() if args.stage == "eval" else settings_from(args, LoopSettings)
     loop.out = loop.out or f"runs/{args.stage}"
     return args.stage, settings, loop
