@@ -18,6 +18,7 @@ from torch import nn
 
 from flux import (
     VAE, DoubleBlock, Flux, Modulation, SingleBlock,
+    check_parts, check_settings,
     denoise, encode_prompt, image_ids, move, sigmas,
     pack, unpack,
     to_picture, to_tensor)
@@ -228,9 +229,6 @@ def load_pair(flux, controlnet, device, dtype, offload):
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)
     net = controlnet and ControlNet.load(controlnet, home, dtype)
-    if net and net.x_embedder.weight.shape != model.x_embedder.weight.shape:
-        raise ValueError(f"{controlnet} is not a ControlNet for {flux}: its x_embedder is "
-                         f"{net.x_embedder}, the transformer's {model.x_embedder}")
     if offload:
         move(model, device, but=Modulation)
         if net:
@@ -282,9 +280,10 @@ def render(*, flux, controlnet,
     run = steps - int(steps - steps * strength)                 # how many steps denoise runs
     if not (controls and scale and active(run, start, end)):
         controlnet = None
-    Flux.check_parts(f"{flux}/transformer", flux)
+    shared = check_parts(flux)
     if controlnet:
-        ControlNet.check_parts(controlnet, flux)
+        with reading(controlnet):
+            check_settings(ControlNet.read_config(controlnet), shared)
 
     with measure("text encoders"):
         texts = [*prompts, negative] if cfg != 1 else prompts

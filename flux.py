@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -294,19 +294,14 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     reads 77 tokens, T5 512: a string is cut at its end, of a pair the caption.
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the
     transformer works."""
-    def run(encoder, part):
+    def run(encoder, part, limit):
+        tokenizer = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)
+        ids = tokenizer(prompts).to(device)                                 # (N, T)
         folder = f"{path}/text_encoder{part}"
-        config = encoder.read_config(folder)
-        limit = config.get("max_position_embeddings", 512)                  # T5 has no such limit
-        ids = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)(prompts)
-        if ids.max() >= config["vocab_size"]:
-            raise ValueError(
-                f"{folder}: vocab_size is {config['vocab_size']}, its tokenizer has id {ids.max()}"
-            )
         model = encoder.load(folder, device, dtype)
-        with reading(folder):                                               # heads that do not fit
-            return torch.cat([model(rows) for rows in ids.to(device).split(batch)])
-    return run(T5, "_2"), run(CLIPText, "")
+        with reading(folder):                   # ids beyond the vocabulary, heads that do not fit
+            return torch.cat([model(rows) for rows in ids.split(batch)])
+    return run(T5, "_2", 512), run(CLIPText, "", 77)
 
 
 # ---- the picture: autoencoder ------------------------------------------------------------------
@@ -435,16 +430,12 @@ class VAE(Pretrained):
     """The autoencoder. Latents are shifted and scaled to about unit size:
     z = (encoder - shift) * scale. `factor`: pixels on a side of a latent's pixel."""
     kind = "AutoencoderKL"
-    only = {
-        "in_channels": 3,
-        "out_channels": 3,
-        "act_fn": "silu",
-        "use_quant_conv": False,                        # Stable Diffusion's autoencoders have both
-        "use_post_quant_conv": False
-    }
+    only = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
 
     def __init__(self, config):
         super().__init__()
+        # Stable Diffusion's autoencoders have one
+        choose("use_quant_conv", config.get("use_quant_conv", True), {False: None})
         self.scale = float(config["scaling_factor"])
         self.shift = float(config["shift_factor"] or 0)
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -468,17 +459,6 @@ class VAE(Pretrained):
 
 # ---- pictures as files, as tensors, as tokens --------------------------------------------------
 
-UPRIGHT = {                                                                 # EXIF's orientations
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90
-}
-
-
 def read_image(path):
     """Any picture Pillow reads -> PIL RGB, upright: EXIF rotation applied, transparency on white,
     of an animation the first frame. 16 and 32 bits and floats come down to 8: white is 65535, or 1
@@ -488,10 +468,10 @@ def read_image(path):
     Image.MAX_IMAGE_PIXELS = 2 ** 28
     with reading(path), Image.open(path) as image:
         image.load()
-        turn = None
-        with contextlib.suppress(Exception):            # EXIF that cannot be read costs no picture
-            turn = image.getexif().get(ExifTags.Base.Orientation)
-        image = image.transpose(UPRIGHT[turn]) if turn in UPRIGHT else image.copy()
+        # Odd EXIF fails where Pillow, the picture turned, writes it anew: nobody needs it.
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        image = image.copy()
     if image.mode[0] in "IF":
         values = np.nan_to_num(np.array(image, float))
         largest = values.max()
@@ -760,17 +740,10 @@ class Flux(Pretrained):
         dim = heads * head_dim
         self.axes = config.get("axes_dims_rope", [16, 56, 56])
         pairs = [size // 2 for size in self.axes]
-        if len(pairs) != 3 or 2 * sum(pairs) != head_dim:
-            raise ValueError(
-                f"axes_dims_rope is {self.axes}; it must be three even numbers, whose sum is "
-                f"attention_head_dim, {head_dim}"
-            )
-        # FLUX.1 Fill, Canny and Depth read a picture beside the noise
-        channels = config["in_channels"]
         choose(
-            f"out_channels beside in_channels {channels}",
-            config.get("out_channels") or channels,
-            {channels: None}
+            f"(3, attention_head_dim) for axes_dims_rope {self.axes}",
+            (len(pairs), 2 * sum(pairs)),
+            {(3, head_dim): None}
         )
         self.guided = config.get("guidance_embeds", False)
         self.checkpointing = False
@@ -781,7 +754,7 @@ class Flux(Pretrained):
         if self.guided:
             self.time_text_embed.guidance_embedder = MLPEmbedder(256, dim)
         self.context_embedder = Linear(config["joint_attention_dim"], dim)
-        self.x_embedder = Linear(channels, dim)
+        self.x_embedder = Linear(config["in_channels"], dim)
         self.transformer_blocks = nn.ModuleList(
             DoubleBlock(dim, heads) for _ in range(config["num_layers"])
         )
@@ -789,19 +762,7 @@ class Flux(Pretrained):
             SingleBlock(dim, heads) for _ in range(config["num_single_layers"])
         )
         self.norm_out = Modulation(dim, 2)                                  # scale, then shift
-        self.proj_out = Linear(dim, channels)
-
-    @classmethod
-    def check_parts(cls, folder, flux):
-        """ValueError, before anything is loaded, when the transformer or ControlNet in `folder` is
-        not as wide as the autoencoder and the text encoders of the FLUX.1 folder `flux`."""
-        widths = {
-            "in_channels": 4 * VAE.read_config(f"{flux}/vae")["latent_channels"],
-            "joint_attention_dim": T5.read_config(f"{flux}/text_encoder_2")["d_model"],
-            "pooled_projection_dim": CLIPText.read_config(f"{flux}/text_encoder")["hidden_size"]
-        }
-        with reading(folder):
-            check_settings(cls.read_config(folder), widths)
+        self.proj_out = Linear(dim, config["in_channels"])
 
     def forward(
         self,
@@ -874,6 +835,24 @@ class Flux(Pretrained):
                 img = img + residual
         scale, shift = last[:, :, None].unbind(1)                           # (B, 1, D)
         return self.proj_out(modulate(img, shift, scale))                   # (B, L, 64)
+
+
+def check_parts(path):
+    """ValueError, before anything is loaded, when the transformer of a FLUX.1 folder is not as wide
+    as its autoencoder and text encoders -> the settings that a ControlNet must share with it."""
+    with reading(path):
+        pooled = CLIPText.read_config(f"{path}/text_encoder")["hidden_size"]
+        widths = {
+            "in_channels": 4 * VAE.read_config(f"{path}/vae")["latent_channels"],
+            "joint_attention_dim": T5.read_config(f"{path}/text_encoder_2")["d_model"],
+            "pooled_projection_dim": pooled
+        }
+    file = f"{path}/transformer/config.json"
+    with reading(file):
+        config = Flux.read_config(f"{path}/transformer")
+        check_settings(config, widths)
+        heads = {name: config[name] for name in ("num_attention_heads", "attention_head_dim")}
+    return {**widths, **heads}
 
 
 def move(model, device, but):
@@ -1010,21 +989,21 @@ class TextTokenizer:
         return torch.tensor([self.ids(*pair) for pair in pairs])
 
     def ids(self, caption, instruction):
-        """The ids (T,) of "caption. instruction", without the last words of the caption where it is
-        too long; of the instruction as much as is too long even then."""
+        """The ids (T,) of "caption. instruction", without the last tokens of the caption where it
+        is too long; of the instruction alone where even that is."""
         text = f"{caption}. {instruction}" if instruction else caption
         found = self.backend.encode(text)
-        ends = [end for _, end in found.offsets]                            # in the text
-        words = [i for i, special in enumerate(found.special_tokens_mask) if not special]
-        words.sort(key=lambda i: (ends[i] > len(caption), -i))              # first to go, first
-        cut = set(words[:max(0, len(ends) - self.length)])
-        kept = [i for i in range(len(ends)) if i not in cut]
+        spans = found.offsets                                               # (0, 0): special tokens
+        inside = [i for i, (start, end) in enumerate(spans) if start < end <= len(caption)]
+        excess = max(0, len(spans) - self.length)
+        cut = set(inside[max(0, len(inside) - excess):])
         if cut:
-            read = set().union(*(range(*found.offsets[i]) for i in kept))
-            lost = "".join(c for i, c in enumerate(text) if i not in read)
-            print(f"{self.reader} reads {self.length} tokens; cut from the prompt: "
-                  f"{' '.join(lost.split())!r}", file=sys.stderr)
-        return [found.ids[i] for i in kept]
+            rest = caption[spans[min(cut)][0]:]
+            print(f"{self.reader} reads {self.length} tokens; cut from the prompt: {rest!r:.300}",
+                  file=sys.stderr)
+        if excess > len(cut) and instruction:
+            return self.ids(instruction, "")
+        return [token for i, token in enumerate(found.ids) if i not in cut]
 
 
 def clip_bpe(path):
