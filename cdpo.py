@@ -472,6 +472,8 @@ class CDPO:
         """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
         settings = self.settings
         stored = UserTokens.load(Path(settings.graph) / "collaborative.safetensors")
+        if stored.soft or not stored.sage:
+            raise ValueError(f"{settings.graph} holds a policy, not what `train.py graph` writes")
         was = {user.name: tastes(user) for user in stored.graph.people()}
         now = {user.name: tastes(user) for user in self.users}
         if [*was.items()] != [*now.items()]:

@@ -89,13 +89,14 @@ class PreferenceGraph(nn.Module):
                              "run the graph stage, and those after it, again")
         known = len(self.attributes)
         names = self.attributes + names
-        features = embed_names(names, **self.embedder, known=known, device=self.features.device)
+        with reading("the graph's embedder"):
+            features = embed_names(names, **self.embedder, known=known, device=self.features.device)
         features = features.to(self.features)                               # (A', F)
         own = features[:known]
         same = own.shape == self.features.shape
         if not same or (own - self.features).norm() > 0.05 * own.norm():
-            raise ValueError(f"the graph's attributes were embedded otherwise than {self.embedder} "
-                             "embeds them now")
+            raise ValueError(f"{self.embedder} does not embed the graph's attributes as they were "
+                             "when it was trained")
         return PreferenceGraph(self.users, names, self.edges, features)
 
     def signs(self):
@@ -138,17 +139,12 @@ def embed_names(names, embedder, norm, known=None, device="cpu"):
     return features
 
 
-def fold(name):
-    """What "Neon-Green" and "neon green" have in common."""
-    return " ".join(name.casefold().replace("-", " ").split())
-
-
 def find_attribute(name, attributes):
-    """The attribute that is the same word, else the same but for `fold` and plural, else None."""
+    """The attribute that is the same word, else the same but for case and plural, else None."""
     if name in attributes:
         return name
     for known in attributes:
-        short, long = sorted([fold(name), fold(known)], key=len)
+        short, long = sorted([name.casefold(), known.casefold()], key=len)
         if long in (short, f"{short}s", f"{short}es", f"{short[:-1]}ies"):
             return known
     return None
@@ -156,7 +152,7 @@ def find_attribute(name, attributes):
 
 def near(name, attributes):
     """Up to three attributes that are spelt like the name."""
-    return difflib.get_close_matches(fold(name), attributes)
+    return difflib.get_close_matches(name.casefold(), attributes)
 
 
 def in_words_of(user, attributes):
@@ -302,17 +298,18 @@ class EdgeModel(nn.Module):
 
     def take_over(self, file):
         """Begin with the encoder of an earlier graph, and its vectors of those users whom it knows;
-        the decoder begins anew. ValueError where the encoder has other sizes, or read other
-        features."""
+        the decoder begins anew, and some held-out edges may be edges that it was trained on.
+        ValueError where the encoder has other sizes, or read other features."""
         before, tensors, _ = load_graph(file)
         before.embedder = self.graph.embedder
         before.widened([])
-        vectors = dict(zip(before.users, tensors.pop("vectors")))
         encoder = {n[5:]: t for n, t in tensors.items() if n.startswith("sage.")}
         check_fit(file, self.sage.state_dict(), encoder, finite=True)
         self.sage.load_state_dict(encoder)
-        for own, name in zip(self.vectors.data, self.graph.users):
-            own.copy_(vectors.get(name, own))
+        with reading(file):
+            vectors = dict(zip(before.users, tensors["vectors"]))
+            for own, name in zip(self.vectors.data, self.graph.users):
+                own.copy_(vectors.get(name, own))
 
     def groups(self, weight_decay):
         """The optimiser's: only user vectors decay."""
