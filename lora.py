@@ -18,8 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from qwen import (Linear, check_fit, few, find_tensors, put, read_json, read_tensors, reading,
-                  resolve)
+from qwen import Linear, check_fit, few, find_tensors, put, read_json, read_tensors, reading
 
 ADAPTERS = ("policy", "reference")
 
@@ -79,8 +78,8 @@ def layers(model):
 def adaptable(model):
     """Names of the linear layers that can have adapters: all but the output head, whose weight
     cdpo.py multiplies with by itself."""
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return [name for name in names if not name.endswith("lm_head")]
+    return [name for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and not name.endswith("lm_head")]
 
 
 def matching(names, targets):
@@ -119,10 +118,17 @@ def use(model, adapter):
         layer.adapter = adapter
 
 
+def public(model, name):
+    """A layer's name in PEFT's files: without "model." where an embedding model has no head."""
+    headless = getattr(model, "lm_head", model) is None
+    return name.removeprefix("model.") if headless else name
+
+
 def tensors(model, adapter):
     """The adapter's parameters under the names they have in PEFT's files."""
     found = {}
     for name, layer in layers(model).items():
+        name = public(model, name)
         found[f"base_model.model.{name}.lora_A.weight"] = layer.lora_A[adapter]
         found[f"base_model.model.{name}.lora_B.weight"] = layer.lora_B[adapter]
     return found
@@ -174,27 +180,21 @@ FIXED = {"peft_type": ["LORA"], "bias": ["none"],
 def save_adapter(model, folder, adapter="policy", base_model=None):
     """Write adapter_model.safetensors and adapter_config.json, which peft reads; `base_model` is
     the path or repository noted there."""
-    headless = getattr(model, "lm_head", model) is None
-
-    def public(name):
-        return name.replace("model.layers", "layers") if headless else name
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stored = {public(name): p for name, p in tensors(model, adapter).items()}
-    save_file(stored, folder / PEFT_FILE, {"format": "pt"})
+    save_file(tensors(model, adapter), folder / PEFT_FILE, {"format": "pt"})
     layer, *_ = layers(model).values()          # all have the same rank, alpha and dropout
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if hasattr(model, "lm_head") and not headless else None,
+        "task_type": "CAUSAL_LM" if getattr(model, "lm_head", None) else None,
         "base_model_name_or_path": base_model and str(base_model),
         "r": layer.lora_A[adapter].shape[0],
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": [public(name) for name in layers(model)],    # in full: a last part may
-    }                                                                  # stand elsewhere too
+        "target_modules": [public(model, name) for name in layers(model)],      # in full: a last
+    }                                                                           # part is not unique
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -255,8 +255,6 @@ def load_adapter(model, path, adapter="policy"):
     without adapters is injected as it says; see also `widen`. ValueError as in check_config and
     by_layer, for another scale than the model's adapters have, and naming tensors that are missing
     or misshapen."""
-    if not Path(path).is_file():
-        path = resolve(path, ["*.json", "*.safetensors"])
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
     stored = read_tensors(file)
     config = read_settings(file, stored)
@@ -273,7 +271,7 @@ def load_adapter(model, path, adapter="policy"):
         dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
         if not injected(model):
             inject(model, rank, alpha, dropout, list(parts))
-        stored = {f"base_model.model.{name}.{what}": tensor
+        stored = {f"base_model.model.{public(model, name)}.{what}": tensor
                   for name, part in parts.items() for what, tensor in part.items()}
         own = tensors(model, adapter)
         check_fit(file, own, stored, finite=True)

@@ -653,16 +653,13 @@ def load_checkpoint(module, path, rename=lambda name: name):
     parameters one name is enough, and several must hold the same. ValueError as in read_tensors
     and check_fit."""
     own = module.state_dict(keep_vars=True)
-    names = {}                                            # of each parameter; tied ones have two
-    for name, parameter in own.items():
-        names.setdefault(id(parameter), []).append(name)
     stored = {}
     for name, tensor in read_tensors(path).items():
         name = rename(name)
         if name:
+            tied = [other for other, parameter in own.items() if parameter is own.get(name)]
             with reading(path):
-                shared = names[id(own[name])] if name in own else [name]
-                put(stored, shared, nn.Parameter(tensor, False))    # tied ones stay one object
+                put(stored, tied or [name], nn.Parameter(tensor, False))    # one object for all
     check_fit(path, own, stored)
     module.load_state_dict(stored, assign=any(tensor.is_meta for tensor in own.values()))
 
