@@ -53,7 +53,7 @@ class Pretrained(nn.Module):
             config = read_json(file)
             kind = config.get("_class_name") or config.get("model_type")
             choose("the kind of model", kind, {cls.kind: cls})
-            check_settings(config, {"quantization_config": None, **cls.only})
+            check_settings(config, cls.only)
         return config
 
     @classmethod
@@ -294,14 +294,15 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
     reads 77 tokens, T5 512: a string is cut at its end, of a pair the caption.
     Each encoder is loaded, run over all prompts and freed, so neither stands in memory while the
     transformer works."""
-    def run(encoder, part, limit):
+    def run(encoder, part):
+        folder = f"{path}/text_encoder{part}"
+        limit = encoder.read_config(folder).get("max_position_embeddings", 512)     # CLIP: 77
         tokenizer = TextTokenizer(f"{path}/tokenizer{part}", limit, encoder.__name__)
         ids = tokenizer(prompts).to(device)                                 # (N, T)
-        folder = f"{path}/text_encoder{part}"
         model = encoder.load(folder, device, dtype)
         with reading(folder):                   # ids beyond the vocabulary, heads that do not fit
             return torch.cat([model(rows) for rows in ids.split(batch)])
-    return run(T5, "_2", 512), run(CLIPText, "", 77)
+    return run(T5, "_2"), run(CLIPText, "")
 
 
 # ---- the picture: autoencoder ------------------------------------------------------------------
@@ -741,7 +742,7 @@ class Flux(Pretrained):
         self.axes = config.get("axes_dims_rope", [16, 56, 56])
         pairs = [size // 2 for size in self.axes]
         choose(
-            f"(3, attention_head_dim) for axes_dims_rope {self.axes}",
+            f"the number and the sum of axes_dims_rope {self.axes}",
             (len(pairs), 2 * sum(pairs)),
             {(3, head_dim): None}
         )
