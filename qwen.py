@@ -7,7 +7,7 @@ and every parameter has its published name. The file goes from the model to its 
     embedding and generation   embed_texts, sample, generate
     a faster matrix product    for frozen weights on a CPU; a first reading may skip it
     tokenizer                  Tokenizer, load_language_model
-    reading of checkpoints     resolve, read_json, read_tensors, check_fit, load_checkpoint
+    reading of checkpoints     resolve, reading, read_json, read_tensors, check_fit, load_checkpoint
     what all stages share      settings and flags, devices, seeds, processes, writing of files
 
 Conventions. B batch, T new tokens, S all tokens so far (without a cache S = T), D width,
@@ -81,8 +81,8 @@ class Config:
             heads=heads,
             kv_heads=c.get("num_key_value_heads") or heads,
             head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            eps=c["rms_norm_eps"],
-            theta=rope.get("rope_theta") or c.get("rope_theta", 10000.0),
+            eps=float(c["rms_norm_eps"]),
+            theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)),
             qkv_bias=qkv_bias,
             tied=c.get("tie_word_embeddings", False),
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
