@@ -6,8 +6,8 @@ Markdown table over held-out scenes, mean and standard deviation over seeds.
     python bench/patch.py --show out/references.png     # no training: reference pictures, words,
                                                         # what edit.py --reference makes of them
 
-Every run is `python train.py patch` with the flags shown, unless it stands in --out; unknown flags
-are passed on to it. Each loss takes, of --lrs, the learning rate whose run with seed 0 agrees best
+Every run is `python train.py patch` with the flags shown; one that stands in --out goes on where it
+was. Unknown flags are passed on to it. Each loss takes, of --lrs, the learning rate whose run with seed 0 agrees best
 with the truth.
 """
 import argparse
@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,12 +92,10 @@ def command(args, more, flags, lr, seed):
 def run(*what):
     """The measures of a training run (as in `command`)."""
     argv, out = command(*what)
-    file = out / "image_prompt.safetensors"
-    if not file.is_file():
-        with contextlib.redirect_stdout(sys.stderr):
-            train.main(argv)
+    with contextlib.redirect_stdout(sys.stderr):
+        train.main(argv)                        # which goes on where it was, also when it had ended
     _, settings, _ = train.parse(argv)
-    return measure(replace(settings, image_prompt=str(file)))
+    return measure(replace(settings, image_prompt=str(out / "image_prompt.safetensors")))
 
 
 def best_runs(args, more, flags):
@@ -113,16 +112,18 @@ def show(file):
     for names, words in CASES:
         references = [f"{ROOT}/mini/sample/scenes/{name}.png" for name in names.split()]
         scale = str(1.5 / len(references))
-        argv = ["--caption", words, "--out", str(file), "--reference-scale", scale]
-        with contextlib.redirect_stdout(io.StringIO()):
-            edit.main([*argv, "--reference", *references])
+        with tempfile.TemporaryDirectory() as folder:
+            argv = ["--caption", words, "--out", f"{folder}/new.png", "--reference-scale", scale]
+            with contextlib.redirect_stdout(io.StringIO()):
+                edit.main([*argv, "--reference", *references])
+            new = Image.open(f"{folder}/new.png").convert("RGB")
         shown = [Image.open(reference) for reference in references]
         cells.append((shown[0], "reference", "", ""))
         if len(shown) == 2:
             cells.append((shown[1], "and", "", ""))
         else:
             cells.append((Image.new("RGB", shown[0].size, "white"), "", "", ""))
-        cells.append((Image.open(file).convert("RGB"), words, "", ""))
+        cells.append((new, words, "", ""))
     edit.grid(cells, 6).save(file)
 
 

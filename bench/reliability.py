@@ -637,7 +637,7 @@ def spoil_json(rng, data):
 
 def spoil_lines(rng, data):
     """A table of JSON lines, in one of them."""
-    kind = rng.choice(["value", "value", "type", "type", "twice", "torn", "fine", "bytes"])
+    kind = rng.choice(["value", "value", "type", "type", "twice", "torn", "fine", "bytes", "key"])
     if kind == "bytes":
         return spoil_bytes(rng, data)
     lines = data.splitlines()
@@ -656,6 +656,11 @@ def spoil_line(rng, kind, line):
         return kind, [line, line], "likes" in row         # nobody is described twice
     if kind == "torn":
         return kind, [line[:rng.randrange(1, len(line))]], True
+    if kind == "key":
+        name = rng.choice(sorted({*row} - {"edit_type", "output"}))
+        new = rng.choice([name[:-1], name + "s", name.upper(), " " + name])
+        row[new] = row.pop(name)
+        return f"{name} is called {new!r}", [json.dumps(row).encode()], True
     if kind == "type":
         name = rng.choice(sorted({*row} - {"edit_type", "edits", "hidden", "output"}))
         row[name] = rng.choice([None, 3, 0.5, {}, True, [3], [None]])
@@ -815,6 +820,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 VECTORS = "collaborative.safetensors"
 PROMPT = "image_prompt.safetensors"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
 APPLE = "mini/sample/scenes/00_apple.png"
 INPUTS = [                   # times, class, how, what runs, its flag, file or folder, file in that
     (12, "tables", spoil_lines, "graph", "--users", "mini/sample/users.jsonl", ""),
@@ -832,7 +838,11 @@ INPUTS = [                   # times, class, how, what runs, its flag, file or f
     (5, "adapters", spoil_json, "cdpo", "--sft", "sft", CONFIG),
     (8, "adapters", spoil_tensors, "draw", "--policy", "mini/policy", VECTORS),
     (8, "adapters", spoil_tensors, "cdpo", "--graph", "graph", VECTORS),
+    (4, "adapters", spoil_tensors, "graph", "--continue-from", "graph", VECTORS),
     (8, "adapters", spoil_tensors, "patch", "--image-prompt", "mini/image_prompt", PROMPT),
+    (7, "adapters", spoil_tensors, "draw", "--lora", "dro", WEIGHTS),
+    (5, "adapters", spoil_json, "draw", "--lora", "dro", CONFIG),
+    (7, "adapters", spoil_tensors, "draw", "--lora", "diffusers", DIFFUSERS),
 ]
 
 
@@ -991,7 +1001,18 @@ def run_case(n, seed, cases, sample):
     return Outcome(case.kind, spoiled.what, found, sentence(text), text)
 
 
+def write_loras(sample):
+    """What `train.py dro` writes, and the same as diffusers stores it."""
+    sample.run("dro", sample.folder / "dro").must()
+    tensors = {}
+    for name, tensor in load_file(sample.folder / "dro" / WEIGHTS).items():
+        tensors[name.replace("base_model.model.", "transformer.")] = tensor
+    (sample.folder / "diffusers").mkdir()
+    save_file(tensors, sample.folder / "diffusers" / DIFFUSERS)
+
+
 def fuzz(args, sample):
+    write_loras(sample)
     for stage in HALVES:
         sample.half(stage, sample.folder / "half" / stage)
     cases = all_cases()
