@@ -198,23 +198,22 @@ def fill_in(settings):
 
 def check_effects(settings, given):
     """ValueError for a flag that would change nothing, naming what gives it effect."""
-    shaped = settings.image or settings.control_image
-    edges = not settings.control_image and settings.control_mode == "canny"
-    needs = [                                             # flags, what they need, its name
-        ("--strength", settings.image, "--image"),
-        ("--control-mode --control-scale --control-start --control-end",
-         shaped, "--image or --control-image"),
-        ("--low --high", settings.image and edges, "--image, of which Canny draws the edges"),
-        ("--negative", settings.true_cfg != 1, "--true-cfg"),
-        ("--reference-scale --image-prompt --features", settings.reference, "--reference"),
-        ("--lora-scale", settings.lora, "--lora"),
-        ("--temperature", settings.user, "--user, --likes or --dislikes"),
-        ("--users", settings.user and not described(settings), "--user"),
-    ]
-    for names, effect, what in needs:
-        idle = given.keys() & names.split()
+    def need(effect, what, flags):
+        idle = given.keys() & flags.split()
         if idle and not effect:
             raise ValueError(f"{min(idle)} has no effect without {what}")
+
+    shaped = settings.image or settings.control_image
+    edges = settings.image and not settings.control_image and settings.control_mode == "canny"
+    need(settings.image, "--image", "--strength")
+    need(shaped, "--image or --control-image",
+         "--control-mode --control-scale --control-start --control-end")
+    need(edges, "edges that Canny draws (of --image, without --control-image)", "--low --high")
+    need(settings.true_cfg != 1, "--true-cfg", "--negative")
+    need(settings.reference, "--reference", "--reference-scale --image-prompt --features")
+    need(settings.lora, "--lora", "--lora-scale")
+    need(settings.user, "--user, --likes or --dislikes", "--temperature")
+    need(settings.user and not described(settings), "--user", "--users")
 
 
 def described(settings):
