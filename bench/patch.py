@@ -7,8 +7,8 @@ Markdown table over held-out scenes, mean and standard deviation over seeds.
                                                         # what edit.py --reference makes of them
 
 Every run is `python train.py patch` with the flags shown; one that stands in --out goes on where it
-was. Unknown flags are passed on to it. Each loss takes, of --lrs, the learning rate whose run with seed 0 agrees best
-with the truth.
+was. Unknown flags are passed on to it. Each loss takes, of --lrs, the learning rate whose run with
+seed 0 agrees best with the truth.
 """
 import argparse
 import contextlib
