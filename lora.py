@@ -193,8 +193,9 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
         "lora_dropout": layer.dropout,
         "bias": "none",
         "inference_mode": True,
-        "target_modules": [public(model, name) for name in layers(model)],      # in full: a last
-    }                                                                           # part is not unique
+        # in full: a last part may stand elsewhere too
+        "target_modules": [public(model, name) for name in layers(model)],
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -252,9 +253,10 @@ def widen(part, rank):
 @torch.no_grad()
 def load_adapter(model, path, adapter="policy"):
     """Read a LoRA into `adapter`: a folder or file of PEFT's or, for FLUX.1, of diffusers'. A model
-    without adapters is injected as it says; see also `widen`. ValueError as in check_config and
-    by_layer, for another scale than the model's adapters have, and naming tensors that are missing
-    or misshapen."""
+    without adapters is injected as it says. Where there are no settings, a layer's alpha is its
+    tensor "alpha", else its rank, and layers may differ: see `widen`. ValueError as in check_config
+    and by_layer, for another scale than the model's adapters have, and naming tensors that are
+    missing or misshapen."""
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
     stored = read_tensors(file)
     config = read_settings(file, stored)
