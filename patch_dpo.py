@@ -701,21 +701,23 @@ def fingerprint(path):
     path = Path(path).expanduser()
     with contextlib.suppress(ValueError, OSError):
         path = path if path.exists() else Path(snapshot_download(str(path), local_files_only=True))
+    folder = path
     if path.is_dir():
         names = glob.glob("**", root_dir=path, recursive=True)
         names = [name for name in names if name.endswith(HELD) and not name.startswith("step_")]
     elif path.is_file():
-        names = re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes())
-        names = ["", *(f"../{json.loads(name)}" for name in names)]
+        folder = path.parent
+        names = [path.name]
+        for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
+            names.append(json.loads(name))
     else:
         return None
     h = hashlib.sha256()
     for name in sorted(set(names)):
-        file = os.path.normpath(path / name)
-        if os.path.isfile(file):
-            h.update(name.encode())
-            with open(file, "rb") as stream:
-                h.update(hashlib.file_digest(stream, "sha256").digest())
+        if os.path.isfile(folder / name):
+            h.update(os.fsencode(name))
+            with open(folder / name, "rb") as file:
+                h.update(hashlib.file_digest(file, "sha256").digest())
     return h.hexdigest()[:16]
 
 
