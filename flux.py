@@ -28,7 +28,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen import Linear, RMSNorm, choose, load_checkpoint, on_meta, read_json, reading
+from qwen import (
+    Linear, RMSNorm, choose, load_checkpoint, on_meta, read_json, reading, shipped
+)
 
 
 def check_settings(config, only):
@@ -1038,9 +1040,10 @@ def clip_bpe(path):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    flux = Flux.load("mini/flux/transformer")
-    txt, pooled = encode_prompt("mini/flux", ["A red apple in front of a mint wall"])
+    folder = shipped("mini/flux")
+    flux = Flux.load(f"{folder}/transformer")
+    txt, pooled = encode_prompt(folder, ["A red apple in front of a mint wall"])
     noise = pack(torch.randn(1, 16, 16, 16))
     x = denoise(flux, noise, txt, pooled, image_ids(16, 16), levels=sigmas(20, 64))
-    image = VAE.load("mini/flux/vae").decode(unpack(x, 16, 16))             # (1, 3, 64, 64)
+    image = VAE.load(f"{folder}/vae").decode(unpack(x, 16, 16))             # (1, 3, 64, 64)
     print("R, G, B in the middle of the apple:", to_picture(image[0])[36, 24])
