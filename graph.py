@@ -477,7 +477,7 @@ def read_jsonl(path, optional=None, **fields):
             raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
                              f"({error})") from None
         for key in row:
-            meant = difflib.get_close_matches(key.strip().lower(), kinds, 1, 0.82)
+            meant = difflib.get_close_matches(key.strip().lower(), kinds, 1, 0.85)
             if meant and key not in kinds:
                 raise ValueError(f'{path}:{number}: "{key}" is no key here; "{meant[0]}" is')
         for name, kind in kinds.items():
