@@ -5,12 +5,15 @@
     python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset"
     python edit.py --caption "A white vase" --user desert-host                  # a new picture
     python edit.py --reference mug.png --caption "A mug in front of forest"     # of that very mug
+    python edit.py --attributes                         # the words that --likes can best be made of
+    python edit.py --lora runs/dro                      # with a Flux that `train.py dro` tuned
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg \\
                    --caption "A sofa by a window" --users users.jsonl --user ana
 
 The C-DPO policy reads the caption and the person's soft tokens and writes an instruction; FLUX.1
 draws "caption. instruction", held in place by ControlNet on the picture's edges; with --reference
-an image prompt (PatchDPO) shows it what things look like. Models are loaded in turn, each freed
+an image prompt (PatchDPO) shows it what things look like. No file is destroyed: only what edit.py
+wrote is written anew, and the pictures of a run all or none. Models are loaded in turn, each freed
 before the next. Each person's edit depends on nobody else in the list: same seed, same picture.
 All that made a picture stands beside it as JSON, and in the PNG. Pictures (H, W, 3) are uint8.
 """
@@ -144,10 +147,8 @@ def parse(argv=None, preset="mini"):
     args = parser.parse_args(argv)
     if args.preset != preset:                             # once more, with the other column
         return parse(argv, args.preset)
-    nothing = dict.fromkeys(vars(args))
-    said = vars(parser.parse_args(argv, argparse.Namespace(**nothing)))
-    given = {f"--{name.replace('_', '-')}": value for name, value in said.items()
-             if value is not None}
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+             if value != parser.get_default(name)}
     settings = settings_from(args, EditSettings)
     settings.device = pick_device(settings.device)
     check_texts(given)
@@ -158,12 +159,10 @@ def parse(argv=None, preset="mini"):
 
 
 def check_texts(given):
-    """ValueError for a flag that is given, but as no text."""
+    """ValueError for a flag that is given, but as no text: empty, or in another encoding."""
     for name, value in given.items():
-        text = json.dumps(value, ensure_ascii=False)
-        odd = text.encode(errors="replace").decode() != text      # bytes of another encoding
-        blank = not str(value).strip() and name not in ("--instruction", "--negative", "--device")
-        if odd or blank:
+        text = json.dumps(value, ensure_ascii=False).strip('" ')
+        if not text or text != text.encode(errors="replace").decode():
             raise ValueError(f"{name} is {value!r}; it must be text, in UTF-8, or be left out")
 
 
@@ -231,14 +230,12 @@ def find_users(settings, graph):
     else:
         people = [*graph.people(), *read_users(settings.users)]
     known = {user.name: user for user in people}
-    found = []
     for name in settings.user:
         if name not in known:
             names = difflib.get_close_matches(name, known, 3, 0)
             raise ValueError(f"nobody is called {name!r}, neither in {settings.users} nor among "
                              f"those the policy was trained with; nearest: {', '.join(names)}")
-        found.append(in_words_of(known[name], graph.attributes))
-    return found
+    return [in_words_of(known[name], graph.attributes) for name in settings.user]
 
 
 def soft_tokens(user, tokens):
@@ -285,7 +282,7 @@ def write_instructions(settings):
         for user, (soft, note) in zip(people, softs):
             generator = torch.Generator(settings.device).manual_seed(settings.seed)
             answers = cdpo.suggest(model, tokenizer, [message], soft, generator=generator,
-                                   temperature=settings.temperature)
+                                   temperature=round(settings.temperature, 6))
             wishes.append((user, note, answers[0][0]))
     return wishes
 
@@ -339,25 +336,19 @@ def crop_to(image, size, multiple):
     return np.array(ImageOps.fit(image, (width, height), Image.LANCZOS))
 
 
-def equipment(settings):
-    """What `render` calls with its Flux and the pixels' positions: adds --lora to the weights, and
-    makes Flux attend to the --reference pictures."""
+def equip(settings, flux, ids):
+    """What `render` calls before the first step with its Flux and the pixels' positions: --lora is
+    added to the weights, and Flux attends to the --reference pictures."""
+    if settings.lora:
+        lora.load_adapter(flux, settings.lora)
+        lora.merge(flux, strength=settings.lora_scale)
     if settings.reference:
-        with measure(settings.device, "references"):
-            features = ImageFeatures.load(settings.features, settings.device)
-            pictures = [to_tensor(read_square(file, features.side)) for file in settings.reference]
-            images = torch.stack(pictures).to(settings.device)  # (M, 3, side, side)
-            maps = features.tokens(images)[None, :, 1:]         # (1, M, S, D), class token left out
-
-    def equip(flux, ids):
-        if settings.lora:
-            lora.load_adapter(flux, settings.lora)
-            lora.merge(flux, strength=settings.lora_scale)
-        if settings.reference:
-            prompt = ImagePrompt.load(settings.image_prompt, flux, settings.reference_scale)
-            prompt.to(settings.device).attend_to(flux, maps, ids)
-
-    return equip
+        features = ImageFeatures.load(settings.features, settings.device)
+        pictures = [to_tensor(read_square(file, features.side)) for file in settings.reference]
+        images = torch.stack(pictures).to(settings.device)      # (M, 3, side, side)
+        maps = features.tokens(images)[None, :, 1:]             # (1, M, S, D), class token left out
+        prompt = ImagePrompt.load(settings.image_prompt, flux, settings.reference_scale)
+        prompt.to(settings.device).attend_to(flux, maps, ids)
 
 
 # ---- the drawing ---------------------------------------------------------------------------------
@@ -388,7 +379,7 @@ def draw(settings, flux, edits, source, control, shape):
         device=settings.device,
         dtype=DTYPES[settings.dtype],
         offload=settings.offload,
-        equip=equipment(settings),
+        equip=partial(equip, settings),
         measure=partial(measure, settings.device),
         progress=partial(tqdm, disable=None, leave=False))
 
@@ -426,14 +417,16 @@ def files_of(out, names):
 
 
 def check_files(settings):
-    """ValueError, before anybody waits, where --out cannot be written or would destroy a file."""
+    """ValueError or OSError, before anybody waits, where a picture is absent, and where --out
+    cannot be written or would destroy a file."""
     out = Path(settings.out)
     inputs = [settings.image, settings.control_image, *(settings.reference or [])]
-    inputs = [Path(file).resolve() for file in inputs if file]
-    for picture in {out, *files_of(out, settings.user or [])}:
-        for file in (picture, picture.with_suffix(".json")):
-            taken = file.is_dir() or file.resolve() in inputs
-            if taken or file.exists() and MARK not in file.read_bytes():
+    inputs = [os.path.realpath(file, strict=True) for file in inputs if file]
+    pictures = {out, *files_of(out, settings.user or [])}
+    for file in [*pictures, *(picture.with_suffix(".json") for picture in pictures)]:
+        if file.exists():
+            mine = file.is_file() and MARK in (file.read_bytes() or MARK)
+            if not mine or os.path.realpath(file) in inputs:
                 raise ValueError(f"--out would overwrite {file}, which is a folder, is read here, "
                                  "or was not written by edit.py: name another file")
     there = next(folder for folder in out.absolute().parents if folder.exists())
