@@ -15,7 +15,6 @@ Shapes: H, W count patches, S = H W patches of one picture, h, w latent pixels, 
 tokens, M references, N edits, G generated pictures of each. Losses give one number a sample.
 Try it: python patch_dpo.py
 """
-import contextlib
 import copy
 import glob
 import hashlib
@@ -25,12 +24,12 @@ import os
 import re
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -438,18 +437,18 @@ def read_scenes(path, *needed):
     return rows
 
 
+WHOLE = itemgetter("caption", "instruction")            # what Flux reads of an edit, and
+ALONE = itemgetter("instruction")                       # without the caption
+
+
 def edits_of(scenes, types, wordings):
-    """The scenes' edits of these types (all when empty), once for each wording of the prompt: a
-    template, or "" for the pair (caption, instruction), see flux.encode_prompt."""
+    """The scenes' edits of these types (all when empty), once for each wording of the prompt."""
     found = []
     for scene in scenes:
         for edit in scene["edits"]:
             if not types or edit["edit_type"] in types:
                 for wording in wordings:
-                    prompt = edit["caption"], edit["instruction"]
-                    if wording:
-                        prompt = wording.format(**edit)
-                    found.append({**edit, "prompt": prompt})
+                    found.append({**edit, "prompt": wording(edit)})
     return found
 
 
@@ -465,7 +464,7 @@ class Edits:
     the scene's where it is not known. Beside them what is frozen: Flux and f."""
 
     @torch.no_grad()
-    def __init__(self, settings, types=(), wordings=("",)):
+    def __init__(self, settings, types=(), wordings=(WHOLE,)):
         self.settings = settings
         self.device = pick_device(settings.device)
         scenes = read_scenes(settings.scenes, "edit_type", "instruction")
@@ -580,7 +579,7 @@ def prompted(settings):
     """Edits that leave the object what it was, and the image prompt that learns to paint them. Flux
     reads the instruction alone, as the paper's "An {object} in the {background}": what the object
     looks like only the reference tells (ours)."""
-    edits = Edits(settings, SAME_OBJECT, ["{instruction}"])
+    edits = Edits(settings, SAME_OBJECT, [ALONE])
     prompt = ImagePrompt.load(settings.image_prompt, edits.flux)
     return edits, ImagePrompts(edits, prompt)
 
@@ -692,26 +691,23 @@ def stack(rows):
 # ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
 GENERATED = "generated.safetensors"
-HELD = (".json", ".jsonl", ".safetensors", ".txt")      # what is read of a folder
 
-def fingerprint(path):
-    """A hash of what an input holds: a file, and the pictures that it names if it is a table; the
-    weights and tables in a folder or downloaded repository, but for resume points. None: nothing
-    of that name."""
-    path = Path(path).expanduser()
-    with contextlib.suppress(ValueError, OSError):
-        path = path if path.exists() else Path(snapshot_download(str(path), local_files_only=True))
-    folder = path
+
+def fingerprint(text):
+    """Of the name of a folder: a hash of all in it but resume points. Of the name of a file: a hash
+    of it and of the pictures that it names, as a table does. Other text stands for itself."""
+    path = Path(text).expanduser()
+    if not text or not path.exists():
+        return text
     if path.is_dir():
+        folder = path
         names = glob.glob("**", root_dir=path, recursive=True)
-        names = [name for name in names if name.endswith(HELD) and not name.startswith("step_")]
-    elif path.is_file():
+        names = [name for name in names if not name.startswith("step_")]
+    else:
         folder = path.parent
         names = [path.name]
         for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
             names.append(json.loads(name))
-    else:
-        return None
     h = hashlib.sha256()
     for name in sorted(set(names)):
         if os.path.isfile(folder / name):
@@ -752,13 +748,10 @@ def generate_pictures(settings):
 
 
 def origin(settings):
-    """What generated pictures depend on, {flag: text}: the metadata of their file."""
-    found = {}
-    for name in ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features",
-                 "size", "samples", "paint_steps", "seed", "dtype"):
-        value = str(getattr(settings, name) or settings.features)
-        found[name] = fingerprint(value) or value
-    return found
+    """What generated pictures depend on, {flag: fingerprint}: the metadata of their file."""
+    names = ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features", "size",
+             "samples", "paint_steps", "seed", "dtype")
+    return {name: fingerprint(str(getattr(settings, name))) for name in names}
 
 
 def read_generated(edits):

@@ -142,16 +142,14 @@ def locked(out):
 
 
 def write_config(settings, loop, out):
-    """OUT/config.json: every flag, and a hash of every input. ValueError when OUT holds something
-    else, or a run of something else: it cannot be continued."""
+    """OUT/config.json: every flag, and the fingerprint of every input. ValueError when OUT holds
+    something else, or a run of something else: it cannot be continued."""
     stage = type(settings).__name__.removesuffix("Settings").lower()
     flags = {"stage": stage, **asdict(settings)}
     inputs = {}
     for key, now in flags.items():
-        if isinstance(now, str) and now and out.resolve() != Path(now).resolve():
-            content = fingerprint(now)
-            if content:
-                inputs[key] = content
+        if isinstance(now, str) and Path(now).resolve() != out.resolve():
+            inputs[key] = fingerprint(now)
     file = out / "config.json"
     before = read_json(file, {})
     owner = before.get("stage", "something else")
@@ -163,15 +161,16 @@ def write_config(settings, loop, out):
         return
     with reading(out):
         for key, now in flags.items():
-            name = "--" + key.replace("_", "-")
             was = before.get(key, "unknown")
-            fault = None
-            if was != now and key not in ("device", "checkpointing"):
-                fault = f"with {name} {was!r}, now it is {now!r}"
-            elif inputs.get(key) != before["inputs"].get(key):
-                fault = f"whose {name}, {now}, or a file that it names or holds, has changed since"
-            if fault:
-                raise ValueError(f"{out} holds a run {fault}: give another --out, or delete it")
+            if key in ("device", "checkpointing"):
+                continue
+            if was != now:
+                raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
+                                 "give another --out, or delete the folder")
+            if before["inputs"].get(key) != inputs.get(key):
+                raise ValueError(f"{out} holds a run whose --{key}, {now}, or a file that it names "
+                                 "or holds, has changed since: give another --out, or delete the "
+                                 "folder")
 
 
 def tensors_of(optimizer):
@@ -330,11 +329,9 @@ def note_idle_flags(settings, preset):
     only)" is a part, beside another --loss."""
     for row in fields(settings):
         needs = re.search(r"\(--(\w+) (.*) only\)", row.metadata["about"])
-        given = getattr(settings, row.name) != row.metadata[preset]
-        if needs and given and getattr(settings, needs[1], needs[2]) not in needs[2]:
-            name = row.name.replace("_", "-")
-            print(f"note: --{name} has no effect here, only with --{needs[1]} {needs[2]}",
-                  file=sys.stderr)
+        idle = needs and getattr(settings, needs[1], needs[2]) not in needs[2]
+        if idle and getattr(settings, row.name) != row.metadata[preset]:
+            print(f"note: --{row.name} has no effect here {needs[0]}", file=sys.stderr)
 
 
 def parse(argv=None):

@@ -63,7 +63,7 @@ from cdpo import profile, prompt
 from controlnet import ControlNet, control_picture
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
 from graph import User
-from patch_dpo import (SAME_OBJECT, Edits, ImageFeatures, ImagePrompt,
+from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
 from qwen import Config, Qwen, Tokenizer, generator_for, read_json
 
@@ -458,7 +458,7 @@ class Features:
 
 # ---- image-prompt: reference pictures beside the text -------------------------------------------
 
-WORDINGS = ["{caption}. {instruction}", "{instruction}", "{instruction}"]
+WORDINGS = [WHOLE, ALONE, ALONE]
 
 
 def training_scenes(args):
