@@ -560,13 +560,14 @@ def read_json(file, default=None):
 
 def find_tensors(path, usual=("model.safetensors", "diffusion_pytorch_model.safetensors")):
     """The *.safetensors file `path`; of a folder that with a usual name or its index of shards,
-    else the only one. ValueError where there is none, or more: of a whole file beside an index
-    transformers reads the file, diffusers the shards, and one of them is old."""
+    else the only one. ValueError where there is none, or a choice: of a whole file beside an index
+    transformers reads the file, diffusers the shards; model.fp16.safetensors is a variant."""
     path = Path(path)
     if path.is_file():
         return path
     named = [path / f"{name}{end}" for name in usual for end in ("", ".index.json")]
-    found = [file for file in named if file.is_file()] or sorted(path.glob("*.safetensors"))
+    found = [file for file in named if file.is_file()]
+    found += path.glob("*.*.safetensors" if found else "*.safetensors")
     if len(found) != 1:
         raise ValueError(f"{path} must be a *.safetensors file, or hold one, or one index of "
                          f"shards; found: {few([file.name for file in found]) or 'none'}")
