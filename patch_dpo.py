@@ -37,14 +37,14 @@ from torch import nn
 
 import lora
 from controlnet import FLUX_PARTS
-from flux import (VAE, CLIPMLP, Flux, attend, denoise, encode_prompt,
+from flux import (VAE, CLIPMLP, Flux, attend, check_parts, denoise, encode_prompt,
                   image_ids, pack, rope_table, rotate, sigmas, unpack,
                   read_square, to_picture, to_tensor)
 from graph import read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
                   choose, flag, generator_for, pick_device,
                   load_checkpoint, on_meta, read_json, read_tensors,
-                  reading, resolve, write_whole)
+                  reading, resolve, shipped, write_whole)
 
 
 # ---- patch quality and the losses ----------------------------------------------------------------
@@ -140,7 +140,7 @@ class ViTLayer(nn.Module):
     def __init__(self, config, scale):
         super().__init__()
         width = config["hidden_size"]
-        eps = config["layer_norm_eps"]
+        eps = float(config["layer_norm_eps"])
         hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm2 = nn.LayerNorm(width, eps)
@@ -485,6 +485,7 @@ class Edits:
 
         dtype = DTYPES[settings.dtype]
         path = resolve(settings.flux, FLUX_PARTS)
+        check_parts(path)
         prompts = [row["prompt"] for row in self.rows]
         self.txt, self.pooled = encode_prompt(path, prompts, self.device, dtype)
         self.flux = Flux.load(path / "transformer", self.device, dtype)
@@ -928,8 +929,9 @@ LOSSES = {                      # of `train.py patch --loss`
 
 
 if __name__ == "__main__":
-    f = ImageFeatures.load("mini/vit")
-    files = ["mini/sample/scenes/00_apple.png", "mini/sample/scenes/00_apple_stripes.png"]
+    f = ImageFeatures.load(shipped("mini/vit"))
+    scenes = shipped("mini/sample/scenes")
+    files = [f"{scenes}/00_apple.png", f"{scenes}/00_apple_stripes.png"]
     apple, striped = f(read_squares(files, f.side)).split(1)
     print("What is new in a picture of a striped apple? Quality of its patches, 0 worst, 9 best:")
     for row in patch_weights(patch_quality(striped, apple), (8, 8))[0]:
