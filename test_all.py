@@ -18,7 +18,9 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -732,11 +734,13 @@ def test_tokenizer_of_an_embedding_model_ends_every_text(tmp_path):
     for eos in ("<|im_end|>", {"content": "<|im_end|>"}):
         write_lines(file, {"add_eos_token": True, "eos_token": eos})
         ending = Tokenizer.load(tmp_path)
-        assert ending.encode("red") == ending.encode("red<|im_end|>") == [*ids, end]
+        for text in ("red", "red<|im_end|>"):
+            assert ending.encode(text, whole=True) == [*ids, end]
+        assert ending.encode("red") == ids
     write_lines(file, {"add_eos_token": False, "eos_token": "<|im_end|>"})
-    assert Tokenizer.load(tmp_path).encode("red") == ids
+    assert Tokenizer.load(tmp_path).encode("red", whole=True) == ids
     file.unlink()
-    assert Tokenizer.load(tmp_path).encode("red") == ids
+    assert Tokenizer.load(tmp_path).encode("red", whole=True) == ids
     (tmp_path / "tokenizer.json").unlink()
     raises("tokenizer.json", Tokenizer.load, tmp_path)
 
@@ -803,8 +807,9 @@ def test_loader_names_a_truncated_file(tmp_path):
         "model.safetensors is truncated", qwen.load_checkpoint, tiny_qwen(), tmp_path
     )
     raises("found: none", qwen.read_tensors, tmp_path / "absent")
+    file.rename(tmp_path / "first.safetensors")
     save_file({}, tmp_path / "second.safetensors")
-    raises("second.safetensors", qwen.read_tensors, tmp_path)
+    raises("first.safetensors, second.safetensors", qwen.read_tensors, tmp_path)
 
 
 def test_loader_checks_numbers_only_where_it_is_asked_to():
@@ -890,9 +895,9 @@ def test_loader_refuses_settings_that_are_not_written_here(tmp_path):
     write_lines(file, {"model_type": "qwen2"})
     raises("num_attention_heads", Qwen.load, tmp_path)
     write_lines(file, [1])
-    raises("config.json is truncated, absent or not", Qwen.load, tmp_path)
+    raises("config.json is truncated or not", Qwen.load, tmp_path)
     file.unlink()
-    raises("config.json", Qwen.load, tmp_path)
+    raises(f"there is no file {file}", Qwen.load, tmp_path)
     assert qwen.read_json(file, {}) == {}
     write_lines(file, {"num_hidden_layers": 1000})
     assert qwen.read_json(file, {}) == {"num_hidden_layers": 1000}
@@ -945,6 +950,257 @@ def test_loader_builds_without_drawing_weights():
         model = Qwen(config)
     assert all(p.is_meta for p in model.parameters())
     assert same(before, torch.get_rng_state())
+
+
+def test_loader_takes_equal_tensors_of_one_parameter_as_one(tmp_path):
+    """A tied head and its embedding, in either order, T5's two embeddings, a norm with and without
+    prefix, one name in two shards: equal ones are one, different ones are refused by name."""
+    model = tiny_qwen()
+    tensors, file = stored_qwen(model, tmp_path)
+    head = tensors["model.embed_tokens.weight"]
+    for first, extra, value in [
+        (False, "lm_head.weight", head),
+        (True, "lm_head.weight", head),
+        (False, "norm.weight", tensors["model.norm.weight"]),
+    ]:
+        twice = {extra: value.clone(), **tensors} if first else {**tensors, extra: value.clone()}
+        save_file(twice, file)
+        copy = Qwen(model.config)
+        qwen.load_checkpoint(copy, tmp_path, Qwen.rename)
+        assert same([*copy.parameters()], [*model.parameters()])
+        save_file({**twice, extra: value + 1}, file)
+        message = raises("two different", qwen.load_checkpoint, copy, tmp_path, Qwen.rename)
+        assert extra in message and str(tmp_path) in message
+    assert "model.embed_tokens.weight = lm_head.weight" in raises(
+        "two different", save_twice_and_load, tensors, head + 1, file, model.config
+    )
+
+
+def save_twice_and_load(tensors, head, file, config):
+    save_file({**tensors, "lm_head.weight": head}, file)
+    qwen.load_checkpoint(Qwen(config), file)
+
+
+def test_loader_compares_what_two_shards_and_t5_say_twice(tmp_path):
+    tensors, file = stored_qwen(tiny_qwen(), tmp_path)
+    file.unlink()
+    where = dict.fromkeys(tensors, "1.safetensors")
+    where["model.norm.weight"] = "2.safetensors"
+    write_lines(tmp_path / "model.safetensors.index.json", {"weight_map": where})
+    norm = tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "1.safetensors")
+    save_file({"model.norm.weight": norm.clone()}, tmp_path / "2.safetensors")
+    assert same(qwen.read_tensors(tmp_path)["model.norm.weight"], norm)
+    save_file({"model.norm.weight": norm + 1}, tmp_path / "2.safetensors")
+    raises("two different tensors are stored for model.norm.weight", qwen.read_tensors, tmp_path)
+
+    folder = MINI / "flux/text_encoder_2"
+    stored = load_file(folder / "model.safetensors")
+    either = stored.get("shared.weight", stored.get("encoder.embed_tokens.weight"))
+    module = flux.T5.load(folder)
+    names = {"shared.weight": either, "encoder.embed_tokens.weight": either.clone()}
+    save_file({**stored, **names}, tmp_path / "t5.safetensors")
+    qwen.load_checkpoint(module, tmp_path / "t5.safetensors", flux.T5.rename)
+    names["shared.weight"] = either + 1
+    save_file({**stored, **names}, tmp_path / "t5.safetensors")
+    raises(
+        "shared.weight = encoder.embed_tokens.weight",
+        qwen.load_checkpoint,
+        module,
+        tmp_path / "t5.safetensors",
+        flux.T5.rename,
+    )
+
+
+def test_loader_reads_the_usual_name_and_refuses_two_checkpoints(tmp_path):
+    """Another file beside the usual one is left alone; an index beside a whole file, two usual
+    names, or a variant are refused; an index without its shards names the first missing."""
+    for usual in ("model", "diffusion_pytorch_model"):
+        folder = tmp_path / usual
+        folder.mkdir()
+        save_file({"a": torch.ones(1)}, folder / f"{usual}.safetensors")
+        save_file({"b": torch.zeros(1)}, folder / "consolidated.safetensors")
+        assert qwen.read_tensors(folder)["a"] == 1
+        variant = folder / f"{usual}.bf16.safetensors"
+        save_file({"a": torch.zeros(1)}, variant)
+        raises(f"{usual}.safetensors, {variant.name}", qwen.read_tensors, folder)
+        variant.unlink()
+        index = folder / f"{usual}.safetensors.index.json"
+        write_lines(index, {"weight_map": {"a": "gone.safetensors"}})
+        message = raises("found:", qwen.read_tensors, folder)
+        assert f"{usual}.safetensors, {index.name}" in message
+        (folder / f"{usual}.safetensors").unlink()
+        raises(f"there is no file {folder}/gone.safetensors", qwen.read_tensors, folder)
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    raises("found: model.safetensors, diffusion", qwen.read_tensors, folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:07\nsize 99\n"
+
+
+def test_loader_says_what_is_the_matter_with_a_file(tmp_path):
+    """Absent, a git-lfs pointer, quantised, without a setting: each in one short sentence."""
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_bytes((MINI / "qwen" / name).read_bytes())
+    for name, load in [
+        ("config.json", Qwen.load),
+        ("model.safetensors", Qwen.load),
+        ("tokenizer.json", Tokenizer.load),
+    ]:
+        file = tmp_path / name
+        before = file.read_bytes()
+        file.write_text(POINTER)
+        assert "lfs pull" in raises(f"{file} is a git-lfs pointer", load, tmp_path)
+        if name != "model.safetensors":
+            file.unlink()
+            message = raises(f"{file}", load, tmp_path)
+            assert "no such file" in message.lower() or "there is no file" in message
+        file.write_bytes(before)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for method in ("awq", "fp8", "bitsandbytes"):
+        settings = {"quantization_config": {"quant_method": method}}
+        write_lines(tmp_path / "config.json", {**config, **settings})
+        raises("quantization_config", Qwen.load, tmp_path)
+    config.pop("rms_norm_eps")
+    write_lines(tmp_path / "config.json", {**config, "quantization_config": None})
+    raises("config.json has no 'rms_norm_eps'", Qwen.load, tmp_path)
+
+
+def test_loader_fits_a_foreign_layout_on_a_screen(tmp_path):
+    """Hundreds of names, as in BFL's or ComfyUI's files: two of each kind and how many more."""
+    for prefix in ("double_blocks", "model.diffusion_model.double_blocks"):
+        stored = {f"{prefix}.{i}.img_attn.qkv.weight": torch.zeros(2) for i in range(300)}
+        save_file(stored, tmp_path / "flux1-dev.safetensors")
+        message = raises(prefix, qwen.load_checkpoint, tiny_qwen(), tmp_path)
+        assert "and 298 more" in message and len(message) < 500
+
+
+def test_loader_leaves_out_the_rope_tables_of_old_files(tmp_path):
+    tensors, file = stored_qwen(tiny_qwen(), tmp_path)
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **table}, file)
+    qwen.load_checkpoint(tiny_qwen(), tmp_path, Qwen.rename)
+    write_lines(tmp_path / "config.json", {"model_type": "mistral"})
+    sizes = ["hidden_size", "num_attention_heads", "vocab_size", "intermediate_size"]
+    more = dict.fromkeys([*sizes, "num_hidden_layers", "rms_norm_eps"], 8)
+    write_lines(tmp_path / "config.json", {"model_type": "mistral", **more})
+    assert Config.read(tmp_path).window == 4096                  # transformers' default
+
+
+def test_generate_keeps_the_fewest_at_an_exact_boundary():
+    """Where the likeliest reach top_p exactly, no token more comes, as in transformers."""
+    warper = peer("transformers").TopPLogitsWarper
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.35, 0.25], [0.6, 0.3, 0.1]])
+    for row, top_p in [(0, 0.7), (1, 0.4), (2, 0.6), (1, 0.75)]:
+        logits = p[row].log()[None]
+        theirs = warper(top_p)(None, logits).isfinite()[0].nonzero()[:, 0]
+        assert set(drawn(top_p=top_p, logits=logits[0])) == set(theirs.tolist())
+
+
+def test_generate_stops_at_the_ids_it_is_told_too():
+    """Beside config.json's end, which may be null, absent or another."""
+    model = tiny_qwen(eos=())
+    ids, _, _ = padded_batch()
+    (answer,) = generate(model, ids[:1], max_new_tokens=6)
+    stop = answer[3]
+    cut = answer[:answer.index(stop)]
+    for eos in ((), (None,), (answer[-1],)):
+        model.config.eos = eos
+        assert generate(model, ids[:1], max_new_tokens=6, stop=[stop]) == [cut]
+
+
+def changed_tokenizer(folder, change):
+    """mini/qwen's tokenizer.json, changed in place by `change` -> the folder."""
+    data = json.loads((MINI / "qwen/tokenizer.json").read_text())
+    change(data)
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_tokenizer_without_a_chat_token_says_which(tmp_path):
+    """Either of the two; it encodes and embeds as before."""
+    for token in ("<|im_start|>", "<|im_end|>"):
+        def rename(data):
+            for added in data["added_tokens"]:
+                added["content"] = added["content"].replace(token, "<|else|>")
+
+        folder = changed_tokenizer(tmp_path, rename)
+        tokenizer = Tokenizer.load(folder)
+        message = raises(token, tokenizer.chat, [{"role": "user", "content": "red"}])
+        assert "tokenizer" in message
+        assert tokenizer.encode("red") == Tokenizer.load(MINI / "qwen").encode("red")
+
+
+def test_tokenizer_adds_its_own_tokens_to_whole_texts_alone(tmp_path):
+    """A beginning token, as Mistral's <s>, is in what is embedded, never in a chat or an answer."""
+    plain = Tokenizer.load(MINI / "qwen")
+    (begin,) = plain.encode("<|endoftext|>")
+
+    def begin_with(data):
+        special = {"id": "<|endoftext|>", "ids": [begin], "tokens": ["<|endoftext|>"]}
+        first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        data["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text],
+            "special_tokens": {"<|endoftext|>": special},
+        }
+
+    tokenizer = Tokenizer.load(changed_tokenizer(tmp_path, begin_with))
+    talk = [{"role": "user", "content": "red"}]
+    assert tokenizer.chat(talk) == plain.chat(talk)
+    assert tokenizer.encode("red") == plain.encode("red")
+    assert tokenizer.encode("red", whole=True) == [begin, *plain.encode("red")]
+    model = Qwen.load(MINI / "qwen")
+    state = model.model(torch.tensor([[begin, *plain.encode("red")]]))[:, -1]
+    vector = qwen.embed_texts(model, tokenizer, ["red"])
+    assert_close(vector, nn.functional.normalize(state), 1e-5)
+
+
+def test_tokenizer_whose_end_is_no_token_is_refused(tmp_path):
+    folder = changed_tokenizer(tmp_path, lambda data: None)
+    for eos in ("</s>", {"content": "</s>"}):
+        write_lines(folder / "tokenizer_config.json", {"add_eos_token": True, "eos_token": eos})
+        raises("tokenizer_config.json has no '</s>'", Tokenizer.load, folder)
+
+
+def test_language_model_with_ids_beyond_its_vocabulary_is_refused(tmp_path):
+    """A token added to the tokenizer alone; an embedding that was cut. Without either the pair."""
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    assert model.config.vocab == 803 and tokenizer.encode("<|im_end|>") == [802]
+
+    def add(data):
+        data["added_tokens"].append({**data["added_tokens"][-1], "id": 803, "content": "<new>"})
+
+    for folder, change in ((tmp_path / "added", add), (tmp_path / "cut", lambda data: None)):
+        changed_tokenizer(folder, change)
+        config = json.loads((MINI / "qwen/config.json").read_text())
+        tensors = load_file(MINI / "qwen/model.safetensors")
+        if folder.name == "cut":
+            config["vocab_size"] = 802
+            table = tensors["model.embed_tokens.weight"][:802]
+            tensors["model.embed_tokens.weight"] = table.contiguous()
+        save_file(tensors, folder / "model.safetensors")
+        write_lines(folder / "config.json", config)
+        message = raises("vocab_size", qwen.load_language_model, folder)
+        assert str(folder) in message and f"up to {config['vocab_size']}," in message
+
+
+def test_defaults_lie_beside_the_script(tmp_path):
+    """In the checkout a default is its short text; elsewhere the file in the checkout. What a user
+    names, and runs/..., stay relative to where they stand."""
+    parser = argparse.ArgumentParser()
+    with contextlib.chdir(ROOT):
+        assert qwen.shipped("mini/qwen") == "mini/qwen"
+    with contextlib.chdir(tmp_path):
+        assert Path(qwen.shipped("mini/qwen")).samefile(MINI / "qwen")
+        assert qwen.shipped("runs/sft") == "runs/sft" and qwen.shipped(None) is None
+        qwen.add_flags(parser, cdpo.SFTSettings)
+        assert Path(parser.parse_args([]).qwen).samefile(MINI / "qwen")
+        assert parser.parse_args(["--qwen", "mini/qwen"]).qwen == "mini/qwen"
+        assert "(default: mini/qwen)" in " ".join(parser.format_help().split())
 
 
 # ---- qwen.py: what every stage and script shares -------------------------------------------------
@@ -1413,6 +1669,253 @@ def test_lora_shipped_policy_gives_the_recorded_logits():
     before = model(ids)
     lora.merge(model)
     assert_close(model(ids), before, 1e-5)
+
+
+def test_lora_never_sits_on_the_head(tmp_path):
+    """cdpo.py reads the head's weight by itself: told so or found in a file, it is refused; and so
+    are adapters of embeddings."""
+    raises("lm_head", lora.inject, tiny_qwen(tied=False), targets=["lm_head", "q_proj"])
+    lora.save_adapter(tiny_lora(targets=["q_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    for name in ("lm_head.lora_B.weight", "model.embed_tokens.lora_embedding_A"):
+        save_file({**stored, f"base_model.model.{name}": torch.zeros(61, 2)}, file)
+        raises(name, lora.load_adapter, tiny_qwen(tied=False), tmp_path)
+
+
+def test_lora_name_that_another_ends_in_means_one_layer(tmp_path):
+    """A whole name is that layer, though others end in it; a part of a name is all of them."""
+    inner = nn.ModuleDict({"b": nn.Linear(3, 3), "out": nn.Linear(3, 3)})
+    parts = {"out": nn.Linear(3, 3), "deep": inner, "deeper": nn.ModuleDict({"deep": inner})}
+    for targets, found in [
+        (["out"], ["out"]),
+        (["deep.out"], ["deep.out"]),
+        (["b"], ["deep.b", "deeper.deep.b"]),
+        (["out", "b"], ["out", "deep.b", "deeper.deep.b"]),
+    ]:
+        copy = nn.ModuleDict({name: twin(part) for name, part in parts.items()})
+        assert lora.inject(copy, targets=targets) == found
+    lora.save_adapter(copy, tmp_path)
+    other = nn.ModuleDict({name: twin(part) for name, part in parts.items()})
+    lora.load_adapter(other, tmp_path)
+    assert list(lora.layers(other)) == ["out", "deep.b", "deeper.deep.b"]
+
+
+def twin(module):
+    """The same layers again, no two of them one object."""
+    if isinstance(module, nn.Linear):
+        return nn.Linear(3, 3)
+    return nn.ModuleDict({name: twin(part) for name, part in module.items()})
+
+
+def test_lora_takes_settings_without_effect(tmp_path):
+    """How A and B were drawn, or where PEFT computes, changes nothing that is stored; PiSSA, OLoRA
+    and CorDA change the base."""
+    model = tiny_lora()
+    lora.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    ids, _, _ = padded_batch()
+    for settings in [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.99}},
+        {"init_lora_weights": "orthogonal"},
+        {"runtime_config": {"ephemeral_gpu_offload": False}},
+        {"loftq_config": {}, "corda_config": None, "trainable_token_indices": None},
+    ]:
+        write_lines(file, {**config, **settings})
+        copy = tiny_qwen()
+        lora.load_adapter(copy, tmp_path)
+        assert same(copy(ids), model(ids))
+    for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq"):
+        write_lines(file, {**config, "init_lora_weights": init})
+        raises(f"init_lora_weights = '{init}'", lora.load_adapter, tiny_qwen(), tmp_path)
+
+
+FOREIGN = [
+    "lora_unet_single_blocks_3_linear1.lora_up.weight",                # kohya
+    "double_blocks.0.processor.qkv_lora1.down.weight",                 # XLabs
+    "diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight",     # ComfyUI, BFL
+    "base_model.model.double_blocks.0.img_attn.proj.lora_B.weight",
+    "transformer.proj_out.lora_A.default.weight",                      # PEFT, unsaved
+    "transformer.proj_out.lora_magnitude_vector",                      # DoRA
+    "transformer.proj_out.lora_B.bias",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight",
+]
+
+
+def test_lora_of_another_tool_is_refused_by_name(tmp_path):
+    """With PEFT's settings beside it or without; the sentence says which names are read."""
+    model = tiny_flux()
+    for beside in (False, True):
+        name = "adapter_model" if beside else "foreign"
+        file = tmp_path / f"{name}.safetensors"
+        write_lines(tmp_path / "adapter_config.json", {"r": 4, "lora_alpha": 4})
+        for tensor in FOREIGN:
+            save_file({tensor: torch.zeros(4, 4)}, file)
+            message = raises(tensor, lora.load_adapter, model, file)
+            assert "transformer.LAYER.lora_A.weight" in message and len(message) < 600
+        save_file({}, file)
+        raises("no tensors", lora.load_adapter, model, file)
+        file.write_text(POINTER)
+        raises("git-lfs pointer", lora.load_adapter, model, file)
+    assert not lora.injected(model)
+    (tmp_path / "adapter_config.json").unlink()
+    save_file({"base_model.model.proj_out.lora_A.weight": torch.zeros(4, 4)}, file)
+    raises("there is no file", lora.load_adapter, model, file)
+
+
+def test_lora_of_an_embedding_model_is_pefts_both_ways(tmp_path):
+    """The model has no head, and PEFT's names no "model."; an adapter of the model with head fits
+    as well."""
+    peft = peer("peft")
+    ids, _, _ = padded_batch()
+    for kind in ("Qwen2Model", "MistralModel"):
+        settings = peft.LoraConfig(r=3, lora_alpha=8, init_lora_weights=False,
+                                   target_modules=["q_proj", "up_proj"])
+        theirs = peft.get_peft_model(peer_qwen(kind), settings).eval()
+        theirs.save_pretrained(tmp_path / kind)
+        ours = reload(peer_qwen(kind), Qwen)
+        lora.load_adapter(ours, tmp_path / kind)
+        assert_close(ours.model(ids), theirs(ids).last_hidden_state, 1e-5)
+        lora.save_adapter(ours, tmp_path / "ours")
+        again = peft.PeftModel.from_pretrained(peer_qwen(kind), tmp_path / "ours").eval()
+        assert_close(again(ids).last_hidden_state, ours.model(ids), 1e-5)
+    peer_lora(target_modules=["q_proj"]).save_pretrained(tmp_path / "whole")
+    ours = reload(peer_qwen("Qwen2Model"), Qwen)
+    lora.load_adapter(ours, tmp_path / "whole")
+    assert len(lora.layers(ours)) == 2
+
+
+def random_flux_lora(model, ranks, prefix="transformer."):
+    """{diffusers' name: random tensor} on layers of every kind; `ranks` in turn."""
+    layers = ["proj_out", "x_embedder", "transformer_blocks.0.attn.to_q",
+              "transformer_blocks.0.norm1.linear", "transformer_blocks.1.ff.net.0.proj",
+              "single_transformer_blocks.0.proj_out", "single_transformer_blocks.1.proj_mlp"]
+    found = {}
+    for i, name in enumerate(layers):
+        layer = model.get_submodule(name)
+        rank = ranks[i % len(ranks)]
+        size = 0.3 / rank ** 0.5
+        down = size * noise(rank, layer.in_features, seed=i)
+        up = noise(layer.out_features, rank, seed=i + 50)
+        found[f"{prefix}{name}.lora_A.weight"] = down
+        found[f"{prefix}{name}.lora_B.weight"] = up
+    return found
+
+
+def flux_loras(model):
+    """(tensors, their file's header) of each kind of LoRA that diffusers reads without change."""
+    plain = random_flux_lora(model, [4])
+    scaled = dict(plain)
+    uneven = random_flux_lora(model, [4, 2, 7])
+    for i, name in enumerate(list(plain)[::2]):
+        base = name.removesuffix(".lora_A.weight")
+        scaled[f"{base}.alpha"] = torch.tensor(6.0)
+        uneven[f"{base}.alpha"] = torch.tensor(1.5 + i % 4)
+    names = [name.split(".lora_A")[0].removeprefix("transformer.") for name in plain][::2]
+    settings = {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": names}
+    header = {f"transformer.{name}": value for name, value in settings.items()}
+    return {
+        "no alpha": (plain, None),
+        "other ranks": (random_flux_lora(model, [4, 2, 7]), None),
+        "alphas": (scaled, None),
+        "other ranks and alphas": (uneven, None),
+        "settings in the header": (plain, {"lora_adapter_metadata": json.dumps(header)}),
+        "in half": ({name: tensor.bfloat16() for name, tensor in plain.items()}, None),
+    }
+
+
+def diffusers_velocity(file, x, strength=1.0):
+    """What diffusers' pipeline answers with the LoRA in `file`, loaded by load_lora_weights."""
+    diffusers = peer("diffusers")
+    theirs = loud(diffusers.FluxTransformer2DModel(**flux_config()))
+    names = ["scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"]
+    pipe = diffusers.FluxPipeline(transformer=theirs, **dict.fromkeys(names))
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    (name,) = theirs.peft_config
+    pipe.set_adapters([name], [strength])
+    (want,) = ask(theirs, x)
+    return want
+
+
+def test_flux_lora_equals_diffusers(tmp_path):
+    """To 1e-4, of every kind, and merged at another strength; and it does something."""
+    peer("diffusers")
+    x = flux_inputs(flux_config())
+    base = tiny_flux()(**x)
+    for kind, (tensors, header) in flux_loras(tiny_flux()).items():
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(tensors, file, header)
+        model = tiny_flux()
+        lora.load_adapter(model, tmp_path)
+        want = diffusers_velocity(file, x)
+        assert relative(want, base) > 1e-2, kind
+        assert_close(model(**x), want, 1e-4)
+    lora.merge(model, strength=0.3)
+    assert_close(model(**x), diffusers_velocity(file, x, 0.3), 1e-4)
+
+
+def test_flux_lora_keeps_each_layers_rank_and_alpha(tmp_path):
+    """y = W x + alpha / rank B A x, layer by layer, without a peer; zeros fill it up."""
+    for kind, (tensors, header) in flux_loras(tiny_flux()).items():
+        file = tmp_path / "my lora.safetensors"
+        save_file(tensors, file, header)
+        model = tiny_flux()
+        plain = tiny_flux()
+        lora.load_adapter(model, file)
+        lora.merge(model)
+        for name in [name for name in tensors if name.endswith("lora_A.weight")]:
+            base = name.removesuffix(".lora_A.weight")
+            A = tensors[name].float()
+            B = tensors[f"{base}.lora_B.weight"].float()
+            scale = tensors.get(f"{base}.alpha", torch.tensor(float(len(A)))) / len(A)
+            if header:
+                scale = 10 / 4 ** 0.5
+            layer = base.removeprefix("transformer.")
+            change = model.get_submodule(layer).weight - plain.get_submodule(layer).weight
+            assert_close(change, scale * B @ A, 1e-5)
+
+
+def test_flux_lora_of_peft_is_read_without_prefix_and_saved_again(tmp_path):
+    """What lora.py writes for Flux, and what transformer.save_lora_adapter writes (no prefix)."""
+    x = flux_inputs(flux_config())
+    save_file(random_flux_lora(tiny_flux(), [3], ""), tmp_path / "bare.safetensors")
+    model = tiny_flux()
+    lora.load_adapter(model, tmp_path)
+    lora.save_adapter(model, tmp_path / "saved")
+    for path in ("saved", "saved/adapter_model.safetensors"):
+        copy = tiny_flux()
+        lora.load_adapter(copy, tmp_path / path)
+        assert same(copy(**x), model(**x))
+
+
+def test_flux_lora_whose_parts_do_not_fit_is_refused(tmp_path):
+    """Half a pair, two ranks in one layer, a wrong width, an alpha that is no number."""
+    stored = random_flux_lora(tiny_flux(), [4])
+    A = "transformer.proj_out.lora_A.weight"
+    B = "transformer.proj_out.lora_B.weight"
+    file = tmp_path / "lora.safetensors"
+    for part, changes in [
+        ("lora_B.weight", {B: None}),
+        ("lora_A.weight", {A: None}),
+        ("proj_out.lora_B.weight has shape", {B: torch.ones(len(stored[B]), 3)}),
+        ("proj_out.lora_A.weight has shape", {A: stored[A][:, 1:].contiguous()}),
+        ("not finite", {"transformer.proj_out.alpha": torch.tensor(math.nan)}),
+        ("two different tensors", {B.replace("transformer", "base_model.model"): stored[B] + 1}),
+    ]:
+        changed = {**stored, **changes}
+        save_file({name: t for name, t in changed.items() if t is not None}, file)
+        write_lines(tmp_path / "adapter_config.json", {"r": 4, "lora_alpha": 4})
+        assert str(file) in raises(part, lora.load_adapter, tiny_flux(), file)
+
+
+def test_lora_merges_as_much_of_itself_as_it_is_told():
+    """W + strength alpha / rank B A; nothing at 0, the whole at 1."""
+    for strength in (0.0, 0.4, 1.0, -2.0):
+        model, layer = lora_layer()
+        change = 3 * layer.lora_B["policy"] @ layer.lora_A["policy"]
+        lora.merge(model, strength=strength)
+        assert_close(model[0].weight, layer.weight + strength * change, 1e-6)
 
 
 # ---- flux.py and controlnet.py: the networks -----------------------------------------------------
@@ -1986,9 +2489,8 @@ def test_controlnet_of_another_design_or_for_another_flux_is_refused(tmp_path):
         tmp_path / "config.json", {**config, "_class_name": "FluxControlNetModel"}
     )
     save_file(controlnet.ControlNet(config).state_dict(), file)
-    how = {"device": "cpu", "dtype": torch.float32, "offload": False}
-    paths = (MINI / "flux", tmp_path)
-    raises("is not a ControlNet for", controlnet.load_pair, *paths, **how)
+    message = raises("joint_attention_dim is 12", render, controlnet=tmp_path)
+    assert str(tmp_path) in message
 
 
 def test_controlnet_whose_weights_travel_changes_no_bit():
@@ -2159,10 +2661,13 @@ def test_flux_clip_files_may_leave_the_prefix_out(tmp_path):
     ids = torch.tensor([[1, 5, 9]])
     assert_close(flux.CLIPText.load(tmp_path)(ids), clip(ids))
     t5 = loud(flux.T5(t5_config()))
-    tensors = {**t5.state_dict(), "encoder.embed_tokens.weight": torch.zeros(60, 20)}
+    tensors = {**t5.state_dict(), "encoder.embed_tokens.weight": t5.shared.weight.clone()}
     write_lines(tmp_path / "config.json", t5_config(model_type="t5"))
     save_file(tensors, tmp_path / "model.safetensors")
     assert_close(flux.T5.load(tmp_path)(ids), t5(ids))
+    tensors["encoder.embed_tokens.weight"] = torch.zeros(60, 20)
+    save_file(tensors, tmp_path / "model.safetensors")
+    raises("shared.weight", flux.T5.load, tmp_path)
 
 
 def test_flux_tokenizers_cut_and_pad_and_know_any_letter(tmp_path):
@@ -2181,6 +2686,86 @@ def test_flux_tokenizers_cut_and_pad_and_know_any_letter(tmp_path):
     lines = (tmp_path / "merges.txt").read_text().splitlines()
     (tmp_path / "merges.txt").write_text("\n".join(lines[:-1]))
     raises("merges", flux.TextTokenizer, tmp_path)
+
+
+LONG = (
+    "A white vase with tulips on a wooden table, a window behind it, a grey cat asleep on the "
+    "bench in the evening light of the lamp near the door"
+)
+
+
+def flux_tokenizers():
+    """CLIP's and T5's of the miniature, which read 32 tokens."""
+    for part, limit in (("tokenizer", 77), ("tokenizer_2", 512)):
+        yield flux.TextTokenizer(MINI / "flux" / part, limit, part)
+
+
+def said_of(tokenizer, prompt):
+    """The ids of one prompt, and what stderr says of it."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        (ids,) = tokenizer([prompt]).tolist()
+    return ids, said.getvalue()
+
+
+def test_flux_prompt_of_two_parts_is_one_where_it_fits():
+    """A pair reads "caption. instruction", bit for bit and without a word; alone the caption."""
+    pairs = [("A red mug", "Make it gold"), ("A red mug", ""), ("", "")]
+    whole = ["A red mug. Make it gold", "A red mug", ""]
+    for tokenizer in flux_tokenizers():
+        for pair, text in zip(pairs, whole):
+            assert said_of(tokenizer, pair) == said_of(tokenizer, text)
+            assert said_of(tokenizer, pair)[1] == ""
+    joined = flux.encode_prompt(MINI / "flux", whole)
+    for vectors, want in zip(flux.encode_prompt(MINI / "flux", pairs), joined):
+        assert same(vectors, want)
+
+
+def test_flux_prompt_that_is_too_long_keeps_the_instruction():
+    """Of the caption the end is cut, in any letters; of an instruction that is too long alone, its
+    own end. A line says for each what was cut; a string alone is cut at its end, as ever."""
+    for tokenizer in flux_tokenizers():
+        for caption in (LONG, "caf\u00e9 \u65e5\u672c\u8a9e " * 20, "mug" * 90):
+            found = []
+            for wish in ("Paint it neon green", "Make it of gold"):
+                ids, said = said_of(tokenizer, (caption, wish))
+                (short,) = tokenizer([("mug", wish)]).tolist()
+                kept = short[: short.index(ids[-1]) + 1]                    # without padding
+                assert len(ids) == 32 and ids[-5:] == kept[-5:], (caption, wish)
+                assert said.count("\n") == 1 and "reads 32 tokens; cut" in said
+                found.append(ids)
+            assert found[0][:12] == found[1][:12] and found[0] != found[1]
+        _, said = said_of(tokenizer, (LONG, "Paint it gold"))
+        assert said.endswith("near the door'\n") and "vase" not in said
+        first, said = said_of(tokenizer, ("A mug", "Paint it gold. " + LONG))
+        second, _ = said_of(tokenizer, ("A mug", "Make it neon. " + LONG))
+        assert first != second and first == said_of(tokenizer, "Paint it gold. " + LONG)[0]
+        assert "prompt: 'A mug'\n" in said and said.count("\n") == 2
+        ids, said = said_of(tokenizer, LONG)
+        assert ids == said_of(tokenizer, LONG + ", and more")[0] and "door'" in said
+
+
+def test_render_of_two_wishes_after_a_long_caption_differs():
+    with quiet():
+        one, other = render([(LONG, "Paint it gold"), (LONG, "Paint it blue")], seeds=[0, 0])
+    assert (one != other).any()
+
+
+def test_flux_tokenizer_settings_have_other_written_forms(tmp_path):
+    """A pad token as an object, a length that is absent or 1e30: the same ids up to `limit`."""
+    for part, limit in (("tokenizer", 32), ("tokenizer_2", 32)):
+        folder = tmp_path / part
+        shutil.copytree(MINI / "flux" / part, folder)
+        want = flux.TextTokenizer(folder)(PROMPTS)
+        file = folder / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        pad = {"content": config["pad_token"], "lstrip": False, "special": True}
+        for length in ({"model_max_length": 1e30}, {}):
+            config.pop("model_max_length", None)
+            write_lines(file, {**config, **length, "pad_token": pad})
+            assert same(flux.TextTokenizer(folder, limit)(PROMPTS), want)
+        config.pop("pad_token")
+        write_lines(file, config)
+        raises("'pad_token'", flux.TextTokenizer, folder)
 
 
 # ---- flux.py: autoencoder and pictures -----------------------------------------------------------
@@ -2285,6 +2870,169 @@ def test_flux_tokens_are_patches_of_two_by_two():
     assert flux.image_ids(4, 6).tolist() == want
     for shape in ((1, 16, 3, 4), (1, 16, 4, 3)):
         raises("cannot be cut into 2 x 2 patches", flux.pack, torch.zeros(shape))
+
+
+def flux_folder(tmp_path, part, **changes):
+    """A copy of mini/flux whose `part`/config.json (or scheduler_config.json) says other things."""
+    folder = tmp_path / "flux"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MINI / "flux", folder)
+    (file,) = (folder / part).glob("*config.json")
+    write_lines(file, {**json.loads(file.read_text()), **changes})
+    return folder
+
+
+def test_flux_scheduler_of_another_kind_is_refused_by_name(tmp_path):
+    """Whatever else FlowMatchEulerDiscreteScheduler can do, and another scheduler."""
+    for name, value in (
+        ("_class_name", "DPMSolverMultistepScheduler"),
+        ("num_train_timesteps", 500),
+        ("time_shift_type", "linear"),
+        ("shift_terminal", 0.02),
+        ("invert_sigmas", True),
+        ("stochastic_sampling", True),
+        ("use_karras_sigmas", True),
+        ("use_exponential_sigmas", True),
+        ("use_beta_sigmas", True),
+        ("use_flow_sigmas", True),
+    ):
+        raises(f"{name} is {value!r}", flux.sigmas, 4, 16, {**flux.SCHEDULE, name: value})
+    folder = flux_folder(tmp_path, "scheduler", shift_terminal=0.02)
+    raises(f"{folder}/scheduler/scheduler_config.json: shift_terminal", render, flux=folder)
+
+
+def test_flux_scheduler_settings_left_out_are_the_peers(tmp_path):
+    """An empty file: no shift at all; a dynamic one: FLUX.1-dev's slope."""
+    assert_close(flux.sigmas(4, 99, {}), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
+    assert_close(flux.sigmas(2, 99, {"shift": 3.0}), torch.tensor([1, 0.75, 0]))
+    dynamic = {"use_dynamic_shifting": True}
+    assert same(flux.sigmas(5, 99, dynamic), flux.sigmas(5, 99))
+    dynamic |= {"max_shift": 0.9, "base_image_seq_len": 64}
+    diffusers = peer("diffusers")
+    pipeline = diffusers.pipelines.flux.pipeline_flux
+    for config in ({}, {"shift": 1.7}, dynamic):
+        theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        used = theirs.config
+        mu = pipeline.calculate_shift(
+            99,
+            used.base_image_seq_len,
+            used.max_image_seq_len,
+            used.base_shift,
+            used.max_shift,
+        )
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5), mu=mu)
+        assert (flux.sigmas(5, 99, config) - theirs.sigmas).abs().max() < 1e-6
+
+
+def test_flux_settings_of_every_part_are_followed_or_refused(tmp_path):
+    """An activation, a number of channels, a patch that is not written here; the setting that is
+    not there."""
+    for part, name, value in (
+        ("vae", "act_fn", "relu"),
+        ("vae", "act_fn", "gelu"),
+        ("vae", "in_channels", 4),
+        ("vae", "out_channels", 1),
+        ("transformer", "patch_size", 2),
+        ("transformer", "axes_dims_rope", [7, 13, 12]),
+        ("transformer", "axes_dims_rope", [16, 16]),
+        ("transformer", "axes_dims_rope", [8, 8, 8, 8]),
+        ("text_encoder", "hidden_act", "relu"),
+        ("text_encoder_2", "feed_forward_proj", "gated-silu"),
+    ):
+        folder = flux_folder(tmp_path, part, **{name: value})
+        message = raises(name, render, flux=folder)
+        assert f"/{part}/config.json" in message and str(value) in message
+    for part, kind, names in (
+        ("transformer", flux.Flux, ["in_channels", "num_layers"]),
+        ("vae", flux.VAE, ["scaling_factor", "norm_num_groups"]),
+        ("text_encoder_2", flux.T5, ["d_ff", "layer_norm_epsilon"]),
+    ):
+        for name in names:
+            folder = flux_folder(tmp_path, part)
+            file = folder / part / "config.json"
+            config = json.loads(file.read_text())
+            config.pop(name)
+            write_lines(file, config)
+            raises(f"{file} has no '{name}'", kind.load, folder / part)
+
+
+def test_flux_clip_follows_its_layer_norm_eps():
+    """Recorded from transformers; left out it is 1e-5."""
+    ids = torch.tensor([[1, 5, 9, 40, 40, 7], [1, 40, 59, 40, 2, 3]])
+    usual = loud(flux.CLIPText(clip_config()))
+    assert same(loud(flux.CLIPText(clip_config(layer_norm_eps=1e-5)))(ids), usual(ids))
+    config = clip_config(layer_norm_eps=0.3)
+    found = loud(flux.CLIPText(config))(ids)
+    assert_recorded(found, 0.10485, -0.26338, 0.81994, -0.14209)
+    transformers = peer("transformers")
+    theirs = loud(transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)))
+    assert_close(reload(theirs, flux.CLIPText)(ids), theirs(ids).pooler_output, 1e-4)
+
+
+def test_flux_old_clip_files_hold_their_positions(tmp_path):
+    clip = loud(flux.CLIPText(clip_config()))
+    write_lines(tmp_path / "config.json", clip_config(model_type="clip_text_model"))
+    old = {"text_model.embeddings.position_ids": torch.arange(12)[None]}
+    save_file({**clip.state_dict(), **old}, tmp_path / "model.safetensors")
+    ids = torch.tensor([[1, 5, 9]])
+    assert same(flux.CLIPText.load(tmp_path)(ids), clip(ids))
+
+
+def test_flux_t5_refuses_float16():
+    """Its numbers grow beyond 65,504; bfloat16 holds them."""
+    t5 = loud(flux.T5(t5_config()))
+    ids = torch.tensor([[1, 5, 9]])
+    assert t5.bfloat16()(ids).isfinite().all()
+    raises("float16", t5.half(), ids)
+
+
+def test_render_refuses_parts_of_other_widths_before_loading(tmp_path):
+    """FLUX.1 Fill and Canny, another T5, CLIP or autoencoder, a net for another FLUX: each setting
+    is named, and nothing has been loaded."""
+    def refused(part, name, value, message):
+        with mock.patch.object(flux.Flux, "load"), mock.patch.object(flux.T5, "load") as load:
+            folder = flux_folder(tmp_path, part, **{name: value})
+            assert "/transformer/config.json" in raises(message, render, flux=folder)
+        assert not load.called
+
+    for channels in (384, 128):
+        message = f"in_channels is {channels}; here it must be 64"
+        refused("transformer", "in_channels", channels, message)
+    refused("text_encoder_2", "d_model", 64, "joint_attention_dim is 128")
+    refused("text_encoder", "hidden_size", 32, "pooled_projection_dim is 64")
+    refused("vae", "latent_channels", 4, "in_channels is 64; here it must be 16")
+    net = tmp_path / "net"
+    shutil.copytree(MINI / "controlnet", net)
+    config = json.loads((net / "config.json").read_text())
+    for name, value in (
+        ("in_channels", 128),
+        ("joint_attention_dim", 4096),
+        ("pooled_projection_dim", 768),
+        ("num_attention_heads", 24),
+        ("attention_head_dim", 128),
+    ):
+        write_lines(net / "config.json", {**config, name: value})
+        message = raises(f"{name} is {value}", render, controlnet=net)
+        assert message.startswith(str(net))
+
+
+def test_flux_negative_prompt_may_have_another_length():
+    """Its velocities are those of its own tokens; at the same length no bit changes."""
+    model = tiny_flux()
+    x = flux_inputs(flux_config())
+    words = (x["txt"][:, :3], x["pooled"].flip(0))
+    ids = flux.image_ids(4, 8)
+    shared = {"img_ids": ids, "levels": torch.tensor([1.0, 0.0]), "guidance": 2.0}
+
+    def euler(txt, pooled, **how):
+        return flux.denoise(model, x["img"], txt, pooled, **shared, **how)
+
+    plain = euler(x["txt"], x["pooled"])
+    away = euler(*words)
+    found = euler(x["txt"], x["pooled"], negative=words, cfg=3.0)
+    assert_close(found, away + 3 * (plain - away), 1e-5)
+    equal = euler(x["txt"], x["pooled"], negative=(x["txt"], x["pooled"]), cfg=3.0)
+    assert_close(equal, plain, 1e-5)
 
 
 # ---- flux.py: the sampler ------------------------------------------------------------------------
@@ -2810,19 +3558,19 @@ def test_render_with_strength_zero_is_the_source_through_the_autoencoder():
     assert np.abs(found.astype(int) - want).max() <= 1
 
 
-def test_render_hangs_the_image_prompt_in_once_and_counts_steps():
-    """image_prompt(model, ids) is called before the first step, progress around each batch's."""
+def test_render_equips_the_model_once_and_counts_steps():
+    """equip(model, ids) is called before the first step, progress around each batch's."""
     seen = []
     called = []
 
-    def image_prompt(model, ids):
+    def equip(model, ids):
         called.append((type(model).__name__, ids.tolist()))
 
     def progress(steps):
         seen.append(len(steps))
         return iter(steps)
 
-    render(("A red mug", "A white bowl"), image_prompt=image_prompt, progress=progress)
+    render(("A red mug", "A white bowl"), equip=equip, progress=progress)
     assert called == [("Flux", flux.image_ids(16, 16).tolist())] and seen == [2, 2]
 
 
@@ -4224,6 +4972,41 @@ RECORDED_PIXELS = {
     "all noise": [68.3, 31.2, 72.9, 30.4],
     "guided": [66.2, 20.9, 80.3, 25.0],
 }
+
+
+def exif_of(orientation, *others):
+    """Raw EXIF: the orientation, and other tags (tag, type, count, 4 bytes) that may be wrong."""
+    turn = (0x0112, 3, 1, struct.pack("<I", orientation))
+    rows = sorted([turn, *others])
+    packed = b"".join(struct.pack("<HHI", *row[:3]) + row[3] for row in rows)
+    head = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(rows))
+    return head + packed + bytes(4)
+
+
+def test_edit_turns_photographs_whose_other_exif_is_odd(tmp_path):
+    """Tags of a wrong type, out of range, that point nowhere; EXIF that is none at all: the picture
+    comes upright, or as it lies where no orientation can be read."""
+    pixels = np.array(Image.open(SAMPLE / "scenes/01_mug.png").convert("RGB"))[:48]
+    turns = {1: 0, 3: 2, 6: 1, 8: 3}                                        # np.rot90 lays it so
+    for other in (
+        (0x0100, 9, 1, struct.pack("<i", -5)),                              # a negative width
+        (0x0111, 1, 1, b"\1\0\0\0"),                                        # a byte for an offset
+        (0x011A, 2, 4, b"abc\0"),                                           # letters: a resolution
+        (0x011A, 5, 1, struct.pack("<I", 99999)),                           # beyond the end
+        (0x0128, 8, 1, struct.pack("<hh", -3, 0)),
+        (0x0103, 11, 1, struct.pack("<f", 1.5)),
+    ):
+        for orientation, turn in turns.items():
+            lying = Image.fromarray(np.rot90(pixels, turn).copy())
+            for name, how in (("a.png", {}), ("a.webp", {"lossless": True})):
+                lying.save(tmp_path / name, exif=exif_of(orientation, other), **how)
+                assert np.array_equal(flux.read_image(tmp_path / name), pixels), other
+    for none in (b"Exif\0\0no such thing", b"Exif\0\0", b"Exif\0\0II*\0", exif_of(9)):
+        Image.fromarray(pixels).save(tmp_path / "b.png", exif=none)
+        assert np.array_equal(flux.read_image(tmp_path / "b.png"), pixels), none
+    rotated = np.rot90(pixels).copy()
+    Image.fromarray(rotated).save(tmp_path / "c.jpg", quality=95, exif=exif_of(6))
+    assert np.array(flux.read_image(tmp_path / "c.jpg")).shape == pixels.shape
 
 
 # ---- patch_dpo.py: quality of patches, losses ----------------------------------------------------
