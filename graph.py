@@ -343,8 +343,8 @@ class EdgeModel(nn.Module):
     @torch.no_grad()
     def evaluate(self, part):
         """{accuracy, auc, ...} on the edges of "val" or "test"; only training edges carry messages.
-        `guessing`: the standard deviation around 0.5 of the AUC of guesses, which says what an AUC
-        on so few edges is worth. There is no AUC without a like and a dislike."""
+        Mean and standard deviation of a guesser's AUC say what an AUC on so few edges is worth;
+        there is none without a like and a dislike."""
         edges = self.split[part]
         liked = edges[2] > 0
         score = self.logits(self.split["train"], edges, self.vectors)
@@ -353,7 +353,8 @@ class EdgeModel(nn.Module):
         pairs = (liked.sum() * (~liked).sum()).item()
         if pairs:
             found["auc"] = auc(score, liked)
-            found["guessing"] = ((len(liked) + 1) / (12 * pairs)) ** 0.5
+            spread = ((len(liked) + 1) / (12 * pairs)) ** 0.5               # Mann-Whitney
+            found["auc of guesses"] = f"0.50 +- {spread:.2f}"
         return found
 
 
