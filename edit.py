@@ -233,8 +233,9 @@ def find_users(settings, graph):
     for name in settings.user:
         if name not in known:
             names = difflib.get_close_matches(name, known, 3, 0)
-            raise ValueError(f"nobody is called {name[:60]!r}, neither in {settings.users} nor among "
-                             f"those the policy was trained with; nearest: {', '.join(names)}")
+            raise ValueError(
+                f"nobody is called {name[:60]!r}, neither in {settings.users} nor among those the "
+                f"policy was trained with; nearest: {', '.join(names)}")
     return [in_words_of(known[name], graph.attributes) for name in settings.user]
 
 
