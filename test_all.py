@@ -3618,6 +3618,84 @@ def test_graph_reader_keeps_what_stands_in_the_file(tmp_path):
     assert graph.attribute_names([bo, ana]) == ["a", "b", "c"]
 
 
+def test_graph_reader_refuses_a_key_that_is_nearly_one_of_its_own(tmp_path):
+    """A misspelt key is named with the one that is meant; other keys, as public files have them,
+    are ignored."""
+    users = {"user": "ana", "likes": ["red"], "dislikes": []}
+    pairs = {"user": "ana", "caption": "a mug", "chosen": "x", "rejected": "y"}
+    edits = {"input": "a mug", "edit": "x"}
+    file = tmp_path / "rows.jsonl"
+
+    def read_pairs(file):
+        return graph.read_jsonl(file, {"guidance": ""}, **{key: str for key in pairs})
+
+    def read_edits(file):
+        return graph.read_jsonl(file, {"guidance": ""}, input=str, edit=str)
+
+    for read, good, key, meant in (
+        (graph.read_users, users, "Dislikes", "dislikes"),
+        (graph.read_users, users, "hiden", "hidden"),
+        (graph.read_users, users, "like", "likes"),
+        (read_pairs, pairs, "guidence", "guidance"),
+        (read_pairs, pairs, "choosen", "chosen"),
+        (read_edits, edits, "inputs", "input"),
+    ):
+        write_lines(file, good, {**good, key: ["blue"]})
+        assert f"{file}:2:" in raises(f'"{key}" is no key here; "{meant}" is', read, file)
+    write_lines(file, {**users, "user_id": 7, "name": "Ana", "age": 3, "line": "x"})
+    assert graph.read_users(file) == [User("ana", ["red"], [], [])]
+    harmless = {"edit_type": "color", "chosen_score": 1, "rejected_id": 2, "source": "web"}
+    write_lines(file, {**pairs, **harmless})
+    assert len(read_pairs(file)) == 1
+    write_lines(file, {**edits, "output": "a blue mug", "url": "", "inverse_edit": "z"})
+    assert len(read_edits(file)) == 1
+
+
+def test_graph_words_are_the_same_in_either_case_and_in_the_plural():
+    """ "WOOD" is wood and "Polka dot" polka dots; a word that is only alike is offered, not taken;
+    exactly the same word goes first."""
+    known = ["wood", "polka dots", "butterfly", "beach", "rose", "pine", "leaf", "Chrome"]
+    wanted = {
+        "WOOD": "wood",
+        "Polka Dot": "polka dots",
+        "chrome": "Chrome",
+        "Butterflies": "butterfly",
+        "beaches": "beach",
+        "Roses": "rose",
+        "pin": None,
+        "leaves": None,
+        "oak wood": None,
+        "": None,
+    }
+    for name, want in wanted.items():
+        assert graph.find_attribute(name, known) == want, name
+    assert graph.find_attribute("Stars", ["star", "Stars"]) == "Stars"
+    assert graph.near("leaves", known) == ["leaf"]
+    assert graph.near("xyz", known) == []
+    user = User("x", ["WOOD", "wood", "velvet"], ["beaches"], ["ice"])
+    same_user = User("x", ["wood", "velvet"], ["beach"], ["ice"])
+    assert graph.in_words_of(user, known) == same_user
+    both = User("x", ["Roses"], ["rose"])
+    raises("user 'x' likes and dislikes 'rose'", graph.in_words_of, both, known)
+
+
+def test_graph_gives_its_people_back():
+    """`people` undoes `build`; what is said twice counts once; nothing is liked and disliked."""
+    people = [
+        User("x", ["b", "a", "b"], ["c"]),
+        User("y", [], []),
+        User("z", ["c"], ["a", "a"]),
+    ]
+    assert people[0].likes == ["b", "a"]
+    assert people[2].dislikes == ["a"]
+    built = PreferenceGraph.build(people, ["a", "b", "c"], torch.zeros(3, 2))
+    assert built.people() == people
+    raises("user 'x' likes and dislikes 'a'", User, "x", ["b", "a"], ["a"])
+    one = User("x", ["a", "b"], [])
+    other = User("y", ["b", "a"], [])
+    assert graph.tastes(one) == graph.tastes(other)
+
+
 def test_graph_edges_are_users_attributes_and_signs():
     """A like is an edge of sign 1, a dislike of -1; an attribute that nobody knows is named."""
     people = [User("x", ["b"], ["a"]), User("y", ["a"], [])]
@@ -3626,8 +3704,8 @@ def test_graph_edges_are_users_attributes_and_signs():
     built = PreferenceGraph.build(people, ["a", "b"], torch.zeros(2, 3))
     assert built.signs().to_dense().tolist() == [[-1, 1], [1, 0]]
     raises("unknown attribute 'blue'", graph.edges_of, [User("x", ["blue"], [])], ["gold", "red"])
-    many = [f"t{i}" for i in range(70)]                                     # it names the first 60
-    assert raises("knows t0", graph.edges_of, [User("x", ["blue"], [])], many).endswith(" t59")
+    alike = "unknown attribute 'stripe'; spelt like it are ['stripes']"     # of however many
+    raises(alike, graph.edges_of, [User("x", ["stripe"], [])], ["stripes", *"abcdefghijklm"])
 
 
 def test_graph_similar_users_follow_equation_6():
@@ -3670,6 +3748,19 @@ def test_graph_sage_equals_pyg():
     for layer, out in ((ours, ours(src, dst, edges)), (theirs, theirs((src, dst), edges))):
         found.append([out, *torch.autograd.grad(out.square().sum(), [*layer.parameters()])])
     assert_close(*found)
+
+
+def test_graph_sage_of_two_widths_equals_pyg():
+    """Sources and destinations may have widths of their own."""
+    src = noise(9, 6)
+    dst = noise(5, 4, seed=1)
+    edges = torch.stack([torch.randint(n, (30,), generator=seeded()) for n in (9, 4)])
+    ours = graph.SAGEConv((6, 4), 7)
+    assert ours.lin_l.weight.shape == (7, 6)
+    assert ours.lin_r.weight.shape == (7, 4)
+    theirs = peer("torch_geometric.nn").SAGEConv((6, 4), 7)
+    theirs.load_state_dict(ours.state_dict())
+    assert_close(ours(src, dst, edges), theirs((src, dst), edges))
 
 
 def test_graph_sage_layer_is_mean_and_self():
@@ -3761,6 +3852,33 @@ def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
     assert seen["asked"].shape[1] == 1
 
 
+def test_graph_of_a_few_edges_is_refused_or_weighed():
+    """60/20/20 needs five edges. Beside an AUC stands how far a guesser's strays from 0.5; without
+    a like and a dislike among the held-out edges there is none."""
+    for names in ("a", "ab", "abcd"):
+        count = len(names)
+        few = PreferenceGraph.build([User("x", names, [])], names, noise(count, 4))
+        raises(f"{count} edges", graph.EdgeModel, few)
+    model = graph.EdgeModel(toy_graph())
+    edges = torch.ones(3, 12, dtype=torch.int64)
+    edges[2, 5:] = -1
+    model.split["test"] = edges
+    found = model.evaluate("test")
+    liked = edges[2] > 0
+    guesses = [graph.auc(noise(12, seed=i), liked) for i in range(2000)]
+    spread = torch.tensor(guesses).std()
+    assert found["auc of guesses"] == "0.50 +- 0.18"
+    assert abs(spread - 0.18) < 0.02
+    assert found["edges"] == 12
+    assert 0 <= found["auc"] <= 1
+    model.split["test"] = edges[:, :5]
+    assert set(model.evaluate("test")) == {"accuracy", "edges"}
+    five = PreferenceGraph.build([User("x", "abc", "de")], "abcde", noise(5, 4))
+    _, scores = graph.pretrain(five, epochs=2)
+    assert scores["edges"] == 1
+    assert "auc" not in scores
+
+
 def test_graph_pretraining_lets_only_user_vectors_decay():
     model = graph.EdgeModel(toy_graph())
     net, vectors = model.groups(0.5)
@@ -3828,6 +3946,92 @@ def test_graph_file_holds_everything_and_is_checked(tmp_path):
     built.edges[1, 0] = 6
     graph.save_graph(file, built, weights, {})
     raises(str(file), graph.load_graph, file)
+
+
+def graph_by_text(names=("wood", "gold", "red", "ocean"), norm=4.0):
+    """Two people over attributes that mini/qwen embeds."""
+    people = [
+        User("u", ["wood"], ["gold"]),
+        User("v", ["red"], ["ocean"]),
+    ]
+    how = {"embedder": str(MINI / "qwen"), "norm": norm}
+    features = graph.embed_names(names, **how)
+    built = PreferenceGraph.build(people, names, features)
+    built.embedder = how
+    return built
+
+
+def test_graph_features_are_centred_embeddings_of_one_length():
+    """norm 0 leaves the embeddings as they are; the mean is that of the first `known`."""
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    names = ["wood", "gold", "red", "velvet"]
+    plain = qwen.embed_texts(model, tokenizer, names)
+    assert same(graph.embed_names(names, MINI / "qwen", 0), plain)
+    for known in (2, None):
+        centred = plain - plain[:known].mean(0)
+        want = 3 * centred / centred.norm(dim=1, keepdim=True)
+        assert_close(graph.embed_names(names, MINI / "qwen", 3.0, known=known), want)
+
+
+def test_graph_unknown_attribute_is_a_node_by_its_text(tmp_path):
+    """A word that nobody has named is an attribute without edges, its feature the text's, centred
+    like the others'; who likes it hears of it by hand as of any other, nobody else does."""
+    built = graph_by_text()
+    file = tmp_path / "collaborative.safetensors"
+    tokens = cdpo.UserTokens(built, hidden_dim=6, out_dim=5)
+    tokens.save(file)
+    read = cdpo.UserTokens.load(file)
+    assert read.graph.embedder == built.embedder
+    new = User("x", ["velvet", "Woods"], ["pink"])
+    old = User("y", ["wood"], [])
+    h = read.new([new, old])
+    sage = read.sage
+    names = [*built.attributes, "pink", "velvet"]
+    wide = graph.embed_names(names, MINI / "qwen", 4.0, known=4)
+    zero = torch.zeros(1, 64)
+    nobody = torch.zeros(3, 0, dtype=torch.int64)
+    alone = sage.to_attribute[0](zero, wide[4:], nobody)
+    _, _, (_, known) = sage(read.vectors, built.features, built.edges)
+    states = torch.cat([known, alone.relu()])
+    said = torch.tensor([[0, 5, 4], [0, 0, 0], [1, 1, -1]])
+    first = sage.to_user[0](wide, zero, said).relu()
+    want = sage.to_user[1](states, first, said)
+    assert_close(h[:1], want, 1e-5)
+    assert_close(h[1:], tokens.new([old]), 1e-5)
+    other = read.new([User("x", ["linen", "wood"], ["pink"])])
+    assert relative(other, h[:1]) > 1e-3
+    assert len(read.graph.attributes) == 4
+    assert len(read.graph.features) == 4
+
+
+def test_graph_unknown_attribute_needs_the_embedder_of_then(tmp_path):
+    """A file that does not name it (before this was written), another model, another length or no
+    model at all are refused; words that the graph knows need none."""
+    new = [User("x", ["velvet"], [])]
+    tokens = cdpo.UserTokens(graph_by_text(), hidden_dim=6, out_dim=5)
+    other = tiny_qwen(vocab=803, width=64)
+    with mock.patch.object(qwen.Qwen, "load", return_value=other):
+        raises("does not embed", tokens.new, new)
+    with mock.patch.object(qwen.Qwen, "load", return_value=tiny_qwen(vocab=803)):
+        raises("does not embed", tokens.new, new)               # of another width
+    tokens.graph.embedder["norm"] = 2.0
+    raises("does not embed the graph's attributes", tokens.new, new)
+    tokens.graph.embedder["embedder"] = str(tmp_path / "gone")
+    raises("gone", tokens.new, new)
+    tokens.graph.embedder = None
+    raises("does not say how to embed velvet", tokens.new, new)
+    h = tokens.new([User("x", ["Wood"], [])])
+    assert h.shape == (1, 5)
+
+
+def test_shipped_policy_reads_words_that_its_graph_does_not_know():
+    """mini/policy names its embedder, from wherever it is asked."""
+    people = [User("x", ["velvet"], []), User("y", [], [])]
+    with contextlib.chdir(MINI):
+        tokens = cdpo.UserTokens.load(MINI / "policy/collaborative.safetensors")
+        h = tokens.new(people)
+    assert tokens.graph.embedder == {"embedder": "mini/qwen", "norm": 4.0}
+    assert relative(h[0], h[1]) > 1e-2
 
 
 # ---- cdpo.py: losses, tokens, texts --------------------------------------------------------------
@@ -4024,6 +4228,40 @@ def test_cdpo_suggests_the_same_alone_and_in_a_batch():
         assert row == [place < length for place in range(len(row))]
 
 
+def test_cdpo_answers_are_closed_once():
+    """An answer that the file closes already, in the template's ways, gets no second end."""
+    tokenizer = Tokenizer.load(MINI / "qwen")
+    asked = cdpo.prompt("A red mug")
+    closers = (
+        "",
+        "<|im_end|>",
+        "<|im_end|>\n",
+        " <|im_end|> ",
+        "<|im_end|><|im_end|>",
+        "<|endoftext|>",
+        "<|im_end|>\n<|endoftext|>\n",
+    )
+    texts = ["Paint the mug red" + closer for closer in closers]
+    _, answers = cdpo.encode(tokenizer, asked, *texts)
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][-1] == 802
+    assert answers[0].count(802) == 1
+    _, (spaced, empty) = cdpo.encode(tokenizer, asked, "Paint it \n", "")
+    assert spaced == tokenizer.encode("Paint it \n<|im_end|>")
+    assert empty == [802]
+
+
+def test_cdpo_suggestions_end_where_answers_are_trained_to_end():
+    """Whatever config.json says of the end (nothing, or another token), <|im_end|> is one."""
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    asked = [cdpo.prompt("A white bowl in front of a grey wall")]
+    want = cdpo.suggest(model, tokenizer, asked)
+    assert want[0][1]
+    for eos in ((), (800,)):
+        model.config.eos = eos
+        assert cdpo.suggest(model, tokenizer, asked) == want
+
+
 # ---- cdpo.py: what is trained --------------------------------------------------------------------
 
 def train_here(command):
@@ -4160,6 +4398,104 @@ def test_cdpo_neighbours_are_defined_at_the_edges(tmp_path):
     raises("pairs.jsonl holds nothing", train_here, f"graph --users {file}")
     write_lines(file, {**pairs[0], "user": "nobody"})
     raises("pairs.jsonl:1: user 'nobody' is not in", cdpo_stage, f"--pairs {file}")
+
+
+def test_cdpo_refuses_pairs_that_prefer_nothing(tmp_path):
+    """Chosen equal to rejected, also but for its end, is named by its lines; so is an answer that
+    holds another turn of a chat."""
+    good = read_lines(SAMPLE / "pairs.jsonl")[:12]
+    file = tmp_path / "pairs.jsonl"
+    chosen = good[0]["chosen"]
+    turn = f"{chosen}<|im_end|>\n<|im_start|>user\nAnd now?"
+    start = f"<|im_start|>assistant\n{chosen}<|im_end|>"
+    for rejected in (chosen, f"{chosen}<|im_end|>\n", turn, start):
+        bad = {**good[0], "rejected": rejected}
+        write_lines(file, good[1], bad, good[2], bad)
+        raises(f"{file}, lines 2, 4 (2 in all)", cdpo_stage, f"--pairs {file}")
+    write_lines(file, *12 * [bad])
+    raises("lines 1, 2, 3, 4, 5, 6, 7, 8, 9 (12 in all)", cdpo_stage, f"--pairs {file}")
+    write_lines(file, *good)
+    assert cdpo_stage(f"--pairs {file}")[0].items == 12
+    edit = {"input": "A mug", "edit": "Paint it"}
+    write_lines(file, edit, {**edit, "edit": turn})
+    raises("lines 2 (1 in all): edit", build_stage, f"sft --edits {file}")
+
+
+def test_cdpo_refuses_a_graph_of_other_tastes(tmp_path):
+    """It compares what people like, not their names alone: swapped, changed, new, gone, in another
+    order. In another order of the words it is the same taste. A policy is no graph."""
+    users = read_lines(SAMPLE / "users.jsonl")
+    file = tmp_path / "users.jsonl"
+    first, second, *rest = users
+    name = second["user"]
+    swap = {**second, "likes": second["dislikes"], "dislikes": second["likes"]}
+    less = {**second, "likes": second["likes"][1:]}
+    more = {**second, "dislikes": [*second["dislikes"], "velvet"]}
+    pairs = tmp_path / "pairs.jsonl"
+    write_lines(pairs, *read_lines(SAMPLE / "pairs.jsonl")[:4])
+    flags = f"--users {file} --pairs {pairs}"
+    for now in (swap, less, more):
+        write_lines(file, first, now, *rest)
+        raises(f"other likes and dislikes ({name}", cdpo_stage, flags)
+    write_lines(file, *users, {**swap, "user": "zoe"})
+    message = raises("(zoe", cdpo_stage, flags)
+    assert "--continue-from" in message
+    write_lines(file, first, *rest)
+    raises(f"({name}", cdpo_stage, flags)
+    write_lines(file, second, first, *rest)
+    raises("was trained on other users", cdpo_stage, flags)
+    turned = {**second, "likes": second["likes"][::-1], "hidden": ["gold"]}
+    write_lines(file, first, turned, *rest)
+    stage, _, _ = cdpo_stage(flags)
+    assert stage.tokens.graph.users[1] == name
+    for kind in ("graph", "id"):
+        stage, _, _ = cdpo_stage(f"--user {kind}")
+        stage.tokens.save(tmp_path / "collaborative.safetensors")
+        raises("holds a policy", cdpo_stage, f"--graph {tmp_path}")
+
+
+def test_graph_grows_and_who_was_known_keeps_the_trained_vector(tmp_path):
+    """--continue-from begins with the encoder and the vectors of before, by name, wherever a user
+    stands now; new ones begin as ever. At learning rate 0 the file holds just that."""
+    _, d = prepared()
+    users = read_lines(SAMPLE / "users.jsonl")
+    zoe = {"user": "zoe", "likes": ["velvet", "gold"], "dislikes": ["beach"]}
+    file = tmp_path / "users.jsonl"
+    write_lines(file, zoe, *users[::-1])
+    command = f"graph --users {file} --steps 1 --lr 0"
+    train_here(f"{command} --continue-from {d}/graph --out {tmp_path}/grown")
+    file = "collaborative.safetensors"
+    before, old, _ = graph.load_graph(d / "graph" / file)
+    after, new, _ = graph.load_graph(tmp_path / "grown" / file)
+    assert after.users == ["zoe", *before.users[::-1]]
+    assert same(new["vectors"][1:], old["vectors"].flip(0))
+    assert 0.003 < new["vectors"][0].std() < 0.03
+    for name in old:
+        if name.startswith("sage."):
+            assert same(new[name], old[name])
+    assert set(after.attributes) - set(before.attributes) == {"velvet"}
+    again = f"{command} --continue-from {tmp_path}/grown"                   # a grown one grows
+    model = build_stage(again)[0].model
+    assert same(model.vectors.data, new["vectors"])
+    fresh = build_stage(command)[0].model
+    assert relative(fresh.vectors.data, new["vectors"]) > 0.1
+
+
+def test_graph_grows_only_from_an_encoder_that_fits(tmp_path):
+    """Other sizes, one kind of edge, other features, another file are refused."""
+    _, d = prepared()
+    users = f"graph --users {SAMPLE}/users.jsonl --continue-from"
+    for flags, part in (
+        ("--hidden 32", "expected (32,)"),
+        ("--unsigned", "missing"),
+        ("--out-dim 8", "does not fit"),
+        ("--feature-norm 2", "does not embed"),
+    ):
+        raises(part, build_stage, f"{users} {d}/graph {flags}")
+    raises("no such file", build_stage, f"{users} {tmp_path}")
+    stage, _, _ = cdpo_stage("--user id")
+    stage.tokens.save(tmp_path / "collaborative.safetensors")
+    raises("missing", build_stage, f"{users} {tmp_path}")
 
 
 def test_cdpo_sampled_neighbours_come_in_proportion_to_similarity():
@@ -4894,15 +5230,13 @@ def test_edit_sees_each_reference_that_is_asked_for(tmp_path):
 
 
 def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
-    """Likes alone make a user; likes nobody shares are named and left out; a user without any gets
-    the generic edit, the same whatever the name, and a note that says so."""
-    dislikes = "--dislikes moonlight"
-    _, mine = edited(tmp_path, f'--likes "gold, crown, marble" {dislikes}')
-    _, odd = edited(tmp_path, f'--likes "gold, crown, quux, marble" {dislikes}')
-    assert odd["instruction"] == mine["instruction"] and "quux" in odd["note"] and not mine["note"]
+    """Likes and dislikes make a user; somebody without any gets the generic edit, and a note that
+    says so."""
+    mine, record = edited(tmp_path, '--likes "gold, crown, marble" --dislikes moonlight')
     none, empty = edited(tmp_path, '--likes ""')
-    alike, quux = edited(tmp_path, "--dislikes quux")
-    assert "generic" in empty["note"] and "generic" in quux["note"] and (none == alike).all()
+    alike, nothing = edited(tmp_path, '--dislikes ""')
+    assert "generic" in empty["note"] and empty["note"] == nothing["note"] and not record["note"]
+    assert (none == alike).all() and record["likes"] == ["gold", "crown", "marble"]
 
 
 def test_edit_knows_training_users_as_they_were_trained():
@@ -4945,7 +5279,7 @@ def test_edit_grid_wraps_its_words():
 def test_edit_writes_a_grid_of_two_people_and_the_picture_alone_of_one(tmp_path):
     pixels = np.zeros((64, 64, 3), np.uint8)
     one = {"user": "a b/c", "likes": [], "instruction": "", "settings": {"caption": "mug"}}
-    for number, want in ((1, ["x.png"]), (2, ["x.png", "x_a_b_c.png"])):
+    for number, want in ((1, ["x.png"]), (2, ["x.png", "x_a_b_c.png", "x_a_b_c_2.png"])):
         with quiet():
             edit.write(tmp_path / "x.png", pixels, number * [one], number * [pixels])
         assert sorted(file.name for file in tmp_path.glob("*.png")) == want
@@ -4960,6 +5294,236 @@ def test_edit_prints_what_a_part_took():
         pass
     name, seconds, _, _, peak, unit = said.getvalue().split()
     assert name == "nothing" and unit == "GB" and float(seconds) < 1 and 0.1 < float(peak) < 30
+
+
+def test_edit_destroys_no_file(tmp_path):
+    """What is read here, what edit.py did not write and folders are left as they are: refused
+    before any model is read. Its own results are written anew."""
+    own = tmp_path / "x.png"
+    _, record = edited(tmp_path, ONE)
+    edited(tmp_path, ONE)                                       # its own: written anew
+    company = tmp_path / f"y_{record['user']}.png"
+    own.with_name("z.json").write_text('{"camera": "mine"}')
+    own.with_name("photo.png").write_bytes(Path(MUG).read_bytes())
+    own.with_name("folder.png").mkdir()
+    own.rename(company)                                         # a result that is edited again
+    own.symlink_to(company)
+    before = {file: file.read_bytes() for file in tmp_path.glob("*.*") if file.is_file()}
+    for flags in (
+        f"--out {own} --image {company} --caption x",           # another name of the photograph
+        f"--out {tmp_path}/y.png --image {company} --caption x",        # one of several people's
+        f"--out {company} --reference {MUG} {company} --caption x",
+        f"--out {company} --control-image {company}",
+        f"--out {tmp_path}/z.png",                              # what stands beside a photograph
+        f"--out {tmp_path}/photo.png",
+        f"--out {tmp_path}/folder.png",
+    ):
+        with quiet(), mock.patch.object(edit, "resolve", side_effect=AssertionError):
+            raises("--out", edit.main, flags.split())
+    assert all(file.read_bytes() == data for file, data in before.items())
+
+
+def test_edit_people_never_share_a_file():
+    """Names that differ only in what a file cannot be called, or in case, or are very long."""
+    names = ["a b", "a/b", "A?b", "a_b_2", "..", "é" * 300, "é" * 301]
+    files = edit.files_of(Path("out/x.png"), names)
+    assert len({file.name.lower() for file in files}) == len(names)
+    assert files[0].name == "x_a_b.png" and files[1].name == "x_a_b_2.png"
+    assert all(file.parent == Path("out") for file in files)
+    assert max(len(file.name.encode()) for file in files) < 250
+    assert edit.files_of(Path("out/x.png"), ["a b"]) == [Path("out/x.png")]
+
+
+def test_edit_writes_all_files_or_none(tmp_path):
+    """A disk that is full at the second picture leaves what was there, and nothing else; a folder
+    that cannot be made is said before anything is painted."""
+    one = {"user": "a", "likes": [], "instruction": "", "settings": {"caption": "mug"}}
+    given = None, [one, {**one, "user": "b"}], [np.zeros((64, 64, 3), np.uint8)] * 2
+    with quiet():
+        edit.write(tmp_path / "x.png", *given)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    plain = Image.Image.save
+    saved = []
+
+    def full(picture, file, **how):
+        saved.append(file)
+        plain(picture, file, **how)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+
+    for folder in (tmp_path, tmp_path / "new/folder"):
+        saved.clear()
+        with quiet(), mock.patch.object(Image.Image, "save", full):
+            raises("No space left", edit.write, folder / "x.png", *given)
+    (tmp_path / "new").rmdir()
+    with quiet(), mock.patch.object(edit, "resolve", side_effect=AssertionError):
+        raises("--out", edit.main, ["--out", f"{tmp_path}/x.json/sub/x.png"])
+    assert before == {file: file.read_bytes() for file in tmp_path.iterdir()} and len(before) == 6
+
+
+def test_edit_refuses_flags_without_effect():
+    """Each is refused, naming what gives it effect; with that it is taken."""
+    new = "--caption vase"
+    seen = f"--reference {MUG}"
+    for flags, part in (
+        (f"{new} --strength 0.5", "--image"),
+        (f"{new} --control-mode pose", "--image or --control-image"),
+        (f"{new} --control-scale 0.3", "--image"),
+        (f"{new} --control-end 0.5", "--image"),
+        (f"{new} --control-image {MUG} --low 50", "edges"),
+        ("--high 50 --control-mode gray", "edges that Canny draws"),
+        (f"--high 50 --control-image {MUG}", "edges that Canny draws"),
+        ("--negative blurry", "--true-cfg"),
+        ("--reference-scale 1", "--reference"),
+        ("--features x", "--reference"),
+        ("--image-prompt x", "--reference"),
+        ("--lora-scale 0.5", "--lora"),
+        (f"{new} {seen} --temperature 1", "--user"),
+        (f"{new} {seen} --users x.jsonl", "--user"),
+        ("--users x.jsonl --dislikes gold", "--user"),
+    ):
+        raises(f"no effect without {part}", edit.parse, flags.split())
+    for flags in (
+        "--strength 0.5 --low 50 --control-end 0.5",            # of the shipped picture
+        f"{new} --control-image {MUG} --control-mode pose",
+        "--negative blurry --true-cfg 2",
+        f"{new} {seen} --reference-scale 1 --user ana --users x.jsonl --temperature 1",
+        "--lora x --lora-scale 0.5",
+        "--control-scale 0 --controlnet x",                     # which model is never refused
+    ):
+        edit.parse(flags.split())
+
+
+def test_edit_refuses_texts_that_are_none():
+    """Nothing but blanks, and bytes that are no UTF-8, in any flag."""
+    for flag in ("--caption", "--image", "--control-image", "--lora", "--users", "--qwen"):
+        for text in ("", "  "):
+            raises(flag, edit.parse, [flag, text])
+    odd = b"caf\xe9".decode(errors="surrogateescape")
+    for flag in ("--caption", "--instruction", "--negative", "--user", "--likes", "--lora"):
+        raises("UTF-8", edit.parse, [flag, odd])
+        raises(flag, edit.parse, [flag, "half a \ud83d"])
+    edit.parse(["--instruction", ""])                           # what it is anyway
+    edit.parse(["--likes", "", "--caption", "ein Café 🏠"])
+
+
+def test_edit_paints_after_a_control_picture_alone(tmp_path):
+    """Without a photograph: a new picture of the control picture's shape, which it changes."""
+    wide = Image.open(MUG).convert("RGB").crop((0, 8, 64, 56))
+    wide.save(tmp_path / "pose.png")
+    new = f'{ONE} --caption "A white vase" --control-image {tmp_path}/pose.png'
+    pose, record = edited(tmp_path, f"{new} --control-mode pose")
+    none, _ = edited(tmp_path, f"{new} --control-scale 0")
+    assert pose.shape[1] > pose.shape[0] and record["settings"]["strength"] == 1
+    assert pose.shape == none.shape and (pose != none).any()
+
+
+def test_edit_adds_a_lora_to_flux(tmp_path):
+    """--lora adds scale * alpha / rank * B A to the layers that it names and to no other, from
+    its folder or file; the picture shows it."""
+    model = flux.Flux.load(MINI / "flux/transformer")
+    names = lora.inject(model, rank=2, alpha=6, targets=["attn.to_q", "proj_out"])
+    change = {}
+    for name, layer in lora.layers(model).items():
+        loud(layer.lora_A)
+        loud(layer.lora_B)
+        change[f"{name}.weight"] = 3 * layer.lora_B["policy"] @ layer.lora_A["policy"]
+    lora.save_adapter(model, tmp_path / "lora")
+    file = tmp_path / "lora/adapter_model.safetensors"
+    plain = flux.Flux.load(MINI / "flux/transformer").state_dict()
+    for given, scale in ((file.parent, -0.5), (file, 0)):
+        model = flux.Flux.load(MINI / "flux/transformer")
+        settings = edit.parse(["--lora", str(given), "--lora-scale", str(scale)])
+        edit.equip(settings, model, None)
+        for name, p in model.state_dict().items():
+            assert_close(p, plain[name] + scale * change.get(name, 0))
+            assert torch.equal(p, plain[name]) == (scale == 0 or name not in change), name
+    assert len(change) == len(names) > 2
+    without, _ = edited(tmp_path, ONE)
+    painted, record = edited(tmp_path, f"{ONE} --lora {file} --offload")
+    assert (painted != without).any() and record["settings"]["lora_scale"] == 1
+
+
+def test_edit_hands_caption_and_instruction_apart():
+    """So that what is too long loses words of the caption."""
+    settings = edit.parse(["--caption", "A vase"])
+    edits = [{"instruction": "Paint it gold", "prompt": "A vase. Paint it gold"}]
+    with mock.patch.object(edit, "render") as given:
+        edit.draw(settings, MINI / "flux", edits, None, None, (64, 64))
+    assert given.call_args.kwargs["prompts"] == [("A vase", "Paint it gold")]
+
+
+def test_edit_reads_a_strangers_words_as_the_graph_has_them(tmp_path):
+    """Case and plural are folded, in flags and in a users file; a word that the graph lacks counts
+    by its text, and the note names known ones that are spelt like it."""
+    likes = "gold, neon green, wood"
+    _, mine = edited(tmp_path, f'--likes "{likes}" --dislikes crown')
+    _, loose = edited(tmp_path, '--likes "Golds, NEON GREEN, Woods" --dislikes Crowns')
+    assert loose["likes"] == mine["likes"] == likes.split(", ") and loose["dislikes"] == ["crown"]
+    assert loose["instruction"] == mine["instruction"] and not loose["note"]
+    write_lines(tmp_path / "u.jsonl", {"user": "ana", "likes": ["Golds"], "dislikes": ["CROWN"]})
+    _, ana = edited(tmp_path, f"--user ana --users {tmp_path}/u.jsonl")
+    assert ana["likes"] == ["gold"] and ana["dislikes"] == ["crown"]
+    tokens = cdpo.UserTokens.load(MINI / "policy/collaborative.safetensors")
+    known, _ = edit.soft_tokens(User("x", ["gold"], []), tokens)
+    for word, alike in (("golden", "gold"), ("quux", "none")):
+        soft, note = edit.soft_tokens(User("x", ["gold", word], []), tokens)
+        assert word in note and alike in note.partition("spelt like it")[2], note
+        assert relative(soft, known) > 1e-3
+    raises("'gold'", edited, tmp_path, "--likes gold --dislikes Golds")
+
+
+def test_edit_words_at_hardly_any_temperature_are_the_likeliest():
+    """Temperatures that fp32 does not know from 0 are 0."""
+    said = []
+    for temperature in ("0", "1e-300", "1e-7"):
+        settings = edit.parse(["--user", edit.PERSONAS[0], "--temperature", temperature])
+        with quiet():
+            said.append(edit.write_instructions(settings)[0][2])
+    assert said[0] == said[1] == said[2]
+
+
+def test_edit_lists_the_graphs_words():
+    """--attributes prints what the policy's graph knows, a line each, and nothing is painted."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), mock.patch.object(edit, "render") as painted:
+        edit.main(["--attributes", "--policy", str(MINI / "policy")])
+    tokens = cdpo.UserTokens.load(MINI / "policy/collaborative.safetensors")
+    assert said.getvalue().splitlines() == tokens.graph.attributes and not painted.called
+
+
+def test_edit_finds_the_miniature_from_any_folder(tmp_path):
+    """Called by its full path: defaults lie beside the script, what is named and what is written
+    where one stands; a run that is refused leaves nothing behind."""
+    (tmp_path / "mug.png").write_bytes(Path(MUG).read_bytes())
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
+        raises("nobody", edit.main, ["--user", "nobody at all"])
+        assert os.listdir() == ["mug.png"]
+        edit.main(shlex.split(f"--image mug.png --caption mug {ONE} --steps 2"))
+    assert (tmp_path / "out/edit.png").is_file()
+    with quiet():
+        same = f"--image {MUG} --caption mug {ONE} --steps 2 --out {tmp_path}/x.png"
+        edit.main(shlex.split(same))
+    with Image.open(tmp_path / "x.png") as here, Image.open(tmp_path / "out/edit.png") as there:
+        assert here.tobytes() == there.tobytes()
+
+
+def test_edit_and_mini_end_at_ctrl_c_without_a_traceback(tmp_path):
+    """Whenever it comes: while torch is loaded, or later."""
+    for script, wait in (
+        ("edit.py --steps 10000", 0.4),
+        ("mini/world.py --users 9000", 1.0),
+        ("mini/pretrain.py pictures", 0.2),
+    ):
+        words = [sys.executable, str(ROOT / script.split()[0]), *script.split()[1:]]
+        if script.startswith("mini"):
+            words += ["--out", str(tmp_path)]
+        process = subprocess.Popen(words, cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+                                   stdout=subprocess.DEVNULL)
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+        assert process.returncode == -signal.SIGINT and said == "", (script, said)
 
 
 RECORDED_WORDS = {
@@ -6227,7 +6791,7 @@ def test_house_imports_flow_one_way():
 
 def test_house_is_written_for_readers():
     """No line is over 100 columns; a code line has at most 12 tokens over a file and 10.5 over the
-    nine files, which have at most 36,000 together."""
+    nine files, which have at most 40,000 together."""
     tokens = 0
     lines = 0
     for name in tracked_files():
@@ -6240,7 +6804,7 @@ def test_house_is_written_for_readers():
             if file.stem in TOP and file.parent == ROOT:
                 tokens += count
                 lines += code
-    assert tokens <= 36_000 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+    assert tokens <= 40_000 and tokens <= 10.5 * lines, (tokens, tokens / lines)
 
 
 def quoted_commands(text):
