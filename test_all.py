@@ -8,6 +8,7 @@ that equals its peers. pytest runs this file too; `tmp_path` is an empty folder,
 """
 import argparse
 import ast
+import base64
 import contextlib
 import functools
 import gc
@@ -6718,6 +6719,344 @@ def test_bench_patch_training_teaches_f():
         adam.step()
     after = score()
     assert after[0] > before[0] + 0.1 and after[1] >= after[0], (before, after)
+
+
+# ---- bench/study.py ------------------------------------------------------------------------------
+
+TASTES = [("ana", ["gold"], ["</script>"]), ("bo", ["wood"], []), ("cy", [], ["neon"])]
+
+
+def edits_of(folder, shade, people=TASTES, source=None, caption="A mug", size=(32, 24)):
+    """A folder that edit.py wrote: one PNG and JSON a person and their grid."""
+    folder.mkdir()
+    edits = []
+    pictures = []
+    for number, (user, likes, dislikes) in enumerate(people):
+        settings = {"image": source and str(source), "caption": caption, "reference_scale": 1.5}
+        edits.append({"user": user, "likes": likes, "dislikes": dislikes, "note": "generic",
+                      "instruction": "", "prompt": f"A mug. Make it {user}'s",
+                      "settings": settings})
+        pictures.append(np.array(Image.new("RGB", size, (shade, 10 * number, 0))))
+    with contextlib.redirect_stdout(io.StringIO()):
+        edit.write(folder / f"{folder.name}.png", None, edits, pictures)
+    return str(folder)
+
+
+def study_of(tmp_path, *flags, seed=0, **source):
+    """(page, what it embeds, key) of a study of two folders "ours" and "theirs"."""
+    study = bench("study")
+    for name, shade in (("ours", 200), ("theirs", 100)):
+        if not (tmp_path / name).exists():
+            edits_of(tmp_path / name, shade, **source)
+    out = tmp_path / f"study_{len(list(tmp_path.iterdir()))}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        study.main(["--a", str(tmp_path / "ours"), "--b", str(tmp_path / "theirs"), "--out",
+                    str(out), "--seed", str(seed), *flags])
+    page = (out / "sheet.html").read_text()
+    data = json.loads(re.search(r"^const data = (.*);$", page, re.M)[1])
+    return page, data, json.loads((out / "key.json").read_text())
+
+
+def pixels_of(uri):
+    head, _, body = uri.partition(",")
+    assert head == "data:image/png;base64"
+    image = Image.open(io.BytesIO(base64.b64decode(body)))
+    return image, np.array(image)
+
+
+def voted(tmp_path, key, answer, voter="v"):
+    """A file of votes, as the page saves it: answer(trial, question) for each question."""
+    votes = []
+    for number, trial in enumerate(key["trials"]):
+        for question in trial["questions"]:
+            votes.append({"trial": number, "question": question, "answer": answer(trial, question)})
+    file = tmp_path / f"votes_{voter}.json"
+    file.write_text(json.dumps({"sheet": key["sheet"], "voter": voter, "votes": votes}))
+    return str(file)
+
+
+def side_of(method, trial):
+    return ["left", "right"][trial["shown"].index(method)]
+
+
+def test_study_sheet_does_not_tell_the_methods():
+    """The page names no folder, file, note or seed, and its pictures hold pixels alone: of each
+    trial those that the key says, from left to right."""
+    with tempfile.TemporaryDirectory() as folder:
+        page, data, key = study_of(Path(folder), seed=90210)
+    for secret in ("ours", "theirs", "generic", "90210", ".png", "edit.py", "reference_scale"):
+        assert secret not in page.replace("image/png", ""), secret
+    assert page.count("</script>") == 1 and "http" not in page
+    for seen, trial in zip(data["trials"], key["trials"], strict=True):
+        for method, number in zip(trial["shown"], seen["pictures"], strict=True):
+            image, pixels = pixels_of(data["pictures"][number])
+            assert image.info == {} and pixels[0, 0, 0] == {"a": 200, "b": 100}[method]
+            person = [user for user, *_ in TASTES][pixels[0, 0, 1] // 10]
+            assert person == trial["pair"][0]
+            assert f"A mug. Make it {person}'s" in seen["labels"]
+
+
+def test_study_seed_fixes_order_and_sides(tmp_path):
+    """The same seed gives the same page and key, another one others; each pair once, as many with
+    one method on the left as with the other, but for one, which falls to either."""
+    first = study_of(tmp_path)
+    assert study_of(tmp_path) == first
+    lefts = set()
+    orders = set()
+    for seed in range(1, 9):
+        page, _, key = study_of(tmp_path, seed=seed)
+        assert page != first[0]
+        lefts.add(sum(trial["shown"] == ["a", "b"] for trial in key["trials"]))
+        orders.add(tuple(trial["pair"][0] for trial in key["trials"]))
+        assert sorted(trial["pair"][0] for trial in key["trials"]) == ["ana", "bo", "cy"]
+    assert lefts == {1, 2} and len(orders) > 2
+
+
+def test_study_votes_come_back_as_methods(tmp_path):
+    """Who always prefers --a, and always finds the left picture more appealing, gives it all of Q1
+    and of Q2 what the key says; ties are counted, and left out of the rate."""
+    study = bench("study")
+    _, _, key = study_of(tmp_path)
+
+    def prefers_a(trial, question):
+        return side_of("a", trial) if question.startswith("Q1") else "left"
+
+    files = [voted(tmp_path, key, prefers_a, "x"), voted(tmp_path, key, lambda *_: "tie", "y")]
+    votes = study.read_votes(files, {key["sheet"]: key})
+    lefts = sum(trial["shown"][0] == "a" for trial in key["trials"])
+    one, two = study.win_rates(votes)
+    assert one == ["Q1: General Preference", 3, 0, 3, "1.000", "0.000", "0.438 to 1.000"]
+    assert two[:4] == ["Q2: Visual Appeal", lefts, 3 - lefts, 3]
+
+
+def test_study_ratings_come_back_as_means(tmp_path):
+    """One person rates each of their pictures beside the original, then picks between those that
+    differ; means, and the differences of one pair, are the methods'."""
+    study = bench("study")
+    source = tmp_path / "mug.png"
+    Image.new("RGB", (64, 48), "blue").save(source)
+    _, data, key = study_of(tmp_path, "--study", "own", "--user", "ana", source=source)
+    assert [len(trial["shown"]) for trial in key["trials"]] == [1, 1, 2]
+    for seen in data["trials"]:
+        _, pixels = pixels_of(data["pictures"][seen["pictures"][1]])
+        assert seen["labels"][1] == "original" and "likes" not in seen
+        assert pixels.shape == (24, 32, 3) and tuple(pixels[0, 0]) == (0, 0, 255)
+
+    def rates(trial, question):
+        if question == "Pick":
+            return side_of("b", trial)
+        return {"a": 5, "b": 2}[trial["shown"][0]] - (question == "Q2: Disentanglement")
+
+    files = [voted(tmp_path, key, rates, voter) for voter in "xy"]
+    votes = study.read_votes(files, {key["sheet"]: key})
+    rows = study.means(votes, "ours", "theirs")
+    assert [row[1:4] for row in rows[:3]] == [
+        ["ours", 2, "5.00"], ["theirs", 2, "2.00"], ["difference", 2, "3.00"]]
+    assert [row[3] for row in rows[3:]] == ["4.00", "1.00", "3.00"]
+    assert study.win_rates(votes)[0][:4] == ["Pick", 0, 2, 0]
+
+
+def test_study_intervals_are_the_textbooks():
+    """Wilson's interval of 8 out of 10 and Student's 97.5 % points, from tables."""
+    study = bench("study")
+    low, high = study.wilson(8, 10)
+    assert abs(low - 0.4902) < 1e-4 and abs(high - 0.9433) < 1e-4
+    for degrees, point in ((1, 12.706), (2, 4.303), (9, 2.262), (100, 1.984)):
+        assert abs(study.student(degrees) - point) < 2e-3 * point
+    assert study.mean_and_interval([3, 4, 5]) == ["4.00", "1.52 to 6.48"]
+
+
+def test_study_equal_pictures_are_not_asked_to_choose_from(tmp_path):
+    """A pair whose two pictures are equal pixel for pixel is no question; all equal is an error."""
+    study = bench("study")
+    args = SimpleNamespace(a=edits_of(tmp_path / "a", 100), b=edits_of(tmp_path / "b", 100),
+                           user=None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        pairs = study.find_pairs(args)
+    raises("the same pictures", study.plan, pairs, "judges", study.random.Random(0))
+    pairs["bo", "", "A mug"]["a"]["uri"] = "another"
+    (only,) = study.plan(pairs, "judges", study.random.Random(0))
+    assert only["pair"][0] == "bo"
+
+
+def test_study_refuses_in_one_sentence_that_names_the_file(tmp_path):
+    """What a user can get wrong ends in a sentence with the file; no file is written over."""
+    study = bench("study")
+    _, _, key = study_of(tmp_path)
+    keys = {key["sheet"]: key}
+    votes = voted(tmp_path, key, lambda *_: "left")
+    raises("empty holds no edit", study.read_edits, tmp_path / "empty")
+    raises("twice", study.read_votes, [votes, votes], keys)
+    raises("votes_v.json answers sheet", study.read_votes, [votes], {"another": key})
+    raises("votes_v.json has no a or b or trials", study.read_keys, [votes])
+    wrong = voted(tmp_path, key, lambda *_: 7, "w")
+    raises("votes_w.json: expected answers to what", study.read_votes, [wrong], keys)
+    Path(wrong).write_text("[1]")
+    raises("votes_w.json", study.read_votes, [wrong], keys)
+
+    ours = tmp_path / "ours"
+    small = SimpleNamespace(a=str(ours), b=edits_of(tmp_path / "small", 1, size=(8, 8)), user=None)
+    raises("small_ana.json differ in size", study.find_pairs, small)
+    other = SimpleNamespace(a=str(ours), b=edits_of(tmp_path / "o", 1, caption="A bag"), user=None)
+    raises("same user, source picture and caption", study.find_pairs, other)
+    (ours / "again.json").write_bytes((ours / "ours_bo.json").read_bytes())
+    (ours / "again.png").write_bytes((ours / "ours_bo.png").read_bytes())
+    raises("are the same user, picture", study.read_edits, ours)
+    (ours / "again.png").unlink()
+    (ours / "again.json").write_text('{"user": "bo"}')
+    raises("again.json has no likes", study.read_edits, ours)
+    broken = {"user": "bo", "likes": 5, "dislikes": [], "prompt": "",
+              "settings": {"image": "", "caption": ""}}
+    (ours / "again.json").write_text(json.dumps(broken))
+    raises("again.json", study.read_edits, ours)
+    (ours / "again.json").unlink()
+
+    theirs = str(tmp_path / "theirs")
+    for flags, part in ((["--out", str(tmp_path / "study_2")], "sheet.html exists"),
+                        (["--study", "own"], "with one of ana, bo, cy"),
+                        (["--study", "own", "--user", "bo"], "_bo.json was drawn without")):
+        stderr = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+                study.main(["--a", str(ours), "--b", theirs, "--out", str(tmp_path / "n"), *flags])
+        except SystemExit as end:
+            assert end.code == 2
+        message = stderr.getvalue()
+        assert part in message and message.startswith("study.py: "), message
+        assert message.count("\n") == 1, message
+
+
+class Chromium:
+    """A headless Chromium, spoken to over a pipe (its DevTools protocol, JSON and a zero byte)."""
+
+    def __init__(self, folder):
+        names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+        found = [path for path in map(shutil.which, names) if path]
+        if not found:
+            raise unittest.SkipTest("no Chromium is installed")
+        theirs_in, self.write = os.pipe()
+        self.read, theirs_out = os.pipe()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                 "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
+        # It reads from 3 and writes to 4.
+        shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell, "_", found[0], *flags, "about:blank"], stderr=subprocess.DEVNULL,
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.session = None
+        self.number = 0
+        self.rest = b""
+        (target,) = [t for t in self.call("Target.getTargets")["targetInfos"]
+                     if t["type"] == "page"]
+        answer = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self.session = answer["sessionId"]
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.write, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                part = os.read(self.read, 2 ** 16)
+                assert part, "Chromium has ended"
+                self.rest += part
+            answer, _, self.rest = self.rest.partition(b"\0")
+            answer = json.loads(answer)
+            if answer.get("id") == self.number:
+                return answer.get("result", {})            # an error: the page is just leaving
+
+    def evaluate(self, expression):
+        return self.call("Runtime.evaluate", expression=expression).get("result", {}).get("value")
+
+    def open(self, address):
+        self.call("Page.navigate", url=address)
+        wait_until(lambda: self.evaluate("location.href + document.readyState")
+                   == address + "complete")
+
+    def visit(self, address):
+        """Opens a sheet, which loads itself twice where it recalls nothing."""
+        self.open("about:blank")
+        self.open(address)
+        wait_until(lambda: self.evaluate(
+            "document.readyState == 'complete' && (state.answers.length > 0 || "
+            "performance.getEntriesByType('navigation')[0].type == 'reload')"))
+
+    def remembers(self, address):
+        """Whether localStorage outlives a page: for a new profile's first second it may not."""
+        self.visit(address)
+        self.evaluate("localStorage.seen = 1 + (+localStorage.seen || 0)")
+        return self.evaluate("localStorage.seen") == "3"
+
+    def press(self, key):
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key)
+
+    def text(self):
+        return self.evaluate("document.body.innerText") or ""
+
+    def close(self):
+        self.call("Browser.close")
+        self.process.wait(20)
+        os.close(self.write)
+        os.close(self.read)
+
+
+def wait_until(condition, seconds=20):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_study_page_works_in_a_browser(tmp_path):
+    """In Chromium, from file://: keys vote, Backspace takes back, another key does nothing, a
+    reload and a later visit go on where it was, `s` saves what the key reads back; nothing is
+    fetched."""
+    study = bench("study")
+    _, data, key = study_of(tmp_path)
+    browser = Chromium(tmp_path)
+    (sheet,) = tmp_path.glob("study_*/sheet.html")
+    try:
+        wait_until(lambda: browser.remembers(sheet.as_uri()))
+        browser.visit(sheet.as_uri())
+        assert "This user likes:" in browser.text() and "0 of 6" in browser.text()
+        shapes = "[...document.images].map(i => i.naturalWidth + 'x' + i.naturalHeight).join()"
+        wait_until(lambda: browser.evaluate(shapes) == "32x24,32x24")
+        for pressed in ("ArrowLeft", "ArrowDown"):
+            browser.press(pressed)
+        browser.evaluate("localStorage.clear(), state = null")     # a reload needs neither
+        browser.call("Page.reload")
+        wait_until(lambda: "2 of 6" in browser.text() and browser.evaluate("state.voter"))
+        for pressed in ("x", "5", "ArrowLeft", "Backspace", "ArrowRight"):
+            browser.press(pressed)
+        assert "3 of 6" in browser.text()
+        browser.visit(sheet.as_uri())
+        assert "3 of 6" in browser.text()
+        asked = data["texts"][data["trials"][1]["questions"][1]]
+        assert asked in browser.text()
+        browser.press("ArrowRight")
+        browser.evaluate("document.querySelectorAll('button')[1].click()")   # cannot tell
+        browser.press("ArrowLeft")
+        assert "6 of 6" in browser.text() and "thank you" in browser.text()
+        browser.press("ArrowLeft")
+        browser.press("s")
+        wait_until(lambda: list(tmp_path.glob("votes_*.json")))
+        fetched = "performance.getEntriesByType('resource').map(r => r.name).join()"
+        assert "http" not in browser.evaluate(fetched)
+    finally:
+        browser.close()
+    (file,) = tmp_path.glob("votes_*.json")
+    said = json.loads(file.read_text())
+    answers = [vote["answer"] for vote in said["votes"]]
+    assert answers == ["left", "tie", "right", "right", "tie", "left"]
+    votes = study.read_votes([file], {key["sheet"]: key})
+    assert [v["method"] for v in votes if v["answer"] == "left"] == [
+        key["trials"][0]["shown"][0], key["trials"][2]["shown"][0]]
 
 
 # ---- the house -----------------------------------------------------------------------------------
