@@ -16,8 +16,10 @@ tokens, M references, N edits, G generated pictures of each. Losses give one num
 Try it: python patch_dpo.py
 """
 import copy
+import difflib
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -418,6 +420,9 @@ class DROSettings(PictureSettings):
 SAME_OBJECT = ("background", "lighting", "object")      # edits that leave the object what it was
 
 
+SCENE_KEYS = ("image", "caption", "edits", "edit_type", "attribute", "instruction")
+
+
 def read_scenes(path, *needed):
     """Rows of scenes.jsonl whose edits have the string fields `needed`; pictures as paths. An edit
     without a picture of its own has its scene's. ValueError naming the line."""
@@ -427,7 +432,12 @@ def read_scenes(path, *needed):
         name = row["image"]
         row["image"] = folder / name
         with reading(f"{path}:{row['line']}"):
-            for edit in row.setdefault("edits", []):
+            edits = row.setdefault("edits", [])
+            for key in itertools.chain(row, *edits):        # of both: "edit" may be "edits"
+                meant = difflib.get_close_matches(key, SCENE_KEYS, 1, 0.85)
+                if meant and key not in SCENE_KEYS:
+                    raise ValueError(f'"{key}" is no key here; "{meant[0]}" is')
+            for edit in edits:
                 if not all(isinstance(edit[field], str) for field in needed):
                     raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
                 edit["image"] = folder / edit.get("image", name)

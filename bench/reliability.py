@@ -904,7 +904,7 @@ def prepare(rng, case, sample, place):
     if case.kind == "flags":
         flags = spoil_flags(rng, case.program)
         what = " ".join([case.program, *flags])
-        words = re.findall(r"[^-=]+", what.encode(errors="backslashreplace").decode())
+        words = re.findall(r"[^-=\s]+", what.encode(errors="backslashreplace").decode())
         return Spoiled(what, MISSING, None), flags, ["--", "''", *words]
     source = sample.folder / case.source
     folder = place / ("out" if case.flag == "--out" else source.name)
