@@ -188,7 +188,7 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if getattr(model, "lm_head", None) else None,
         "base_model_name_or_path": base_model and str(base_model),
-        "r": layer.lora_A[adapter].shape[0],
+        "r": len(layer.lora_A[adapter]),
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout,
         "bias": "none",
@@ -199,25 +199,21 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def check_config(config, file):
-    """ValueError naming each setting that is not written here: DoRA, rank patterns, ..."""
-    refused = [f"{name} = {value!r}" for name, value in config.items()
-               if value and name not in KNOWN and value not in FIXED.get(name, [])]
-    if refused:
-        raise ValueError(f"{file}: not supported: {few(refused)}")
-
-
 def read_settings(file, stored):
     """The settings of an adapter, as PEFT calls them. They stand in adapter_config.json; those of
-    diffusers' files in the header, or nowhere: {}."""
-    if file.name == PEFT_FILE or any(name.startswith("base_model.") for name in stored):
+    diffusers' files in the header, or nowhere: {}. ValueError naming each that is not written here:
+    DoRA, rank patterns, ..."""
+    if any(name.startswith("base_model.") for name in stored):
         file = file.with_name("adapter_config.json")
         config = read_json(file)
     else:
         with reading(file), safe_open(file, "pt") as opened:
             config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
             config = {name.removeprefix("transformer."): value for name, value in config.items()}
-    check_config(config, file)
+    refused = [f"{name} = {value!r}" for name, value in config.items()
+               if value and name not in KNOWN and value not in FIXED.get(name, [])]
+    if refused:
+        raise ValueError(f"{file}: not supported: {few(refused)}")
     return config
 
 
@@ -254,9 +250,9 @@ def widen(part, rank):
 def load_adapter(model, path, adapter="policy"):
     """Read a LoRA into `adapter`: a folder or file of PEFT's or, for FLUX.1, of diffusers'. A model
     without adapters is injected as it says. Where there are no settings, a layer's alpha is its
-    tensor "alpha", else its rank, and layers may differ: see `widen`. ValueError as in check_config
-    and by_layer, for another scale than the model's adapters have, and naming tensors that are
-    missing or misshapen."""
+    tensor "alpha", else its rank, and layers may differ: see `widen`. ValueError as in
+    read_settings and by_layer, for another scale than the model's adapters have, and naming tensors
+    that are missing or misshapen."""
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
     stored = read_tensors(file)
     config = read_settings(file, stored)

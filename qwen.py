@@ -24,6 +24,7 @@ import os
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class Config:
         qkv_bias = choose("model_type", kind, {"qwen2": True, "mistral": False})
         choose("rope_type", rope.get("rope_type", rope.get("type", "default")), {"default": None})
         choose("hidden_act", c.get("hidden_act", "silu"), {"silu": F.silu})
-        choose("use_sliding_window", c.get("use_sliding_window"), {False: 0, None: 0})
+        choose("use_sliding_window", c.get("use_sliding_window") or False, {False: None})
 
         heads = c["num_attention_heads"]
         generation = read_json(path / "generation_config.json", {})
@@ -290,7 +291,7 @@ class Qwen(nn.Module):
     def load(cls, path, device="cpu", dtype=torch.float32):
         """From a folder or hub repository; frozen, in eval mode. ValueError as in resolve,
         Config.read and load_checkpoint."""
-        path = resolve(path, ["*.json", "*.safetensors"])
+        path = resolve(path)
         with reading(path / "config.json"), on_meta():
             model = cls(Config.read(path))
         load_checkpoint(model, path, cls.rename)
@@ -497,7 +498,7 @@ def load_language_model(path, device="cpu", dtype=torch.float32):
 
 # ---- reading of checkpoints --------------------------------------------------------------------
 
-def resolve(path_or_repo, patterns=None):
+def resolve(path_or_repo, patterns=("*.json", "*.safetensors")):
     """The local folder `path_or_repo`, else the hub repository of that name, downloaded (only files
     matching `patterns`) -> Path. ValueError when it is neither."""
     name = str(path_or_repo)
@@ -622,20 +623,11 @@ def check_fit(what, expected, stored, finite=False):
         raise ValueError(f"{what} does not fit: {'; '.join(faults)}")
 
 
-class Unfilled(torch.overrides.TorchFunctionMode):
-    """In this context embeddings are not drawn at random: on the meta device torch imports its
-    compiler (3 s) to do so."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.init.normal_:
-            return kwargs["tensor"]
-        return function(*args, **kwargs or {})
-
-
 @contextlib.contextmanager
 def on_meta():
-    """New modules have no memory here, and their weights, about to be loaded, are not drawn."""
-    with torch.device("meta"), Unfilled():
+    """New modules have no memory here, and embeddings, about to be loaded, are not drawn at random:
+    on the meta device torch imports its compiler (3 s) to do so."""
+    with torch.device("meta"), mock.patch.object(nn.init, "normal_"):
         yield
 
 
@@ -692,8 +684,8 @@ def add_flags(parser, settings, preset="mini"):
             how = {"action": "store_true"}
         elif value not in (None, ""):
             about += f" (default: {value})"
-        how = {"default": shipped(value), "help": about, **how}
-        parser.add_argument(f"--{row.name.replace('_', '-')}", **how)
+        name = f"--{row.name.replace('_', '-')}"
+        parser.add_argument(name, default=shipped(value), help=about, **how)
 
 
 def settings_from(args, settings):

@@ -4699,8 +4699,9 @@ def test_train_keeps_the_newest_point_and_saves_as_often_as_asked():
     assert saved == [3, 6, 7]
     assert [p.name for p in (d / "new/points").glob("step_*")] == ["step_7"]
     config = json.loads((d / "new/points/config.json").read_text())
-    assert config["stage"] == "CDPO" and config["steps"] == 7 and len(config["inputs"]) >= 5
-    assert all(len(value) == 16 for value in config["inputs"].values())
+    assert config["stage"] == "cdpo" and config["steps"] == 7
+    assert all(len(config["inputs"][key]) == 16 for key in ("users", "pairs", "sft", "qwen"))
+    assert config["inputs"]["dtype"] == "fp32"
 
 
 def test_train_goes_on_from_the_newest_of_several_points(tmp_path):
@@ -4810,7 +4811,7 @@ def test_train_refuses_two_runs_and_other_flags():
     sft = f"sft --edits {SAMPLE}/edits.jsonl --out {out}"
     train_here(command)
     raises("a run with beta = 0.2, now it is 0.3", train_here, f"{command} --beta 0.3")
-    raises("a run with stage = 'CDPO', now it is 'SFT'", train_here, sft)
+    raises("a run of cdpo, not of sft", train_here, sft)
     with train.locked(out):
         raises("is being written by another run", train_here, command)
     (out / ".tmp_note").touch()                                 # a file of somebody else's
@@ -4938,6 +4939,120 @@ def test_train_flags_out_of_bounds_are_named():
         raises("it must lie in", train.parse, words.split())
     for words in ("sft --dropout 0", "sft --dropout 1", "sft --warmup 0", "cdpo --lam 0"):
         train.parse(words.split())
+
+
+def copied(source, folder):
+    """A copy of a folder's files."""
+    folder.mkdir()
+    for file in Path(source).iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_train_resume_names_the_input_that_changed(tmp_path):
+    """Another lora_alpha in the adapter's JSON, another number in the base, users whose likes and
+    dislikes are exchanged: the run ends before a step, and names setting and path."""
+    command, d = prepared()
+    sft = copied(d / "sft", tmp_path / "step_by_step")
+    base = copied(MINI / "qwen", tmp_path / "base")
+    users = copied(SAMPLE, tmp_path / "sample") / "users.jsonl"
+    command += f" --sft {sft} --qwen {base} --users {users} --steps 1 --out {d}/keys"
+    train_here(command)
+    settings, loop = train.parse(shlex.split(command))[1:]
+    train.write_config(settings, loop, d / "keys")
+    for name, path, file, change in (
+        ("sft", sft, "adapter_config.json", (b'"lora_alpha": 32', b'"lora_alpha": 64')),
+        ("qwen", base, "generation_config.json", (b"0", b"1")),
+        ("users", users, "", (b"likes", b"dislikes", b"disdislikes", b"likes")),
+    ):
+        whole = (path / file).read_bytes()
+        other = whole
+        for old, new in zip(change[::2], change[1::2]):
+            other = other.replace(old, new)
+        (path / file).write_bytes(other)
+        assert other != whole
+        said = raises(f"whose --{name}, {path}, or", train.write_config, settings, loop, d / "keys")
+        assert "has changed since" in said
+        (path / file).write_bytes(whole)
+    train.write_config(settings, loop, d / "keys")
+
+
+def test_train_fingerprint_is_of_all_that_is_read(tmp_path):
+    """A folder's files at any depth, behind links too, but not its resume points; a table and its
+    pictures. Where a folder lies does not count; what is no file stands for itself."""
+    flags, d = pictured()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "linked/deep").mkdir(parents=True)
+    (tmp_path / "a/part").symlink_to(tmp_path / "linked")
+    (tmp_path / "a/step_3").mkdir()
+    table = tmp_path / "a/scenes.jsonl"
+    write_lines(table, {"image": "caf\u00e9.png", "edits": [{"image": "../b.png"}]},
+                {"image": f"{tmp_path}/c.png"}, {"image": "no picture"})
+    files = ["a/model.safetensors", "linked/deep/merges.txt", "a/caf\u00e9.png", "b.png", "c.png",
+             "a/step_3/state.safetensors"]
+    for name in files:
+        (tmp_path / name).write_text("one")
+    moved = {}
+    for name in files:
+        before = [patch_dpo.fingerprint(f"{tmp_path}/a"), patch_dpo.fingerprint(str(table))]
+        (tmp_path / name).write_text("two")
+        after = [patch_dpo.fingerprint(f"{tmp_path}/a"), patch_dpo.fingerprint(str(table))]
+        moved[name] = [x != y for x, y in zip(before, after)]
+    assert [*moved.values()] == [[1, 0], [1, 0], [1, 1], [0, 1], [0, 1], [0, 0]]
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert patch_dpo.fingerprint(f"{tmp_path}/moved") == after[0]
+    for text in ("", "fp32", "owner/name"):
+        assert patch_dpo.fingerprint(text) == text
+
+
+def test_train_keeps_out_of_folders_that_are_not_its_own(tmp_path):
+    """Neither a model's folder nor one with weights alone nor another stage's is written to."""
+    command, d = prepared()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_text("weights")
+    model = copied(MINI / "qwen", tmp_path / "model")
+    before = (model / "config.json").read_bytes()
+    for out, owner in ((adapter, "something else"), (model, "something else"), (d / "sft", "sft")):
+        said = raises(f"holds a run of {owner}, not of cdpo", train_here, f"{command} --out {out}")
+        assert said.startswith(str(out)) and "give another --out" in said
+    assert (model / "config.json").read_bytes() == before
+    assert not list(adapter.glob("*.json*"))
+    flags, d = pictured()
+    train_here(f"patch {flags} --loss dro --steps 1 --out {d}/dro_of_a_prompt")
+    raises("a run of patch, not of dro", train_here, f"dro {flags} --out {d}/dro_of_a_prompt")
+
+
+def test_train_says_which_flags_have_no_effect():
+    """One line each, for a flag whose help says "(--loss dpo only)"; none where it counts, or where
+    it has its usual value."""
+    for words, names in (
+        ("patch --beta 3 --refresh 2", ["beta", "refresh"]),
+        ("patch --loss dpo --power 1 --beta 3 --samples 3", ["power"]),
+        ("patch --loss dro --buffer 3 --samples 3", ["samples"]),
+        ("patch --power 1 --beta 100", []),
+        ("dro --refresh 2 --buffer 3", []),
+        ("cdpo --user id --lam 0.3", ["lam"]),
+        ("cdpo --lam 0.3", []),
+    ):
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            train.parse(words.split())
+        found = re.findall(r"^note: --(\w+) has no effect here \(--", said.getvalue(), re.M)
+        assert sorted(found) == names, words
+
+
+def test_train_ends_at_ctrl_c_while_it_loads():
+    """Before the first step there is nothing to save: no traceback, no word."""
+    process = subprocess.Popen([sys.executable, "-X", "importtime", "train.py", "eval"], cwd=ROOT,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split()[-1] == "torch.version":                 # torch is being loaded
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stderr.read()
+    assert process.wait() == -signal.SIGINT and "KeyboardInterrupt" not in said
 
 
 # ---- mini/ ---------------------------------------------------------------------------------------
@@ -5764,7 +5879,8 @@ STD = [0.229, 0.224, 0.225]
 
 def features_of(mean=MEAN, std=STD, **changes):
     """A random f of ENCODER's sizes."""
-    return patch_dpo.ImageFeatures({**ENCODER, **changes}, mean, std)
+    mean_std = patch_dpo.mean_and_std({"image_mean": mean, "image_std": std})
+    return patch_dpo.ImageFeatures({**ENCODER, **changes}, mean_std)
 
 
 def test_patch_features_equal_transformers(tmp_path):
@@ -6073,7 +6189,7 @@ def test_patch_edits_are_split_by_scene_and_know_their_pictures():
     assert (edits.count, len(edits.rows), len(edits.pictures)) == (6, 9, 9)
     for n, row in enumerate(edits.rows):
         assert row["line"] == n // 3 + 1
-        assert row["prompt"] == f"mug {n // 3}. {row['instruction']}"
+        assert row["prompt"] == (f"mug {n // 3}", row["instruction"])
         scene = row["scene"]
         truth = row["image"]
         for file, place in ((scene, edits.scene[n]), (truth, edits.truth[n])):
@@ -6081,7 +6197,7 @@ def test_patch_edits_are_split_by_scene_and_know_their_pictures():
             assert same(edits.pictures[place], picture)
             latent = flux.pack(edits.vae.encode(picture[None]))
             assert_close(edits.latent[place], latent[0], 1e-5)
-    prompts = [row["prompt"] for row in edits.rows]
+    prompts = [f"mug {n // 3}. {row['instruction']}" for n, row in enumerate(edits.rows)]
     txt, pooled = flux.encode_prompt(MINI / "flux", prompts)
     assert same(edits.txt, txt)
     assert same(edits.pooled, pooled)
@@ -6105,14 +6221,13 @@ def test_patch_edits_of_an_image_prompt_leave_the_object_what_it_was():
 def test_patch_edits_are_worded_as_often_as_asked():
     """Each wording makes an edit of its own; held-out edits have the last one."""
     settings = picture_stage("dro")[1]
-    wordings = ["{caption}: {instruction}", "{instruction}"]
     with quiet():
-        edits = patch_dpo.Edits(settings, ["color"], wordings)
+        edits = patch_dpo.Edits(settings, ["color"], [patch_dpo.WHOLE, patch_dpo.ALONE])
     assert (edits.count, len(edits.rows)) == (4, 5)
     prompts = [row["prompt"] for row in edits.rows]
-    assert prompts[0] == f"mug 0: {prompts[1]}"
-    assert prompts[2] == f"mug 1: {prompts[3]}"
-    assert not prompts[4].startswith("mug")
+    assert prompts[0] == ("mug 0", prompts[1])
+    assert prompts[2] == ("mug 1", prompts[3])
+    assert isinstance(prompts[4], str)
 
 
 def test_patch_edits_that_cannot_be_used_are_refused():
@@ -6225,13 +6340,16 @@ def test_patch_generated_pictures_are_made_once():
 
 
 def test_patch_generated_pictures_of_something_else_are_refused(tmp_path):
-    """Of other edits, size, number, steps, seed, model or features, absent or torn: one line."""
+    """Of other edits, size, number, steps, seed, model or features, absent or torn: one line that
+    names the flag."""
     made = made_pictures()
     for flags in ("--held-out 2", "--size 32", "--samples 3", "--paint-steps 4", "--seed 1",
-                  f"--flux {MINI}/flux", f"--quality-features {MINI}/vit"):
+                  f"--quality-features {MINI}/qwen"):
+        name, _ = flags.split()
         for loss in ("patch", "dpo"):
-            raises("give another --generated", picture_stage, f"patch --loss {loss} {flags}")
-    raises("generated.safetensors is", picture_stage, f"patch --generated {tmp_path}")
+            message = raises(name, picture_stage, f"patch --loss {loss} {flags}")
+            assert "give another --generated" in message
+    raises("generated.safetensors", picture_stage, f"patch --generated {tmp_path}")
     file = tmp_path / "generated.safetensors"
     save_file(made, file)
     raises("give another --generated", picture_stage, f"patch --generated {tmp_path}")
@@ -6242,10 +6360,12 @@ def test_patch_generated_pictures_of_something_else_are_refused(tmp_path):
 def test_patch_quality_has_features_of_its_own(tmp_path):
     """--quality-features judges, --features is what the image prompt sees."""
     judge = features_of(patch_size=4)
-    save_file(judge.state_dict(), tmp_path / "model.safetensors")
-    write_lines(tmp_path / "config.json", {**ENCODER, "patch_size": 4})
-    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
-    stage = picture_stage(f"patch --quality-features {tmp_path} --generated {tmp_path}/made")[0]
+    f = tmp_path / "f"
+    f.mkdir()
+    save_file(judge.state_dict(), f / "model.safetensors")
+    write_lines(f / "config.json", {**ENCODER, "patch_size": 4})
+    write_lines(f / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    stage = picture_stage(f"patch --quality-features {f} --generated {tmp_path}/made")[0]
     assert stage.quality.shape == (2, 8, 4, 4)
     assert stage.tuned.maps.shape == (7, 4, 96)
     edits = stage.edits
@@ -6664,6 +6784,123 @@ PICTURE_PAPER = {
 }
 
 
+def test_patch_generated_pictures_know_what_they_depend_on(tmp_path):
+    """A picture painted over since, or another image prompt in the same file, is noticed and named;
+    the same files in another place are the same."""
+    flags, d = pictured()
+    scene = read_lines(d / "scenes.jsonl")
+    for i, row in enumerate(scene):
+        for one in (row, *row["edits"]):
+            name = Path(one["image"]).name
+            (tmp_path / name).write_bytes(Path(one["image"]).read_bytes())
+            one["image"] = name
+    write_lines(tmp_path / "scenes.jsonl", *scene)
+    prompt = tmp_path / "prompt.safetensors"
+    tensors = load_file(MINI / "image_prompt/image_prompt.safetensors")
+    save_file(tensors, prompt)
+    command = (f"patch --scenes {tmp_path}/scenes.jsonl --image-prompt {prompt} --samples 1 "
+               f"--generated {tmp_path}/made")
+    picture_stage(command)
+    picture_stage(command)
+    file = tmp_path / scene[0]["image"]
+    whole = file.read_bytes()
+    Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+    raises("painted with another --scenes, or its files", picture_stage, command)
+    file.write_bytes(whole)
+    tensors["to_k_ip.0.weight"][0] += 1
+    save_file(tensors, prompt)
+    raises("painted with another --image-prompt, or", picture_stage, command)
+
+
+def test_patch_features_follow_their_image_processor(tmp_path):
+    """Mean and std, rescaling, and neither of them: the map is transformers', for what its image
+    processor makes of the same picture."""
+    tf = peer("transformers")
+    sizes = {name: value for name, value in ENCODER.items() if name != "model_type"}
+    model = loud(tf.Dinov2Model(tf.Dinov2Config(**sizes)))
+    model.save_pretrained(tmp_path)
+    picture = (255 * torch.rand(32, 32, 3, generator=seeded())).byte().numpy()
+    for changes in ({}, {"do_normalize": False}, {"do_rescale": False, "image_std": [90, 80, 70]},
+                    {"rescale_factor": 1 / 127.5, "image_mean": [1, 0.9, 0.8]}):
+        processor = tf.BitImageProcessor(do_resize=False, do_center_crop=False, **changes)
+        processor.save_pretrained(tmp_path)
+        f = patch_dpo.ImageFeatures.load(tmp_path)
+        pixels = processor(picture, return_tensors="pt").pixel_values
+        theirs = model(pixels).last_hidden_state
+        assert_close(f.tokens(flux.to_tensor(picture)[None]), theirs, 1e-4)
+    for values in ([0.5], [0.5] * 4, "x", None):
+        write_lines(tmp_path / "preprocessor_config.json", {"image_mean": values, "image_std": STD})
+        raises("preprocessor_config.json", patch_dpo.ImageFeatures.load, tmp_path)
+
+
+def test_patch_features_are_read_from_shards(tmp_path):
+    """DINOv2 and ViT in shards and their index; of a ViT's settings qkv_bias may be left out."""
+    tf = peer("transformers")
+    sizes = {name: value for name, value in ENCODER.items() if name != "model_type"}
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    x = noise(1, 3, 32, 32).clamp(-1, 1)
+    for kind, config in ((tf.Dinov2Model, tf.Dinov2Config(**sizes)),
+                         (tf.ViTModel, tf.ViTConfig(**sizes, intermediate_size=64))):
+        folder = tmp_path / kind.__name__
+        found = []
+        for size in ("20KB", "9MB"):
+            model = loud(kind(config))
+            model.save_pretrained(folder / size, max_shard_size=size)
+            file = folder / size / "config.json"
+            stored = json.loads(file.read_text())
+            stored.pop("qkv_bias")
+            write_lines(file, stored)
+            write_lines(folder / size / "preprocessor_config.json",
+                        {"image_mean": MEAN, "image_std": STD})
+            found.append(patch_dpo.ImageFeatures.load(folder / size)(x))
+        assert len(list((folder / "20KB").glob("*.safetensors"))) > 1 and same(*found)
+
+
+def test_patch_image_prompts_of_others_are_refused_by_name(tmp_path):
+    """XLabs' and SD's IP-Adapters, and a file without tensors."""
+    model = tiny_flux(**PROMPTED)
+    file = tmp_path / "ip_adapter.safetensors"
+    for names in (["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"],
+                  ["ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"], []):
+        save_file({name: torch.zeros(2, 2) for name in names}, file)
+        said = raises("XLabs' and other IP-Adapters", patch_dpo.ImagePrompt.load, file, model)
+        assert str(file) in said and len(said) < 400
+
+
+def test_patch_long_caption_keeps_the_instruction():
+    """A prompt that does not fit loses the end of its caption, not what is asked."""
+    flags, d = pictured()
+    scenes = read_lines(d / "scenes.jsonl")
+    found = []
+    for instruction in ("Paint it gold", "Paint it blue"):
+        rows = []
+        for scene in scenes:
+            edits = [{**row, "instruction": instruction} for row in scene["edits"]]
+            rows.append({**scene, "caption": "a mug on a wooden table " * 99, "edits": edits})
+        write_lines(d / "long.jsonl", *rows)
+        found.append(picture_stage(f"dro --scenes {d}/long.jsonl")[0].edits)
+    assert relative(found[0].pooled, found[1].pooled) > 1e-3
+    assert relative(found[0].txt, found[1].txt) > 1e-3
+
+
+def test_patch_scenes_with_misspelt_keys_are_refused(tmp_path):
+    """An edit's picture under "images", a scene's edits under "edit": file, line and key are named;
+    a key that is like none of ours may stand there."""
+    file = tmp_path / "scenes.jsonl"
+    edit = {"edit_type": "color", "instruction": "Make it red", "image_id": 3, "source": "web"}
+    scene = {"image": "a.png", "caption": "a mug", "licence": "none"}
+    write_lines(file, {**scene, "edits": [edit]})
+    assert len(patch_dpo.read_scenes(file, "edit_type", "instruction")) == 1
+    for bad, key in (
+        ({**scene, "edit": [edit]}, "edit"),
+        ({**scene, "edits": [edit, {**edit, "images": "b.png"}]}, "images"),
+        ({**scene, "edits": [{**edit, "attributes": "red"}]}, "attributes"),
+    ):
+        write_lines(file, scene, bad)
+        said = raises(f'"{key}" is no key here', patch_dpo.read_scenes, file)
+        assert said.startswith(f"{file}:2")
+
+
 # ---- bench/: what its numbers rest on ------------------------------------------------------------
 
 def bench(name):
@@ -6678,7 +6915,7 @@ def small_vit():
                   num_attention_heads=4, patch_size=8, mlp_ratio=4, hidden_act="gelu",
                   layer_norm_eps=1e-6, qkv_bias=True)
     torch.manual_seed(0)
-    return patch_dpo.ImageFeatures(config, [0.5] * 3, [0.5] * 3)
+    return patch_dpo.ImageFeatures(config, torch.full((2, 3), 0.5))
 
 
 def test_bench_correspondence_follows_the_picture():
