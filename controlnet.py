@@ -18,8 +18,7 @@ from torch import nn
 
 from flux import (
     VAE, DoubleBlock, Flux, Modulation, SingleBlock,
-    check_parts, check_settings,
-    denoise, encode_prompt, image_ids, move, sigmas,
+    check_parts, denoise, encode_prompt, image_ids, move, sigmas,
     pack, unpack,
     to_picture, to_tensor)
 from qwen import read_json, read_tensors, reading
@@ -116,7 +115,7 @@ class ControlNet(Flux):
     """A ControlNet for FLUX.1: noisy latents, control latents and text -> residuals for the blocks
     of a Flux."""
     kind = "FluxControlNetModel"
-    streamed = False                                            # see `stream`
+    streamed = False                                            # see `load_pair`
 
     def __init__(self, config):
         super().__init__(config)
@@ -190,10 +189,9 @@ def steer(net, control, txt, pooled, img_ids, levels,
           start=0.0, end=1.0):
     """The `control` argument of flux.denoise: the net's residuals in its `active` steps, else none.
     Modulation and RoPE are computed here, once for all `levels`."""
-    rope = net.rope(txt.new_zeros(txt.shape[1], 3), img_ids)                    # (T+L, d/2)
-    modulations = net.modulations(levels[:-1], guidance, pooled)
+    modulations, rope = net.prepare(txt, pooled, img_ids, levels, guidance)
 
-    def residuals(step, steps, x, t):
+    def residuals(step, steps, x):
         if step not in active(steps, start, end):
             return (), ()
         return net.residuals(
@@ -215,13 +213,6 @@ def visit(block, *inputs):
     return torch.func.functional_call(block, weights, inputs)
 
 
-def stream(net, device):
-    """A net on `device` but for its blocks: they stay on the CPU, and each visits for its own
-    forward."""
-    net.streamed = True
-    return move(net, device, but=(DoubleBlock, SingleBlock))
-
-
 def load_pair(flux, controlnet, device, dtype, offload):
     """(Flux, ControlNet or None) from their folders. With offload they take 17.4 GB of the GPU
     instead of 30.4: the modulation layers (27 % of FLUX.1, and a picture needs them once) stay on
@@ -232,7 +223,8 @@ def load_pair(flux, controlnet, device, dtype, offload):
     if offload:
         move(model, device, but=Modulation)
         if net:
-            stream(net, device)
+            net.streamed = True
+            move(net, device, but=(DoubleBlock, SingleBlock))
     return model, net
 
 
@@ -282,8 +274,7 @@ def render(*, flux, controlnet,
         controlnet = None
     shared = check_parts(flux)
     if controlnet:
-        with reading(controlnet):
-            check_settings(ControlNet.read_config(controlnet), shared)
+        ControlNet.read_config(controlnet, **shared)
 
     with measure("text encoders"):
         texts = [*prompts, negative] if cfg != 1 else prompts
@@ -293,7 +284,7 @@ def render(*, flux, controlnet,
         vae = VAE.load(f"{flux}/vae", device)
         h = shape[0] // vae.factor
         w = shape[1] // vae.factor
-        edited = sources is not None and strength < 1
+        edited = sources and strength < 1
         source = encode_pictures(vae, sources, device) if edited else None
         control = controlnet and encode_pictures(vae, controls, device).to(dtype)
 

@@ -47,22 +47,22 @@ class Pretrained(nn.Module):
     only = {}                   # settings of which one value can be read
 
     @classmethod
-    def read_config(cls, path):
+    def read_config(cls, path, **also):
         """`path`: the folder of one part, e.g. FLUX.1-dev/transformer. ValueError when its
-        config.json is of another kind."""
-        file = Path(path) / "config.json"
+        config.json is of another kind; `also`: more settings of which one value is right."""
+        file = f"{path}/config.json"
         with reading(file):
             config = read_json(file)
             kind = config.get("_class_name") or config.get("model_type")
             choose("the kind of model", kind, {cls.kind: cls})
-            check_settings(config, cls.only)
+            check_settings(config, {**cls.only, **also})
         return config
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32):
         """As `read_config`, with the weights. ValueError when a tensor does not fit."""
         config = cls.read_config(path)
-        with reading(Path(path) / "config.json"), on_meta():
+        with reading(f"{path}/config.json"), on_meta():
             model = cls(config)
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
@@ -183,7 +183,7 @@ class CLIPText(Pretrained):
 class T5Attention(nn.Module):
     """Every token attends to every token, with a bias for the distance between them."""
 
-    def __init__(self, config, biased):
+    def __init__(self, config):
         super().__init__()
         width = config["d_model"]
         self.heads = config["num_heads"]
@@ -192,9 +192,6 @@ class T5Attention(nn.Module):
         self.k = nn.Linear(width, inner, bias=False)
         self.v = nn.Linear(width, inner, bias=False)
         self.o = nn.Linear(inner, width, bias=False)
-        if biased:
-            buckets = config["relative_attention_num_buckets"]
-            self.relative_attention_bias = nn.Embedding(buckets, self.heads)
 
     def forward(self, x, bias):                                             # (B, T, D)
         out = attend(
@@ -225,12 +222,12 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
-    def __init__(self, config, biased):
+    def __init__(self, config):
         super().__init__()
         width = config["d_model"]
         eps = config["layer_norm_epsilon"]
         attention = {
-            "SelfAttention": T5Attention(config, biased),
+            "SelfAttention": T5Attention(config),
             "layer_norm": RMSNorm(width, eps)
         }
         feed_forward = {
@@ -249,20 +246,21 @@ class T5(Pretrained):
     """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was
     trained."""
     kind = "t5"
+    only = {"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
 
     def __init__(self, config):
         super().__init__()
-        proj = config.get("feed_forward_proj", "relu")
-        choose("feed_forward_proj", proj, {"gated-gelu": T5FeedForward})
         width = config["d_model"]
-        self.max_distance = config.get("relative_attention_max_distance", 128)
-        blocks = [T5Block(config, biased=i == 0) for i in range(config["num_layers"])]
+        blocks = [T5Block(config) for _ in range(config["num_layers"])]
         self.shared = nn.Embedding(config["vocab_size"], width)
         self.encoder = nn.ModuleDict({
             "embed_tokens": self.shared,                            # files hold either, or both
             "block": nn.ModuleList(blocks),
             "final_layer_norm": RMSNorm(width, config["layer_norm_epsilon"])
         })
+        first = blocks[0].layer[0].SelfAttention                            # holds it for all
+        buckets = config["relative_attention_num_buckets"]
+        first.relative_attention_bias = nn.Embedding(buckets, first.heads)
 
     def bias(self, length, device):
         """What attention adds for the distance key - query -> (1, H, T, T): a number for each head
@@ -273,7 +271,7 @@ class T5(Pretrained):
         size = distance.abs()
         half = table.num_embeddings // 2
         exact = half // 2
-        ratio = math.log(self.max_distance / exact)
+        ratio = math.log(128 / exact)
         log = torch.log(size.clamp_min(1) / exact) / ratio * (half - exact)
         far = (exact + log.long()).clamp_max(half - 1)
         bucket = (distance > 0) * half + torch.where(size < exact, size, far)
@@ -313,12 +311,16 @@ def conv3x3(inner, outer):
     return nn.Conv2d(inner, outer, 3, padding=1)
 
 
+def group_norm(config, width):
+    return nn.GroupNorm(config["norm_num_groups"], width, eps=1e-6)
+
+
 class ResBlock(nn.Module):
-    def __init__(self, inner, outer, groups):
+    def __init__(self, config, inner, outer):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inner, eps=1e-6)
+        self.norm1 = group_norm(config, inner)
         self.conv1 = conv3x3(inner, outer)
-        self.norm2 = nn.GroupNorm(groups, outer, eps=1e-6)
+        self.norm2 = group_norm(config, outer)
         self.conv2 = conv3x3(outer, outer)
         self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else nn.Identity()
 
@@ -331,9 +333,9 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every pixel attends to every pixel, with one head."""
 
-    def __init__(self, width, groups):
+    def __init__(self, config, width):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = group_norm(config, width)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -357,11 +359,10 @@ class MidBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config["block_out_channels"][-1]
-        groups = config["norm_num_groups"]
-        self.resnets = nn.ModuleList(ResBlock(width, width, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResBlock(config, width, width) for _ in range(2))
         self.attentions = nn.Sequential()
         if config.get("mid_block_add_attention", True):
-            self.attentions.append(AttentionBlock(width, groups))
+            self.attentions.append(AttentionBlock(config, width))
 
     def forward(self, x):
         first, second = self.resnets
@@ -377,7 +378,7 @@ def resolutions(config, widths, depth, name, before, **how):
         block = nn.Sequential()
         block.resnets = nn.Sequential()
         for _ in range(depth):
-            block.resnets.append(ResBlock(inner, outer, config["norm_num_groups"]))
+            block.resnets.append(ResBlock(config, inner, outer))
             inner = outer
         resize = nn.Sequential(before)
         resize.conv = nn.Conv2d(outer, outer, 3, **how)
@@ -393,7 +394,7 @@ class Encoder(nn.Sequential):
     def __init__(self, config):
         super().__init__()
         widths = config["block_out_channels"]                               # from fine to coarse
-        self.conv_in = conv3x3(config["in_channels"], widths[0])
+        self.conv_in = conv3x3(3, widths[0])
         self.down_blocks = resolutions(                 # (B, C, h, w) -> (B, C, h/2, w/2), ...
             config,
             widths,
@@ -403,7 +404,7 @@ class Encoder(nn.Sequential):
             stride=2
         )
         self.mid_block = MidBlock(config)
-        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[-1], eps=1e-6)
+        self.conv_norm_out = group_norm(config, widths[-1])
         self.conv_act = nn.SiLU()
         self.conv_out = conv3x3(widths[-1], 2 * config["latent_channels"])
 
@@ -424,9 +425,9 @@ class Decoder(nn.Sequential):
             nn.Upsample(scale_factor=2.0),
             padding=1
         )
-        self.conv_norm_out = nn.GroupNorm(config["norm_num_groups"], widths[-1], eps=1e-6)
+        self.conv_norm_out = group_norm(config, widths[-1])
         self.conv_act = nn.SiLU()
-        self.conv_out = conv3x3(widths[-1], config["out_channels"])
+        self.conv_out = conv3x3(widths[-1], 3)
 
 
 class VAE(Pretrained):
@@ -450,9 +451,8 @@ class VAE(Pretrained):
         sample when a generator, of any device, is given."""
         mean, logvar = self.encoder(image).chunk(2, dim=1)
         if generator:
-            noise = mean.new_empty(mean.shape, device=generator.device)
-            noise.normal_(generator=generator)
-            mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(mean.device)
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+            mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(mean)
         return (mean - self.shift) * self.scale
 
     def decode(self, latent):
@@ -810,17 +810,18 @@ class Flux(Pretrained):
         ]
         return torch.cat(vectors, dim=1).to(pooled.device)
 
-    def modulations(self, levels, guidance, pooled):
-        """`modulation` for every noise level of a sampler in one pass over the weights -> one
-        (B, M, D) a level; guidance: a number."""
-        B = len(pooled)
-        t = levels.repeat_interleave(B)                                     # (levels * B,)
-        guidance = torch.full_like(t, guidance) if self.guided else None
-        pooled = pooled.repeat(len(levels), 1)
-        return self.modulation(t, guidance, pooled).split(B)
-
     def rope(self, txt_ids, img_ids):
         return rope_table(torch.cat([txt_ids, img_ids]), self.axes)         # (T+L, d/2)
+
+    def prepare(self, txt, pooled, img_ids, levels, guidance):
+        """What a sampler computes once for all its steps -> `modulation` at each of the levels but
+        the last, from one pass over the weights, and `rope`. guidance: a number."""
+        B = len(pooled)
+        t = levels[:-1].repeat_interleave(B)                                # (steps * B,)
+        guidance = torch.full_like(t, guidance) if self.guided else None
+        pooled = pooled.repeat(len(levels) - 1, 1)
+        modulations = self.modulation(t, guidance, pooled).split(B)         # (B, M, D) each
+        return modulations, self.rope(txt.new_zeros(txt.shape[1], 3), img_ids)
 
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
         counts = [block.modulations for block in self.blocks()]
@@ -850,10 +851,7 @@ def check_parts(path):
             "joint_attention_dim": T5.read_config(f"{path}/text_encoder_2")["d_model"],
             "pooled_projection_dim": pooled
         }
-    file = f"{path}/transformer/config.json"
-    with reading(file):
-        config = Flux.read_config(f"{path}/transformer")
-        check_settings(config, widths)
+        config = Flux.read_config(f"{path}/transformer", **widths)
         heads = {name: config[name] for name in ("num_attention_heads", "attention_head_dim")}
     return {**widths, **heads}
 
@@ -866,7 +864,6 @@ def move(model, device, but):
     for child in model.children():
         if not isinstance(child, but):
             move(child, device, but)
-    return model
 
 
 # ---- the sampler -------------------------------------------------------------------------------
@@ -927,7 +924,7 @@ def denoise(
                             # last strength * steps steps, rounded up; 0 returns the source
     negative=None,          # (txt, pooled)
     cfg=1.0,                # other than 1: classifier-free guidance against `negative`, two passes
-    control=None,           # (step, steps, x, t (B,)) -> (double_residuals, single_residuals)
+    control=None,           # (step, steps, x) -> (double_residuals, single_residuals)
     progress=iter           # wraps the range of steps (tqdm)
 ):
     """Euler steps from noise to a picture -> packed latents (B, L, 64), fp32."""
@@ -943,15 +940,13 @@ def denoise(
     x = noise.float()
     if source is not None:
         x = (1 - levels[0]) * source.float() + levels[0] * x
-    rope = flux.rope(txt.new_zeros(txt.shape[1], 3), img_ids)
-    modulations = flux.modulations(levels[:-1], guidance, pooled)
+    shared = (img_ids, levels, guidance)
+    modulations, rope = flux.prepare(txt, pooled, *shared)
     if cfg != 1:
-        no_txt, no_pooled = negative
-        no_rope = flux.rope(no_txt.new_zeros(no_txt.shape[1], 3), img_ids)
-        no_modulations = flux.modulations(levels[:-1], guidance, no_pooled)
+        no_txt, _ = negative
+        no_modulations, no_rope = flux.prepare(*negative, *shared)
     for i in progress(range(steps)):
-        t = levels[i].expand(len(x))                                        # (B,)
-        residuals = control(i, steps, x, t) if control else ((), ())
+        residuals = control(i, steps, x) if control else ((), ())
         img = x.to(txt.dtype)
         v = flux.velocity(img, txt, modulations[i], rope, *residuals).float()
         if cfg != 1:
@@ -974,12 +969,11 @@ class TextTokenizer:
     (T5); `reader`: who reads the ids, for the line on stderr that says what was cut."""
 
     def __init__(self, path, limit=512, reader="the text encoder"):
-        path = Path(path)
-        file = path / "tokenizer.json"
-        config = read_json(path / "tokenizer_config.json")
+        file = f"{path}/tokenizer.json"
+        config = read_json(f"{path}/tokenizer_config.json")
         with reading(path):
             self.length = min(config.get("model_max_length", limit), limit)
-            backend = Tokenizer.from_file(str(file)) if file.is_file() else clip_bpe(path)
+            backend = Tokenizer.from_file(file) if Path(file).is_file() else clip_bpe(path)
             backend.no_truncation()
             pad = config["pad_token"]                                       # older files: a dict
             pad_id = backend.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
@@ -988,32 +982,34 @@ class TextTokenizer:
         self.reader = reader
 
     def __call__(self, prompts):
-        pairs = [(prompt, "") if isinstance(prompt, str) else prompt for prompt in prompts]
-        return torch.tensor([self.ids(*pair) for pair in pairs])
+        return torch.tensor([self.ids(prompt) for prompt in prompts])
 
-    def ids(self, caption, instruction):
+    def ids(self, prompt):
         """The ids (T,) of "caption. instruction", without the last tokens of the caption where it
         is too long; of the instruction alone where even that is."""
-        text = f"{caption}. {instruction}" if instruction else caption
-        found = self.backend.encode(text)
+        caption, instruction = (prompt, "") if isinstance(prompt, str) else prompt
+        found = self.backend.encode(f"{caption}. {instruction}" if instruction else caption)
+        ids = found.ids
         spans = found.offsets                                               # (0, 0): special tokens
         inside = [i for i, (start, end) in enumerate(spans) if start < end <= len(caption)]
-        excess = max(0, len(spans) - self.length)
-        cut = set(inside[max(0, len(inside) - excess):])
+        excess = len(ids) - self.length                                     # 0 where it is padded
+        cut = inside[::-1][:excess]                                         # from the last on
         if cut:
-            rest = caption[spans[min(cut)][0]:]
+            rest = caption[spans[cut[-1]][0]:]
             print(f"{self.reader} reads {self.length} tokens; cut from the prompt: {rest!r:.300}",
                   file=sys.stderr)
         if excess > len(cut) and instruction:
-            return self.ids(instruction, "")
-        return [token for i, token in enumerate(found.ids) if i not in cut]
+            return self.ids(instruction)
+        for i in cut:
+            del ids[i]
+        return ids
 
 
 def clip_bpe(path):
     """CLIP's lower-casing byte-level BPE from vocab.json and merges.txt."""
     start = "<|startoftext|>"
     end = "<|endoftext|>"
-    vocab, merges = models.BPE.read_file(str(path / "vocab.json"), str(path / "merges.txt"))
+    vocab, merges = models.BPE.read_file(f"{path}/vocab.json", f"{path}/merges.txt")
     # The vocabulary: 256 bytes, the same at a word's end, two special tokens; the rest are merges.
     choose("the number of merges in merges.txt", len(merges), {len(vocab) - 514: None})
     bpe = Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
