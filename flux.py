@@ -42,19 +42,16 @@ def check_settings(config, only):
 
 
 class Pretrained(nn.Module):
-    """A module built from the dict in its config.json, where it is called `kind`."""
-    kind = ""
-    only = {}                   # settings of which one value can be read
+    """A module built from the dict in its config.json."""
+    only = {}                   # its name there, and settings of which one value can be read
 
     @classmethod
     def read_config(cls, path, **also):
         """`path`: the folder of one part, e.g. FLUX.1-dev/transformer. ValueError when its
-        config.json is of another kind; `also`: more settings of which one value is right."""
+        config.json says anything else than `only`, or `also`, in the same form."""
         file = f"{path}/config.json"
         with reading(file):
             config = read_json(file)
-            kind = config.get("_class_name") or config.get("model_type")
-            choose("the kind of model", kind, {cls.kind: cls})
             check_settings(config, {**cls.only, **also})
         return config
 
@@ -137,10 +134,14 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPTransformer(nn.Module):
+class CLIPText(Pretrained):
+    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text."""
+    only = {"model_type": "clip_text_model"}
+
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
+        self.end = config["eos_token_id"]
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config["vocab_size"], width),
             "position_embedding": nn.Embedding(config["max_position_embeddings"], width)
@@ -152,20 +153,7 @@ class CLIPTransformer(nn.Module):
     def forward(self, ids):                                                 # (B, T)
         places = self.embeddings.position_embedding.weight[:ids.shape[1]]
         x = self.embeddings.token_embedding(ids) + places                   # (B, T, D)
-        return self.final_layer_norm(self.encoder.layers(x))
-
-
-class CLIPText(Pretrained):
-    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text."""
-    kind = "clip_text_model"
-
-    def __init__(self, config):
-        super().__init__()
-        self.end = config["eos_token_id"]
-        self.text_model = CLIPTransformer(config)
-
-    def forward(self, ids):
-        x = self.text_model(ids)                                            # (B, T, D)
+        x = self.final_layer_norm(self.encoder.layers(x))
         # The public config says eos_token_id 2, which is wrong: there, and only there, the end is
         # the highest id. Padding repeats it: take the first.
         is_end = ids if self.end == 2 else (ids == self.end).int()
@@ -173,12 +161,17 @@ class CLIPText(Pretrained):
 
     @staticmethod
     def rename(name):
-        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too."""
+        """Before transformers 5 there was a prefix; old files hold the positions 0, 1, 2, ..., too.
+        """
         if not name.endswith("position_ids"):
-            return "text_model." + name.removeprefix("text_model.")
+            return name.removeprefix("text_model.")
 
 
 # ---- the prompt: T5 ----------------------------------------------------------------------------
+
+def linear_without_bias(inner, outer):
+    return nn.Linear(inner, outer, bias=False)
+
 
 class T5Attention(nn.Module):
     """Every token attends to every token, with a bias for the distance between them."""
@@ -188,10 +181,10 @@ class T5Attention(nn.Module):
         width = config["d_model"]
         self.heads = config["num_heads"]
         inner = self.heads * config["d_kv"]
-        self.q = nn.Linear(width, inner, bias=False)
-        self.k = nn.Linear(width, inner, bias=False)
-        self.v = nn.Linear(width, inner, bias=False)
-        self.o = nn.Linear(inner, width, bias=False)
+        self.q = linear_without_bias(width, inner)
+        self.k = linear_without_bias(width, inner)
+        self.v = linear_without_bias(width, inner)
+        self.o = linear_without_bias(inner, width)
 
     def forward(self, x, bias):                                             # (B, T, D)
         out = attend(
@@ -212,9 +205,9 @@ class T5FeedForward(nn.Module):
         super().__init__()
         width = config["d_model"]
         hidden = config["d_ff"]
-        self.wi_0 = nn.Linear(width, hidden, bias=False)
-        self.wi_1 = nn.Linear(width, hidden, bias=False)
-        self.wo = nn.Linear(hidden, width, bias=False)
+        self.wi_0 = linear_without_bias(width, hidden)
+        self.wi_1 = linear_without_bias(width, hidden)
+        self.wo = linear_without_bias(hidden, width)
 
     def forward(self, x):
         gate = F.gelu(self.wi_0(x), approximate="tanh")
@@ -245,8 +238,11 @@ class T5Block(nn.Module):
 class T5(Pretrained):
     """T5 v1.1's encoder; t5(ids (B, T)) -> (B, T, D). Padding is read like text, as FLUX.1 was
     trained."""
-    kind = "t5"
-    only = {"feed_forward_proj": "gated-gelu", "relative_attention_max_distance": 128}
+    only = {
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "relative_attention_max_distance": 128
+    }
 
     def __init__(self, config):
         super().__init__()
@@ -433,8 +429,12 @@ class Decoder(nn.Sequential):
 class VAE(Pretrained):
     """The autoencoder. Latents are shifted and scaled to about unit size:
     z = (encoder - shift) * scale. `factor`: pixels on a side of a latent's pixel."""
-    kind = "AutoencoderKL"
-    only = {"in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+    only = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu"
+    }
 
     def __init__(self, config):
         super().__init__()
@@ -530,9 +530,8 @@ def unpack(tokens, h, w):
 def image_ids(h, w, device=None):
     """Positions (0, y, x) of the tokens of an h x w latent -> (h/2 * w/2, 3). Text stands at
     (0, 0, 0)."""
-    y = torch.arange(h // 2, device=device)
-    x = torch.arange(w // 2, device=device)
-    return torch.cartesian_prod(y.new_zeros(1), y, x).float()
+    axes = [torch.arange(size, device=device) for size in (1, h // 2, w // 2)]
+    return torch.cartesian_prod(*axes).float()
 
 
 # ---- the transformer ---------------------------------------------------------------------------
@@ -543,7 +542,7 @@ def rope_table(ids, axes):
     angles = []
     for k, dim in enumerate(axes):
         speeds = 10000.0 ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
-        angles.append(ids[:, k, None].float() * speeds)                     # (T, dim/2)
+        angles.append(ids[:, k, None] * speeds)                             # (T, dim/2)
     angles = torch.cat(angles, dim=1)                                       # (T, d/2)
     return torch.polar(torch.ones_like(angles), angles)
 
@@ -733,8 +732,7 @@ class Flux(Pretrained):
     forward = modulation (from timestep, guidance, pooled) + rope (from positions) + velocity (from
     pixels and text); a sampler computes the first two once for all its steps.
     `checkpointing = True` trades time for memory in training."""
-    kind = "FluxTransformer2DModel"
-    only = {"patch_size": 1}
+    only = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
 
     def __init__(self, config):
         super().__init__()
@@ -852,8 +850,8 @@ def check_parts(path):
             "pooled_projection_dim": pooled
         }
         config = Flux.read_config(f"{path}/transformer", **widths)
-        heads = {name: config[name] for name in ("num_attention_heads", "attention_head_dim")}
-    return {**widths, **heads}
+        names = [*widths, "num_attention_heads", "attention_head_dim"]
+        return {name: config[name] for name in names}
 
 
 def move(model, device, but):
@@ -1014,11 +1012,7 @@ def clip_bpe(path):
     choose("the number of merges in merges.txt", len(merges), {len(vocab) - 514: None})
     bpe = Tokenizer(models.BPE(vocab, merges, unk_token=end, end_of_word_suffix="</w>"))
     bpe.add_special_tokens([start, end])
-    bpe.normalizer = normalizers.Sequence([
-        normalizers.NFC(),
-        normalizers.Replace(Regex(r"\s+"), " "),
-        normalizers.Lowercase()
-    ])
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = Regex(
         r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|"
         r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
