@@ -152,9 +152,8 @@ def parse(argv=None, preset="mini"):
     settings = settings_from(args, EditSettings)
     settings.device = pick_device(settings.device)
     check_texts(given)
-    check_together(settings)
     fill_in(settings)
-    check_effects(settings, given)
+    check_together(settings, given)
     return settings
 
 
@@ -166,23 +165,6 @@ def check_texts(given):
             raise ValueError(f"{name} is {value!r}; it must be text, in UTF-8, or be left out")
 
 
-def check_together(settings):
-    """ValueError for flags that contradict one another."""
-    for name in ("image", "reference"):
-        if getattr(settings, name) and not settings.caption:
-            raise ValueError(f"--{name} needs --caption: say in a few words what the picture "
-                             'shows, e.g. --caption "A red mug on a table"')
-    if settings.user and described(settings):
-        raise ValueError(
-            "--user names people, --likes and --dislikes a new one: give one or the other")
-    if not settings.control_start <= settings.control_end <= 1:
-        raise ValueError(f"--control-start is {settings.control_start}, --control-end "
-                         f"{settings.control_end}; both must lie in 0 .. 1, in this order")
-    if Path(settings.out).suffix != ".png":
-        raise ValueError(
-            f"--out is {settings.out}; it must end in .png, which carries the settings as text")
-
-
 def fill_in(settings):
     """What is edited, and for whom, where nothing is said. `user` stays None where no policy is
     asked: for references without a person."""
@@ -192,18 +174,28 @@ def fill_in(settings):
     if described(settings):
         settings.user = ["you"]
     elif settings.user or not settings.reference:
-        settings.user = list(dict.fromkeys(settings.user or PERSONAS))
+        settings.user = settings.user or PERSONAS
 
 
-def check_effects(settings, given):
-    """ValueError for a flag that would change nothing, naming what gives it effect."""
-    def need(effect, what, flags):
+def check_together(settings, given):
+    """ValueError for flags that contradict one another, and for one that would change nothing,
+    naming what gives it effect."""
+    new = described(settings)
+    if new and "--user" in given:
+        raise ValueError("--user or --likes and --dislikes: give one or the other")
+    if not settings.control_start <= settings.control_end <= 1:
+        raise ValueError("--control-start and --control-end must lie in 0 .. 1, in this order")
+    if Path(settings.out).suffix != ".png":
+        raise ValueError(f"--out is {settings.out}; it must end in .png")
+
+    def need(there, what, flags):
         idle = given.keys() & flags.split()
-        if idle and not effect:
+        if idle and not there:
             raise ValueError(f"{min(idle)} has no effect without {what}")
 
     shaped = settings.image or settings.control_image
     edges = settings.image and not settings.control_image and settings.control_mode == "canny"
+    need("--caption" in given, "--caption, a few words on what it shows", "--image --reference")
     need(settings.image, "--image", "--strength")
     need(shaped, "--image or --control-image",
          "--control-mode --control-scale --control-start --control-end")
@@ -212,7 +204,7 @@ def check_effects(settings, given):
     need(settings.reference, "--reference", "--reference-scale --image-prompt --features")
     need(settings.lora, "--lora", "--lora-scale")
     need(settings.user, "--user, --likes or --dislikes", "--temperature")
-    need(settings.user and not described(settings), "--user", "--users")
+    need(settings.user and not new, "--user", "--users")
 
 
 def described(settings):
@@ -232,10 +224,9 @@ def find_users(settings, graph):
     known = {user.name: user for user in people}
     for name in settings.user:
         if name not in known:
-            names = difflib.get_close_matches(name, known, 3, 0)
-            raise ValueError(
-                f"nobody is called {name[:60]!r}, neither in {settings.users} nor among those the "
-                f"policy was trained with; nearest: {', '.join(names)}")
+            names = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+            raise ValueError(f"nobody in {settings.users} or the policy's graph is called "
+                             f"{name[:60]!r}; nearest: {names}")
     return [in_words_of(known[name], graph.attributes) for name in settings.user]
 
 
@@ -272,7 +263,7 @@ def write_instructions(settings):
         return [(User("nobody", [], []), "no policy is asked", settings.instruction)]
     wishes = []
     with measure(settings.device, "policy"):
-        folder = resolve(settings.policy, ["*.json", "*.safetensors"])
+        folder = resolve(settings.policy)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
         softs = [soft_tokens(user, tokens) for user in people]
@@ -359,7 +350,7 @@ def draw(settings, flux, edits, source, control, shape):
     N = len(edits)
     controlnet = None
     if control is not None and settings.control_scale:
-        controlnet = resolve(settings.controlnet, ["config.json", "*.safetensors"])
+        controlnet = resolve(settings.controlnet)
     return render(
         flux=flux,
         controlnet=controlnet,
@@ -423,13 +414,12 @@ def check_files(settings):
     out = Path(settings.out)
     inputs = [settings.image, settings.control_image, *(settings.reference or [])]
     inputs = [os.path.realpath(file, strict=True) for file in inputs if file]
-    pictures = {out, *files_of(out, settings.user or [])}
-    for file in [*pictures, *(picture.with_suffix(".json") for picture in pictures)]:
-        if file.exists():
-            mine = file.is_file() and MARK in (file.read_bytes() or MARK)
-            if not mine or os.path.realpath(file) in inputs:
-                raise ValueError(f"--out would overwrite {file}, which is a folder, is read here, "
-                                 "or was not written by edit.py: name another file")
+    for picture in {out, *files_of(out, settings.user or [])}:
+        for file in (picture, picture.with_suffix(".json")):
+            mine = file.is_file() and MARK in file.read_bytes()
+            if file.exists() and (not mine or os.path.realpath(file) in inputs):
+                raise ValueError(f"--out would overwrite {file}, which is read here, or was not "
+                                 "written by edit.py")
     there = next(folder for folder in out.absolute().parents if folder.exists())
     write_whole(there, lambda folder: None, "--out")
 
@@ -461,17 +451,17 @@ def save(made, folder):
         info = PngImagePlugin.PngInfo()
         info.add_text("edit", text)
         picture.save(folder / file.name, pnginfo=info)
-        (folder / file.name).with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        (folder / file.name).with_suffix(".json").write_text(text + "\n")
 
 
-def grid(cells, columns=4):
+def grid(cells):
     """[(PIL picture, heading, text, small print)] -> one PIL picture; small ones are enlarged."""
     width, height = cells[0][0].size
     scale = max(1, 256 // width)
     width *= scale
     height *= scale
     texts = [wrapped(texts, width) for _, *texts in cells]
-    columns = min(columns, len(cells))
+    columns = min(4, len(cells))
     rows = -(-len(cells) // columns)
     down = height + 20 * max(map(len, texts)) + 24        # from a row to the next
     across = width + 16
@@ -481,8 +471,10 @@ def grid(cells, columns=4):
         x = 16 + i % columns * across
         y = 16 + i // columns * down
         sheet.paste(picture.resize((width, height), Image.BICUBIC), (x, y))
-        for n, (line, font, colour) in enumerate(texts[i]):
-            pen.text((x, y + height + 8 + 20 * n), line, colour, font)
+        y += height + 8
+        for line, font, colour in texts[i]:
+            pen.text((x, y), line, colour, font)
+            y += 20
     return sheet
 
 
@@ -520,7 +512,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            error = ("the GPU's memory does not hold this: try --offload, a smaller --size, "
-                     "or --dtype bf16")
+            error = "the GPU's memory is full: try --offload, a smaller --size or --dtype bf16"
         print("edit.py:", error, file=sys.stderr)
         sys.exit(2)

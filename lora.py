@@ -70,8 +70,7 @@ def layers(model):
     """As `injected`; ValueError where there are no adapters."""
     found = injected(model)
     if not found:
-        raise ValueError(f"{type(model).__name__} has no adapters: inject or load them first "
-                         "(merge takes them away)")
+        raise ValueError(f"{type(model).__name__} has no adapters, or no more: see inject, merge")
     return found
 
 
@@ -229,9 +228,9 @@ def by_layer(model, stored):
         match = FORM.fullmatch(name)
         layer = match and known.get(match["layer"])
         if not layer:
-            raise ValueError(f"{name} is not read: adapters of {type(model).__name__} are called "
-                             "base_model.model.LAYER.lora_A.weight (PEFT) or transformer.LAYER."
-                             f"lora_A.weight (diffusers), where LAYER is {few([*known])}")
+            raise ValueError(
+                f"{name} is not read; what is: base_model.model.LAYER.lora_A.weight (PEFT) and "
+                f"transformer.LAYER.lora_A.weight (diffusers), where LAYER is {few([*known])}")
         put(parts.setdefault(layer, {}), [match["what"]], tensor)
     return parts
 

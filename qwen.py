@@ -370,8 +370,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         newest = mask[:, -x.shape[1]:].cumsum(1).argmax(1)                 # (B,): no padding there
         logits = model.lm_head(hidden[torch.arange(B), newest]).float()    # (B, V)
         if not logits.isfinite().all():
-            raise ValueError("the language model's logits are not finite: a spoiled checkpoint or "
-                             "adapter, or numbers too large for its type")
+            raise ValueError("the language model's logits are not finite: weights are spoiled")
         if repetition_penalty != 1:
             lower = torch.where(logits > 0, logits / repetition_penalty,
                                 logits * repetition_penalty)
@@ -468,8 +467,7 @@ class Tokenizer:
         Qwen2.5's template. ValueError for another role, and for a tokenizer of another template."""
         for token in ("<|im_start|>", "<|im_end|>"):
             if len(self.encode(token)) != 1:
-                raise ValueError(f"this tokenizer has no token {token}: the model was trained on "
-                                 "another chat template than Qwen2.5's")
+                raise ValueError(f"this tokenizer lacks {token} of Qwen2.5's chat template")
         text = ""
         if not messages or messages[0]["role"] != "system":
             text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
