@@ -120,7 +120,7 @@ class UserTokens(nn.Module):
 
     def embeddings(self, stay=1):
         """h of every stored user (U, out); where stay (U, 1) is 0, the node vector is left out."""
-        if self.sage is None:
+        if not self.sage:
             return self.vectors
         return self.sage(self.vectors * stay, self.graph.features, self.graph.edges)[0]
 
@@ -131,10 +131,10 @@ class UserTokens(nn.Module):
         and clashes least (ours)."""
         graph = self.graph
         users = [in_words_of(user, graph.attributes) for user in users]
-        names = attribute_names(users)
-        if not set(names) <= set(graph.attributes):
-            graph = graph.widened(names)
-        if self.sage is not None:
+        new = [name for name in attribute_names(users) if name not in graph.attributes]
+        if new:
+            graph = graph.widened(new)
+        if self.sage:
             states = self.sage(self.vectors, graph.features, graph.edges)[2]
             return embed_new_user(self.sage, states, users, graph.attributes)
         if unknown == "mean":
@@ -152,9 +152,8 @@ class UserTokens(nn.Module):
         graph, tensors, config = load_graph(file)
         with reading(file):
             model = cls(graph, **config)
-            own = {**dict(model.named_parameters()), "graph.features": graph.features}
-            check_fit(file, own, tensors, finite=True)
-            model.load_state_dict(tensors, strict=False)
+            check_fit(file, model.state_dict(), tensors, finite=True)
+            model.load_state_dict(tensors)
         return model.to(device)
 
 
@@ -204,33 +203,31 @@ def behind(soft, embeds):
     return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
 
 
+def padded(rows, value):
+    """N lists of token ids (N, T), filled up with `value` on the right."""
+    rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
+
+
 def pack(rows, soft_tokens=0, device="cpu"):
-    """B rows of `encode`, up to n answers each: one sequence a row, so that the prompt is computed
-    once for all its answers. Each block is padded on the right:
+    """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
+    for all its answers. Each block is padded on the right:
 
         soft tokens | prompt without its last token | that token, answer 1 | that token, answer 2
 
     -> ids (B, P + n*L) without the soft tokens, labels (B*n, L), and the mask (B, 1, T, T): a
     token sees the prompt and its own answer so far. Prompts take P places, answers L each."""
-    B = len(rows)
-    n = max(len(answers) for _, answers in rows)
-    P = max(len(asked) for asked, _ in rows) - 1
-    L = max(len(answer) for _, answers in rows for answer in answers)
-    ids = torch.full((B, P + n * L), -1)
-    labels = torch.full((B * n, L), -100)
-    for i, (asked, answers) in enumerate(rows):
-        ids[i, :len(asked) - 1] = torch.tensor(asked[:-1])
-        for j, answer in enumerate(answers):
-            place = P + j * L
-            ids[i, place:place + len(answer)] = torch.tensor(asked[-1:] + answer[:-1])
-            labels[i * n + j, :len(answer)] = torch.tensor(answer)
+    prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
+    labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
+    shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
+    inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
+    ids = torch.cat([prompts, inputs], 1)
     real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
-    numbers = torch.arange(1, n + 1).repeat_interleave(L)
-    block = F.pad(numbers, (soft_tokens + P, 0))                            # (T,) 0: prompt
-    place = torch.arange(len(block))
+    place = torch.arange(-soft_tokens - prompts.shape[1], inputs.shape[1])  # 0: answers begin
+    block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
     before = place <= place[:, None]                                        # (T, T)
     itself = place == place[:, None]
-    path = before & ((block == 0) | (block == block[:, None]))
+    path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
     return ids.clamp_min(0).to(device), labels.to(device), mask[:, None].to(device)
 
@@ -273,7 +270,7 @@ def token_logprobs(hidden, head, labels, chunk=128):
     return each.masked_scatter(counts, logp).sum(1)
 
 
-def answer_logprobs(model, rows, soft=None, chunk=128):
+def answer_logprobs(model, rows, soft=None):
     """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
     tokens, or None. Soft tokens and prompt are cut off before the head, padding is labelled -100:
     none of them counts; <|im_end|> does."""
@@ -285,15 +282,14 @@ def answer_logprobs(model, rows, soft=None, chunk=128):
     answers, length = labels.shape
     n = answers // len(rows)
     hidden = hidden[:, -n * length:].reshape(answers, length, -1)           # (B*n, L, D)
-    return token_logprobs(hidden, head, labels, chunk).view(-1, n)
+    return token_logprobs(hidden, head, labels).view(-1, n)
 
 
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
     ended by itself)]; soft (N, S, D) or None."""
-    device = model.lm_head.weight.device
-    rows = [torch.tensor(tokenizer.chat(messages)) for messages in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=-1).to(device)         # (N, T)
+    ids = padded([tokenizer.chat(messages) for messages in prompts], -1)            # (N, T)
+    ids = ids.to(model.lm_head.weight.device)
     embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))               # (N, S+T, D)
     mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
     answers = generate(model, embeds=embeds, attention_mask=mask, stop=tokenizer.encode(END),
@@ -342,6 +338,12 @@ def trainable(module, prefix=""):
     return [(prefix + n, p) for n, p in module.named_parameters() if p.requires_grad]
 
 
+def language_model(settings):
+    """(Qwen, Tokenizer) that a stage names."""
+    device = pick_device(settings.device)
+    return load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+
+
 class SFT:
     """`python train.py sft`: next-token loss on the instruction alone; each example counts the
     same, however long (ours)."""
@@ -351,9 +353,7 @@ class SFT:
         self.edits = read_jsonl(settings.edits, {"guidance": ""}, input=str, edit=str)
         self.items = len(self.edits)
         check_answers(settings.edits, self.edits, "edit")
-        device = pick_device(settings.device)
-        self.model, self.tokenizer = load_language_model(
-            settings.qwen, device, DTYPES[settings.dtype])
+        self.model, self.tokenizer = language_model(settings)
         self.model.model.checkpointing = settings.checkpointing
         torch.manual_seed(settings.seed)
         lora.inject(self.model, settings.rank, settings.alpha, settings.dropout)
@@ -431,8 +431,7 @@ def load_policy(settings, adapter):
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
                          "`python train.py cdpo` runs/cdpo")
-    device = pick_device(settings.device)
-    model, tokenizer = load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    model, tokenizer = language_model(settings)
     lora.load_adapter(model, adapter)
     lora.copy_adapter(model)
     return model, tokenizer
@@ -472,7 +471,7 @@ class CDPO:
         """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
         settings = self.settings
         stored = UserTokens.load(Path(settings.graph) / "collaborative.safetensors")
-        if stored.soft or not stored.sage:
+        if stored.soft:
             raise ValueError(f"{settings.graph} holds a policy, not what `train.py graph` writes")
         was = {user.name: tastes(user) for user in stored.graph.people()}
         now = {user.name: tastes(user) for user in self.users}
@@ -485,7 +484,7 @@ class CDPO:
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
         torch.manual_seed(settings.seed)
-        config = {**stored.config, "kind": settings.user, "soft": soft}
+        config = stored.config | {"kind": settings.user, "soft": soft}
         tokens = UserTokens(stored.graph, **config)
         if settings.user == "graph":
             tokens.load_state_dict(stored.state_dict(), strict=False)
@@ -504,12 +503,11 @@ class CDPO:
 
     def parameter_groups(self):
         groups = [{"params": trainable(self.model)}]
-        if self.tokens is not None:
-            tokens = trainable(self.tokens, "collaborative.")
-            encoder = [(name, p) for name, p in tokens if ".soft." not in name]
-            soft = [(name, p) for name, p in tokens if ".soft." in name]
-            slow = self.settings.user == "graph"        # a table of users is not pretrained
-            lr = self.settings.gnn_lr if slow else self.settings.lr
+        if self.tokens:
+            soft = trainable(self.tokens.soft, "collaborative.soft.")
+            encoder = trainable(self.tokens, "collaborative.")[:-len(soft)]     # they come last
+            # a table of users is not pretrained
+            lr = self.settings.gnn_lr if self.settings.user == "graph" else self.settings.lr
             groups += [{"params": soft}, {"params": encoder, "lr": lr}]
         return groups
 
@@ -523,19 +521,16 @@ class CDPO:
         in proportion to s(u,v) weighs 1 in Eq. 7: on average that is the weighted mean of all."""
         settings = self.settings
         user = self.owner[pair]
-        row = Row([pair], [user], [], stay)
         similarity = self.similarity[user]                                  # (K,)
-        columns = range(len(similarity))
-        if settings.neighbours == "sampled" and similarity.any():
-            columns = torch.multinomial(similarity, 1, generator=generator).tolist()
-        for column in columns:
-            if similarity[column] > 0:
-                v = self.neighbours[user, column].item()
-                theirs = self.pairs_of[v]
-                which = torch.randint(len(theirs), (1,), generator=generator)
-                row.pairs.append(theirs[which])
-                row.readers.append(user if settings.neighbour_user == "target" else v)
-                row.similarity.append(similarity[column])
+        columns = similarity.nonzero()[:, 0]
+        if settings.neighbours == "sampled" and len(columns):
+            columns = torch.multinomial(similarity, 1, generator=generator)
+        row = Row([pair], [user], similarity[columns].tolist(), stay)
+        for v in self.neighbours[user, columns].tolist():
+            theirs = self.pairs_of[v]
+            which = torch.randint(len(theirs), (1,), generator=generator)
+            row.pairs.append(theirs[which])
+            row.readers.append(user if settings.neighbour_user == "target" else v)
         return row
 
     def loss(self, rows):
@@ -543,14 +538,14 @@ class CDPO:
         pairs = []
         readers = []
         similarity = []
+        first = []                                                          # where each row begins
         for row in rows:
+            first.append(len(pairs))
             pairs += row.pairs
             readers += row.readers
             similarity.append(torch.tensor(row.similarity))
         losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (4, N)
-        counts = [len(row.pairs) for row in rows]
-        first = torch.tensor(counts).cumsum(0) - torch.tensor(counts)       # where each row begins
-        losses = pad_sequence(losses.split(counts), batch_first=True)       # (B, 1 + K)
+        losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
         similarity = pad_sequence(similarity, batch_first=True).to(losses)  # (B, K)
         losses = cdpo_loss(losses[:, 0], losses[:, 1:], similarity, self.settings.lam)     # (7)
         return losses.sum(), dpo_metrics(*found[:, first])
@@ -561,7 +556,7 @@ class CDPO:
         settings = self.settings
         texts = [self.encode(self.pairs[pair]) for pair in pairs]
         soft = None
-        if self.tokens is not None:
+        if self.tokens:
             # Here the gradient reaches GraphSAGE and the node vectors.
             h = self.tokens.embeddings(stay.to(self.tokens.vectors.device))     # (U, out)
             soft = self.tokens.soft(h[readers])                             # (N, S, D)
@@ -585,7 +580,7 @@ class CDPO:
 
     def save(self, folder):
         lora.save_adapter(self.model, folder, base_model=self.settings.qwen)
-        if self.tokens is not None:
+        if self.tokens:
             self.tokens.save(folder / "collaborative.safetensors")
 
 
@@ -648,24 +643,25 @@ class Evaluation:
         words = [profile(user) if with_profile else "" for user in users]
         asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
         found = []
-        for part in torch.arange(len(asked)).split(400):
-            part = [asked[place] for place in part]
+        for start in range(0, len(asked), 400):
+            part = asked[start:start + 400]
             prompts = [prompt(text, profile=words[i]) for i, text in part]
             theirs = None if soft is None else soft[[i for i, _ in part]]
             found += suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
                              generator=generator)
         return [(*question, *answer) for question, answer in zip(asked, found)]
 
-    def rates(self, shown, policy, **how):
-        """{"likes": share of the answers that name a stated like, ...} where of each user's
-        history only what `shown`, a value of CONDITIONS, leaves is known."""
-        captions = [texts * self.settings.answers for texts in self.captions]
+    def rates(self, shown):
+        """RATES, shares of the answers, where of each user's history only what `shown`, a value of
+        CONDITIONS, leaves is known."""
+        settings = self.settings
+        captions = [texts * settings.answers for texts in self.captions]
         known = [replace(user, **shown) for user in self.users]
         verdicts = []
-        for i, _, text, ended in self.answers(known, captions, policy, **how):
+        for i, _, text, ended in self.answers(known, captions, settings.policy,
+                                            seed=settings.seed):
             verdicts.append(self.verdict(self.users[i], text, ended))
-        rates = torch.tensor(verdicts).double().mean(0)
-        return dict(zip(RATES, rates.tolist()))
+        return torch.tensor(verdicts).double().mean(0).tolist()
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""
@@ -678,8 +674,7 @@ class Evaluation:
     def table(self):
         rows = []
         for name, shown in CONDITIONS.items():
-            rates = self.rates(shown, self.settings.policy, seed=self.settings.seed)
-            rows.append([name, *(f"{rate:.3f}" for rate in rates.values())])
+            rows.append([name, *(f"{rate:.3f}" for rate in self.rates(shown))])
         return markdown_table(["what the history shows", *RATES], rows)
 
 

@@ -63,7 +63,7 @@ class PreferenceGraph(nn.Module):
         self.users = users
         self.attributes = attributes
         self.embedder = None
-        self.register_buffer("edges", edges)
+        self.register_buffer("edges", edges, persistent=False)
         self.register_buffer("features", features)
 
     @classmethod
@@ -81,9 +81,8 @@ class PreferenceGraph(nn.Module):
         return users
 
     def widened(self, names):
-        """This graph, and those of the names that it lacks as attributes like any other, by their
-        text, without edges. ValueError when nothing embeds names as it did the graph's own."""
-        names = [name for name in names if name not in self.attributes]
+        """This graph and, by their text, new names as attributes like any other, without edges.
+        ValueError when nothing embeds names as it did the graph's own."""
         if not self.embedder:
             raise ValueError(f"the graph's file does not say how to embed {', '.join(names)[:80]}: "
                              "run the graph stage, and those after it, again")
@@ -122,8 +121,8 @@ def edges_of(users, attributes):
         for names, sign in ((user.likes, 1), (user.dislikes, -1)):
             for name in names:
                 if name not in index:
-                    alike = near(name, attributes)
-                    raise ValueError(f"unknown attribute {name!r}; spelt like it are {alike}")
+                    raise ValueError(f"unknown attribute {name!r}; spelt like it are "
+                                     f"{near(name, attributes)}")
                 edges.append((i, index[name], sign))
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
@@ -175,16 +174,17 @@ def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
     x = {"shared": x.abs(), "signed": x, "likes": x.relu()}[kind]           # (U, A)
     users = torch.arange(len(x), device=x.device)
     index = users[:, None].repeat(1, k)                                     # (U, k)
-    count = torch.zeros(len(x), k, device=x.device)
+    count = x.new_zeros(len(x), k)
     if count.numel() == 0:
         return index, count
+    n = min(k, len(x))
     for mine in users.split(rows):
         others = users.roll(-mine[0].item())                                # mine stand first
         common = x[mine] @ x[others].T                                      # (rows, U)
         common.fill_diagonal_(0)                                            # not oneself
-        most, place = common.topk(min(k, len(users)))                       # (rows, k)
-        index[mine, :most.shape[1]] = torch.where(most > 0, others[place], mine[:, None])
-        count[mine, :most.shape[1]] = most.clamp_min(0)
+        most, place = common.topk(n)                                        # (rows, n)
+        index[mine, :n] = torch.where(most > 0, others[place], mine[:, None])
+        count[mine, :n] = most.clamp_min(0)
     return index, count / count.max().clamp_min(1)                          # (6)
 
 
@@ -313,10 +313,9 @@ class EdgeModel(nn.Module):
 
     def groups(self, weight_decay):
         """The optimiser's: only user vectors decay."""
-        net = dict(self.named_parameters())
-        vectors = net.pop("vectors")
-        return [{"params": list(net.items()), "weight_decay": 0.0},
-                {"params": [("vectors", vectors)], "weight_decay": weight_decay}]
+        vectors, *net = self.named_parameters()             # those of sub-modules come last
+        return [{"params": net, "weight_decay": 0.0},
+                {"params": [vectors], "weight_decay": weight_decay}]
 
     def logits(self, messages, asked, vectors):
         """Edges that carry `messages` (3, E'), edges `asked` about (3, E) -> (E,)."""
@@ -431,11 +430,10 @@ class GraphPretraining:
         return self.model.groups(self.settings.weight_decay)
 
     def draw(self, indices, generator):
-        return [self.model.draw(generator) for _ in indices]
+        return [self.model.draw(generator)]
 
     def loss(self, rows):
-        (epoch,) = rows
-        return self.model.loss(*epoch), {}
+        return self.model.loss(*rows[0]), {}
 
     def describe(self, rows):
         return f"{self.settings.users}, lines 1 to {len(self.model.graph.users)}"
@@ -483,8 +481,8 @@ def read_jsonl(path, optional=None, **fields):
                 raise ValueError(f'{path}:{number}: "{key}" is no key here; "{meant[0]}" is')
         for name, kind in kinds.items():
             value = row.get(name)
-            items = value if kind is list and isinstance(value, list) else []
-            if not isinstance(value, kind) or not all(isinstance(item, str) for item in items):
+            texts = value if kind is list else [value]
+            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
                 wanted = "a list of strings" if kind is list else "a string"
                 raise ValueError(
                     f'{path}:{number}: "{name}" must be {wanted}, got {json.dumps(value)[:60]}')
