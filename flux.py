@@ -52,7 +52,7 @@ class Pretrained(nn.Module):
         file = f"{path}/config.json"
         with reading(file):
             config = read_json(file)
-            check_settings(config, {**cls.only, **also})
+            check_settings(config, cls.only | also)
         return config
 
     @classmethod
@@ -241,6 +241,7 @@ class T5(Pretrained):
     only = {
         "model_type": "t5",
         "feed_forward_proj": "gated-gelu",
+        "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128
     }
 
@@ -255,22 +256,19 @@ class T5(Pretrained):
             "final_layer_norm": RMSNorm(width, config["layer_norm_epsilon"])
         })
         first = blocks[0].layer[0].SelfAttention                            # holds it for all
-        buckets = config["relative_attention_num_buckets"]
-        first.relative_attention_bias = nn.Embedding(buckets, first.heads)
+        first.relative_attention_bias = nn.Embedding(32, first.heads)
 
     def bias(self, length, device):
         """What attention adds for the distance key - query -> (1, H, T, T): a number for each head
-        and bucket of distances; near ones exact, far ones logarithmic, half each way."""
+        and each of 32 buckets of distances, 16 each way: 0 to 7 one by one, 8 to 127 by their
+        logarithm, and all beyond in the last."""
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         at = torch.arange(length, device=device)
         distance = at - at[:, None]                                         # (T, T): key - query
         size = distance.abs()
-        half = table.num_embeddings // 2
-        exact = half // 2
-        ratio = math.log(128 / exact)
-        log = torch.log(size.clamp_min(1) / exact) / ratio * (half - exact)
-        far = (exact + log.long()).clamp_max(half - 1)
-        bucket = (distance > 0) * half + torch.where(size < exact, size, far)
+        log = torch.log(size.clamp_min(1) / 8) / math.log(128 / 8)          # 0 at 8, 1 at 128
+        far = (8 + (log * 8).long()).clamp_max(15)
+        bucket = (distance > 0) * 16 + torch.where(size < 8, size, far)
         return table(bucket).permute(2, 0, 1)[None]
 
     def forward(self, ids):
