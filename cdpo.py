@@ -209,7 +209,7 @@ def padded(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def pack(rows, soft_tokens=0, device="cpu"):
+def pack(rows, soft_tokens=0):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
     for all its answers. Each block is padded on the right:
 
@@ -229,7 +229,7 @@ def pack(rows, soft_tokens=0, device="cpu"):
     itself = place == place[:, None]
     path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
-    return ids.clamp_min(0).to(device), labels.to(device), mask[:, None].to(device)
+    return ids.clamp_min(0), labels, mask[:, None]
 
 
 class AnswerLogprob(torch.autograd.Function):
@@ -276,7 +276,8 @@ def answer_logprobs(model, rows, soft=None):
     none of them counts; <|im_end|> does."""
     soft_tokens = 0 if soft is None else soft.shape[1]
     head = model.lm_head.weight
-    ids, labels, mask = pack(rows, soft_tokens, head.device)
+    with torch.device(head.device):                                         # to put them there
+        ids, labels, mask = pack(rows, soft_tokens)
     embeds = behind(soft, model.model.embed_tokens(ids))                    # (4) (B, T, D)
     hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
     answers, length = labels.shape
@@ -320,9 +321,10 @@ def lines_of(file, items):
     return f"{file}, lines {', '.join(str(item['line']) for item in items)}"
 
 
-def check_answers(file, rows, *keys):
-    """ValueError for lines whose answers go on behind END, or are the same: nothing is preferred
-    then."""
+def read_answers(file, *keys, **fields):
+    """As read_jsonl, with answers under `keys`, and guidance perhaps. ValueError for lines whose
+    answers go on behind END, or are the same: nothing is preferred then."""
+    rows = read_jsonl(file, {"guidance": ""}, **fields, **dict.fromkeys(keys, str))
     wrong = []
     for row in rows:
         answers = {closed(row[key]) for key in keys}
@@ -331,6 +333,7 @@ def check_answers(file, rows, *keys):
     if wrong:
         raise ValueError(f"{lines_of(file, wrong[:9])} ({len(wrong)} in all): {' and '.join(keys)} "
                          f"must differ, and hold no <|im_start|> nor, but at the end, {END}")
+    return rows
 
 
 def trainable(module, prefix=""):
@@ -350,9 +353,8 @@ class SFT:
 
     def __init__(self, settings):
         self.settings = settings
-        self.edits = read_jsonl(settings.edits, {"guidance": ""}, input=str, edit=str)
+        self.edits = read_answers(settings.edits, "edit", input=str)
         self.items = len(self.edits)
-        check_answers(settings.edits, self.edits, "edit")
         self.model, self.tokenizer = language_model(settings)
         self.model.model.checkpointing = settings.checkpointing
         torch.manual_seed(settings.seed)
@@ -443,10 +445,8 @@ class CDPO:
     def __init__(self, settings):
         self.settings = settings
         self.users = read_users(settings.users)
-        self.pairs = read_jsonl(settings.pairs, {"guidance": ""}, user=str, caption=str,
-                                chosen=str, rejected=str)
+        self.pairs = read_answers(settings.pairs, "chosen", "rejected", user=str, caption=str)
         self.items = len(self.pairs)
-        check_answers(settings.pairs, self.pairs, "chosen", "rejected")
         self.owner, self.pairs_of = self.owners()
         # In eval mode: DPO has no dropout, as in TRL.
         self.model, self.tokenizer = load_policy(settings, settings.sft)
@@ -553,7 +553,6 @@ class CDPO:
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
         times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes (4, N)."""
-        settings = self.settings
         texts = [self.encode(self.pairs[pair]) for pair in pairs]
         soft = None
         if self.tokens:
@@ -566,9 +565,9 @@ class CDPO:
             reference = answer_logprobs(self.model, texts).T                # (2, N), no user
             lora.use(self.model, "policy")
         policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
-        losses, *rewards = dpo_loss(*policy, *reference, settings.beta)
+        losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = torch.tensor([len(chosen) for _, (chosen, _) in texts]).to(policy)
-        losses = losses - settings.nll * policy[0] / length
+        losses = losses - self.settings.nll * policy[0] / length
         return losses, torch.stack([*policy.detach(), *rewards])
 
     def encode(self, pair):
@@ -657,10 +656,8 @@ class Evaluation:
         settings = self.settings
         captions = [texts * settings.answers for texts in self.captions]
         known = [replace(user, **shown) for user in self.users]
-        verdicts = []
-        for i, _, text, ended in self.answers(known, captions, settings.policy,
-                                            seed=settings.seed):
-            verdicts.append(self.verdict(self.users[i], text, ended))
+        answers = self.answers(known, captions, settings.policy, seed=settings.seed)
+        verdicts = [self.verdict(self.users[i], text, ended) for i, _, text, ended in answers]
         return torch.tensor(verdicts).double().mean(0).tolist()
 
     def verdict(self, user, text, ended):

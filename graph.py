@@ -107,10 +107,7 @@ class PreferenceGraph(nn.Module):
 
 def attribute_names(users):
     """Every attribute that somebody likes or dislikes, sorted."""
-    names = set()
-    for user in users:
-        names.update(user.likes, user.dislikes)
-    return sorted(names)
+    return sorted({name for user in users for name in user.likes + user.dislikes})
 
 
 def edges_of(users, attributes):
@@ -156,9 +153,10 @@ def near(name, attributes):
 
 def in_words_of(user, attributes):
     """The User with the attributes' own names for what `find_attribute` finds among them."""
-    likes = [find_attribute(name, attributes) or name for name in user.likes]
-    dislikes = [find_attribute(name, attributes) or name for name in user.dislikes]
-    return replace(user, likes=likes, dislikes=dislikes)
+    def own(names):
+        return [find_attribute(name, attributes) or name for name in names]
+
+    return replace(user, likes=own(user.likes), dislikes=own(user.dislikes))
 
 
 def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
@@ -196,9 +194,9 @@ class SAGEConv(nn.Module):
 
     def __init__(self, in_dim, out_dim):
         super().__init__()
-        widths = in_dim if isinstance(in_dim, tuple) else (in_dim, in_dim)
-        self.lin_l = nn.Linear(widths[0], out_dim)
-        self.lin_r = nn.Linear(widths[1], out_dim, bias=False)
+        src_dim, dst_dim = in_dim if isinstance(in_dim, tuple) else (in_dim, in_dim)
+        self.lin_l = nn.Linear(src_dim, out_dim)
+        self.lin_r = nn.Linear(dst_dim, out_dim, bias=False)
 
     def forward(self, x_src, x_dst, edge_index):
         """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination) -> (N, out).
