@@ -470,7 +470,7 @@ def grid(cells):
     for i, (picture, *_) in enumerate(cells):
         x = 16 + i % columns * across
         y = 16 + i // columns * down
-        sheet.paste(picture.resize((width, height), Image.BICUBIC), (x, y))
+        sheet.paste(picture.resize((width, height)), (x, y))
         y += height + 8
         for line, font, colour in texts[i]:
             pen.text((x, y), line, colour, font)

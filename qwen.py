@@ -370,7 +370,7 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
         newest = mask[:, -x.shape[1]:].cumsum(1).argmax(1)                 # (B,): no padding there
         logits = model.lm_head(hidden[torch.arange(B), newest]).float()    # (B, V)
         if not logits.isfinite().all():
-            raise ValueError("the language model's logits are not finite: weights are spoiled")
+            raise ValueError("the language model's logits are not finite: spoiled weights?")
         if repetition_penalty != 1:
             lower = torch.where(logits > 0, logits / repetition_penalty,
                                 logits * repetition_penalty)
