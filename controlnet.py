@@ -114,7 +114,7 @@ def control_picture(image, mode="canny", low=100, high=200):
 class ControlNet(Flux):
     """A ControlNet for FLUX.1: noisy latents, control latents and text -> residuals for the blocks
     of a Flux."""
-    kind = "FluxControlNetModel"
+    only = Flux.only | {"_class_name": "FluxControlNetModel"}
     streamed = False                                            # see `load_pair`
 
     def __init__(self, config):
@@ -135,12 +135,12 @@ class ControlNet(Flux):
         self.controlnet_mode_embedder = modes and nn.Embedding(modes, dim)
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32):
-        """As Pretrained.load. ValueError for XLabs' nets, which are another design."""
+    def read_config(cls, path, **also):
+        """As Pretrained.read_config. ValueError for XLabs' nets, which are another design."""
         if "input_hint_block.0.weight" in read_tensors(path):
             raise ValueError(f"{path} is an XLabs ControlNet (it has an input_hint_block); only "
                              "nets built like InstantX's and Shakker's Union can be read")
-        return super().load(path, device, dtype)
+        return super().read_config(path, **also)
 
     def forward(self, img, control, txt, pooled, timestep, guidance,
                 img_ids, txt_ids,

@@ -161,8 +161,7 @@ class CLIPText(Pretrained):
 
     @staticmethod
     def rename(name):
-        """Before transformers 5 there was a prefix; old files hold the positions 0, 1, 2, ..., too.
-        """
+        """Files from before transformers 5 have a prefix; old ones hold 0, 1, 2, ..., too."""
         if not name.endswith("position_ids"):
             return name.removeprefix("text_model.")
 
