@@ -276,11 +276,11 @@ class Methods:
 # ---- training runs and people --------------------------------------------------------------------
 
 def train_once(argv):
-    """train.py with these flags, unless the run stands already -> its folder."""
-    _, settings, loop = train.parse(argv)
-    if not Path(loop.out, f"step_{settings.steps}").exists():
-        with contextlib.redirect_stdout(sys.stderr):
-            train.main(argv)
+    """train.py with these flags -> its folder. A run that stands already is read, not repeated;
+    one of other flags is refused."""
+    _, _, loop = train.parse(argv)
+    with contextlib.redirect_stdout(sys.stderr):
+        train.main(argv)
     return loop.out
 
 
