@@ -134,14 +134,10 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPText(Pretrained):
-    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text."""
-    only = {"model_type": "clip_text_model"}
-
+class CLIPTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
-        self.end = config["eos_token_id"]
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config["vocab_size"], width),
             "position_embedding": nn.Embedding(config["max_position_embeddings"], width)
@@ -153,7 +149,20 @@ class CLIPText(Pretrained):
     def forward(self, ids):                                                 # (B, T)
         places = self.embeddings.position_embedding.weight[:ids.shape[1]]
         x = self.embeddings.token_embedding(ids) + places                   # (B, T, D)
-        x = self.final_layer_norm(self.encoder.layers(x))
+        return self.final_layer_norm(self.encoder.layers(x))
+
+
+class CLIPText(Pretrained):
+    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text."""
+    only = {"model_type": "clip_text_model"}
+
+    def __init__(self, config):
+        super().__init__()
+        self.end = config["eos_token_id"]
+        self.text_model = CLIPTransformer(config)
+
+    def forward(self, ids):
+        x = self.text_model(ids)                                            # (B, T, D)
         # The public config says eos_token_id 2, which is wrong: there, and only there, the end is
         # the highest id. Padding repeats it: take the first.
         is_end = ids if self.end == 2 else (ids == self.end).int()
@@ -161,9 +170,9 @@ class CLIPText(Pretrained):
 
     @staticmethod
     def rename(name):
-        """Files from before transformers 5 have a prefix; old ones hold 0, 1, 2, ..., too."""
+        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too."""
         if not name.endswith("position_ids"):
-            return name.removeprefix("text_model.")
+            return "text_model." + name.removeprefix("text_model.")
 
 
 # ---- the prompt: T5 ----------------------------------------------------------------------------
