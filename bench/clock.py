@@ -60,7 +60,8 @@ def resident(key="VmRSS"):
 
 
 def reset_peak(device):
-    """From now on `peak_bytes` counts anew."""
+    """From now on `peak_bytes` counts anew; `most_ever` still knows what was."""
+    most_ever(device)
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -70,6 +71,15 @@ def reset_peak(device):
 def peak_bytes(device):
     """The most bytes since `reset_peak`: CUDA's allocator, or resident memory on the CPU."""
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident("VmHWM")
+
+
+PEAKS = [0]                                                   # each that was reset
+
+
+def most_ever(device):
+    """The most bytes in the life of this process."""
+    PEAKS.append(peak_bytes(device))
+    return max(PEAKS)
 
 
 def peak(call, device):
@@ -83,10 +93,16 @@ def peak(call, device):
     return before, peak_bytes(device)
 
 
+def python():
+    """How this Python was started: by way of the imitation of CUDA, if there is one."""
+    imitation = sys.modules.get("cuda_imitation")
+    return [sys.executable, imitation.__file__] if imitation else [sys.executable]
+
+
 def alone(args, side, **changes):
     """What the row's function in run.SIDES finds about `side` in a process of its own -> dict."""
     flags = json.dumps({**vars(args), **changes, "side": side})
-    command = [sys.executable, str(ROOT / "bench" / "run.py"), "--child", flags]
+    command = [*python(), str(ROOT / "bench" / "run.py"), "--child", flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{args.row}, {side}: {done.stderr[-2000:]}")
@@ -96,7 +112,7 @@ def alone(args, side, **changes):
 def rates(args):
     """(matrix products in FLOP/s of args.dtype, bytes/s read and written by copies) of the device,
     each the best of five."""
-    big = args.device.startswith("cuda")
+    big = args.device.startswith("cuda") and not args.tiny
     side = 8192 if big else 1024
     size = 2 ** 30 if big else 2 ** 26                        # bytes
     a = torch.randn(side, side, device=args.device).to(weights_type(args))
@@ -109,6 +125,13 @@ def rates(args):
 
 
 # ---- both sides' models ------------------------------------------------------------------------
+
+def sized(args, here, real, tiny):
+    """One of three: for two CPU cores, the real models' (--random), for a test (--tiny)."""
+    if args.tiny:
+        return tiny
+    return real if args.random else here
+
 
 def weights_type(args):
     return getattr(torch, args.dtype)
@@ -175,6 +198,15 @@ def gb(n):
 
 def ratio(a, b):
     return f"**{a / b:.2f}**"
+
+
+SUMMARY = []                                                  # rows of the README's table
+
+
+def summarise(args, what, against, ours, theirs, *, memory=""):
+    """A line of the README's table: seconds of both sides."""
+    row = [f"`{args.row}`", what, against, ms(ours), ms(theirs), ratio(theirs, ours), memory]
+    SUMMARY.append(row)
 
 
 def where(args):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from clock import gb, in_turn, ms, peak, ratio, relative, seconds, table
+from clock import gb, in_turn, ms, peak, ratio, relative, seconds, summarise, table
 
 import graph
 
@@ -102,6 +102,7 @@ def epoch(args):
     columns = ["", "an epoch", "ours is faster by", "memory on top", "loss"]
     size = f"{args.users:,} users, {len(ours.graph.attributes):,} attributes, {args.edges:,} edges"
     agree = f"the gradients of the user vectors differ by {differ:.0e}"
+    summarise(args, f"an epoch, {size}", "PyG", t["ours"], t["PyG"])
     return f"{size} of two signs; {agree}\n\n" + table(columns, rows)
 
 
@@ -228,6 +229,9 @@ def similar(args):
         for name, point in found.items():
             points[name].append(point)
     plot(points, args.plot)
+    if len(points["scipy"]) == len(points["ours"]):
+        last = {name: past[-1].seconds for name, past in points.items()}
+        summarise(args, f"{rows[-1][0]} users", "scipy", last["ours"], last["scipy"])
     slopes = []
     for name, past in points.items():
         if len(past) > 1:

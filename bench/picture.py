@@ -15,11 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.utils.flop_counter import FlopCounterMode
 
 import text
 from clock import (ROOT, draw, gb, in_turn, ms, peak, peak_bytes, rates, ratio, relative,
-                   reset_peak, table, twin, vary, weights_type)
+                   reset_peak, sized, summarise, table, twin, vary, weights_type)
 
 import cdpo
 import controlnet
@@ -36,9 +35,13 @@ REAL = dict(                            # FLUX.1-dev
 SMALL = dict(                           # the same, an eighth as wide and a fifth as deep
     REAL, num_attention_heads=6, attention_head_dim=64, axes_dims_rope=[8, 28, 28],
     num_layers=4, num_single_layers=8, joint_attention_dim=512)
+TINY = dict(                            # the same, to see that it runs
+    SMALL, num_attention_heads=2, attention_head_dim=32, axes_dims_rope=[8, 12, 12],
+    num_layers=2, num_single_layers=2, joint_attention_dim=64)
 WIDE = dict(SMALL, num_attention_heads=16)                  # to read
 REAL_NET = dict(REAL, num_layers=5, num_single_layers=10, num_mode=10)
 SMALL_NET = dict(SMALL, num_layers=1, num_single_layers=2, num_mode=10)
+TINY_NET = dict(TINY, num_layers=1, num_single_layers=1, num_mode=10)
 VAE = dict(
     in_channels=3, out_channels=3, latent_channels=16, layers_per_block=2, norm_num_groups=32,
     block_out_channels=[128, 256, 512, 512], act_fn="silu", use_quant_conv=False,
@@ -68,13 +71,13 @@ class Scene:
     def __init__(self, args, **changes):
         import diffusers
         self.args = args
-        self.config = {**(REAL if args.random else SMALL), **changes}
+        self.config = {**sized(args, SMALL, REAL, TINY), **changes}
         self.flux = build(flux.Flux, self.config, args)
         self.their_flux = twin(lambda: diffusers.FluxTransformer2DModel(**self.config), self.flux)
         self.generator = torch.Generator().manual_seed(0)
         side = args.size // 8                                               # of the latent
         tokens = side * side // 4
-        words = 512 if args.random else 64
+        words = sized(args, 64, 512, 8)
         self.img = self.normal(1, tokens, 64)                               # (1, L, 64)
         self.txt = self.normal(1, words, self.config["joint_attention_dim"])    # (1, T, D)
         self.pooled = self.normal(1, 768)
@@ -112,7 +115,7 @@ class Edit(Scene):
     def __init__(self, args):
         import diffusers
         super().__init__(args)
-        config = REAL_NET if args.random else SMALL_NET
+        config = sized(args, SMALL_NET, REAL_NET, TINY_NET)
         self.net = build(controlnet.ControlNet, config, args)
         net = twin(lambda: diffusers.FluxControlNetModel(**config), self.net)
         config = VAE if args.random else SMALL_VAE
@@ -166,8 +169,26 @@ def agreement(args):
 
 
 def sizes(args):
-    name = "FLUX.1-dev" if args.random else "FLUX.1 at 384 channels, 4 + 8 blocks"
+    name = sized(args, "FLUX.1 at 384 channels, 4 + 8 blocks", "FLUX.1-dev", "a tiny FLUX.1")
     return f"{name}, {args.size} x {args.size} pixels"
+
+
+def forward_flops(scene):
+    """Of a forward of our Flux, from the shapes: two for each weight and token of a linear layer,
+    and in each block's attention four for each pair of tokens and channel. (torch's own counter
+    does not know oneDNN's products, which qwen.linear calls.)"""
+    found = []
+
+    def count(layer, inputs, output):
+        found.append(2 * layer.in_features * output.numel())
+
+    hooks = [layer.register_forward_hook(count) for layer in text.linears(scene.flux)]
+    scene.our_step()
+    for hook in hooks:
+        hook.remove()
+    tokens = scene.img.shape[1] + scene.txt.shape[1]                        # T + L
+    width = scene.flux.x_embedder.out_features
+    return sum(found) + 4 * width * tokens ** 2 * len(scene.flux.blocks())
 
 
 @torch.no_grad()
@@ -179,9 +200,7 @@ def step(args):
     modulation = scene.flux.modulation(timestep, guidance, pooled)          # once for all steps
     rope = scene.flux.rope(txt_ids, ids)
     within = partial(scene.flux.velocity, img, txt, modulation, rope)
-    with FlopCounterMode(display=False) as counter:
-        scene.our_step()
-    flops = counter.get_total_flops()
+    flops = forward_flops(scene)
     chip, _ = rates(args)
     calls = {"ours": scene.our_step, "ours, as within the loop": within,
              "diffusers": scene.their_step}
@@ -194,7 +213,11 @@ def step(args):
     for name, t in took.items():
         rate = flops / t
         speed = ratio(took["diffusers"], t)
-        rows.append([name, ms(t), speed, f"{rate / 1e12:.3g}", f"{rate / chip:.0%}"])
+        share = f"{rate / chip:.0%}"
+        rows.append([name, ms(t), speed, f"{rate / 1e12:.3g}", share])
+        if name != "diffusers":
+            what = f"{sizes(args)}, {name}: {share} of the chip's matrix products"
+            summarise(args, what, "diffusers", t, took["diffusers"])
     columns = ["", "a forward", "times the peer's speed", "TFLOP/s",
                "of the chip's own matrix products"]
     return f"{sizes(args)}; {agree}\n\n" + table(columns, rows)
@@ -219,6 +242,8 @@ def loop(args):
             ours()
         t = in_turn({"ours": ours, "theirs": theirs}, args, warm=0)
         speed = ratio(t["theirs"], t["ours"])
+        what = f"{sizes(args)}, {args.steps} steps, ControlNet in 0 .. {end}"
+        summarise(args, what, "FluxControlNetPipeline", t["ours"], t["theirs"])
         row = [f"0 .. {end}", ms(t["ours"]), ms(t["theirs"]), speed, f"{differ:.0e}"]
         if args.random:
             for call in (ours, theirs):
@@ -232,8 +257,9 @@ def loop(args):
 
 def write_flux(folder, args):
     """A Flux transformer as it is published -> bytes of weights."""
-    module = build(flux.Flux, WIDE, vary(args, device="cpu"))
-    config = {"_class_name": "FluxTransformer2DModel", **WIDE}
+    config = TINY if args.tiny else WIDE
+    module = build(flux.Flux, config, vary(args, device="cpu"))
+    config = {"_class_name": "FluxTransformer2DModel", **config}
     (folder / "config.json").write_text(json.dumps(config))
     file = folder / "diffusion_pytorch_model.safetensors"
     save_file(module.state_dict(), file, {"format": "pt"})
@@ -250,7 +276,8 @@ def read_side(args, side):
     dtype = weights_type(args)
     like = {"device": args.device, "dtype": dtype}
     img = torch.randn(1, 64, 64, **like)
-    txt = torch.randn(1, 16, WIDE["joint_attention_dim"], **like)
+    width = (TINY if args.tiny else WIDE)["joint_attention_dim"]
+    txt = torch.randn(1, 16, width, **like)
     pooled = torch.randn(1, 768, **like)
     one = torch.ones(1, device=args.device)
     ids = torch.zeros(64, 3, device=args.device)
@@ -351,13 +378,16 @@ def run_edit(args, *flags):
 
 
 def shares(args):
-    """Where edit.py's time goes, for one person, reading the weights included."""
+    """Where edit.py's time goes, for one person, reading the weights included; and --offload."""
     run_edit(args)
     spent = run_edit(args)
     whole = sum(took for took, _ in spent.values())
     rows = []
     for name, (took, most) in spent.items():
         rows.append([name, ms(took), f"{took / whole:.1%}", gb(most)])
+    for name, (took, most) in run_edit(args, "--offload").items():
+        if name.startswith("Flux"):
+            rows.append([f"{name}, --offload", ms(took), "", gb(most)])
     models = "FLUX.1-dev and Qwen2.5-7B, weights drawn" if args.random else "the miniature"
     columns = ["part", "time", "share", "peak memory"]
     return f"{ms(whole)}, {models}\n\n" + table(columns, rows)

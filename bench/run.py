@@ -7,10 +7,11 @@ as Markdown.
     python bench/run.py decode graph             # some
     python bench/run.py flux --random            # on a GPU: 7B, FLUX.1, bf16; weights drawn there
     python bench/run.py similar --most 30000     # smaller
+    python bench/run.py all --tiny               # whether all of it runs; means nothing
 
 Both sides hold the same weights and must agree before they are timed; how far they differ is
 printed. With --random the models have the real sizes, and no checkpoint is read; without it
-sizes suit two CPU cores.
+sizes suit two CPU cores. bench/gpu.py runs the rows that a GPU is to tell, and more.
 """
 import argparse
 import json
@@ -21,7 +22,7 @@ import torch
 import people
 import picture
 import text
-from clock import where
+from clock import sized, vary, where
 
 ROWS = {
     "decode": text.decode,
@@ -45,21 +46,21 @@ SIDES = {                               # what clock.alone asks for, in a proces
     "read": text.read_side,
     "read-flux": picture.read_side,
 }
-SIZES = [   # flag, here, with --random, what it is
-    ("layers", 8, 28, "cdpo, trl: layers of Qwen"),
-    ("batch", 4, 12, "cdpo, trl: users in a step"),
-    ("micro", 64, 2, "cdpo, trl: users in one forward and backward"),
-    ("k", 3, 3, "cdpo: neighbours"),
-    ("prompt", 100, 100, "cdpo, trl: tokens"),
-    ("answer", 20, 20, "cdpo, trl: tokens"),
-    ("users", 3000, 3000, "cdpo, graph"),
-    ("attributes", 45, 45, "cdpo, similar"),
-    ("edges", 1_000_000, 1_000_000, "graph"),
-    ("new", 20, 20, "decode: tokens"),
-    ("steps", 60, 60, "edit: Euler steps"),
-    ("size", 256, 1024, "flux, edit: side of the picture"),
-    ("most", 100_000, 100_000, "similar: users"),
-    ("limit", 60.0, 60.0, "similar: seconds a call; a side that is expected to need more stops"),
+SIZES = [   # flag, here, with --random, with --tiny, what it is
+    ("layers", 8, 28, 2, "cdpo, trl: layers of Qwen"),
+    ("batch", 4, 12, 2, "cdpo, trl: users in a step"),
+    ("micro", 64, 2, 1, "cdpo, trl: users in one forward and backward"),
+    ("k", 3, 3, 1, "cdpo: neighbours"),
+    ("prompt", 100, 100, 12, "cdpo, trl: tokens"),
+    ("answer", 20, 20, 4, "cdpo, trl: tokens"),
+    ("users", 3000, 3000, 30, "cdpo, graph"),
+    ("attributes", 45, 45, 10, "cdpo, similar"),
+    ("edges", 1_000_000, 1_000_000, 2000, "graph"),
+    ("new", 20, 20, 4, "decode: tokens"),
+    ("steps", 60, 60, 2, "edit: Euler steps"),
+    ("size", 256, 1024, 64, "flux, edit: side of the picture"),
+    ("most", 100_000, 100_000, 1000, "similar: users"),
+    ("limit", 60.0, 60.0, 60.0, "similar: seconds a call; a side expected to need more stops"),
 ]
 
 
@@ -68,6 +69,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     p.add_argument("rows", nargs="*", metavar="ROW", help=f"all, or some of: {', '.join(ROWS)}")
     p.add_argument("--random", action="store_true", help="the real models' sizes, on a GPU")
+    p.add_argument("--tiny", action="store_true", help="sizes for a test")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", default=best, help=f"cpu, cuda, cuda:1 ... ({best})")
     types = ["float32", "bfloat16"]
@@ -77,13 +79,13 @@ def parse(argv=None):
     p.add_argument("--plot", default="out/similar.png", help="similar: where the plot goes")
     p.add_argument("--child", help=argparse.SUPPRESS)
     group = p.add_argument_group("sizes (here; where it differs, with --random)")
-    for name, here, full, about in SIZES:
+    for name, here, full, _, about in SIZES:
         shown = f"{here}" if here == full else f"{here}; {full}"
         group.add_argument(f"--{name}", type=type(here), help=f"{about} ({shown})")
     args = p.parse_args(argv)
-    for name, here, full, _ in [("dtype", *types, ""), *SIZES]:
+    for name, here, full, tiny, _ in [("dtype", *types, types[0], ""), *SIZES]:
         if getattr(args, name) is None:
-            setattr(args, name, full if args.random else here)
+            setattr(args, name, sized(args, here, full, tiny))
     unknown = [row for row in args.rows if row not in (*ROWS, "all")]
     if unknown:
         p.error(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
@@ -96,6 +98,17 @@ def child(flags):
     """One side of a row, in this process: prints what clock.alone reads."""
     args = argparse.Namespace(**json.loads(flags))
     print(json.dumps(SIDES[args.row](args, args.side)))
+
+
+def run(row, args):
+    """A row's Markdown. SystemExit naming the peer that is not installed."""
+    args.row = row
+    args.rounds = args.rounds or ROUNDS.get(row, 3)
+    try:
+        return ROWS[row](args)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{row} compares with {error.name}, which is not installed: "
+                         "pip install -r bench/requirements.txt") from None
 
 
 def list_rows():
@@ -111,17 +124,9 @@ def main():
     elif not args.rows:
         list_rows()
     else:
-        given = args.rounds
         flags = [word for word in sys.argv[1:] if word not in (*ROWS, "all")]
         for row in args.rows:
-            args.row = row
-            args.rounds = given or ROUNDS.get(row, 3)
-            try:
-                found = ROWS[row](args)
-            except ModuleNotFoundError as error:
-                raise SystemExit(f"{row} compares with {error.name}, which is not installed: "
-                                 "pip install -r bench/requirements.txt") from None
-            print(f"\n**{row}**: {found}")
+            print(f"\n**{row}**: {run(row, vary(args))}")
             command = " ".join(["python bench/run.py", row, *flags])
             print(f"`{command}` on {where(args)}", flush=True)
 

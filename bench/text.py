@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from clock import (alone, draw, gb, in_turn, ms, peak, rates, ratio, relative, seconds, table,
-                   twin, vary, weights_type)
+from clock import (ROOT, alone, draw, gb, in_turn, ms, peak, rates, ratio, relative, seconds, sized,
+                   summarise, table, twin, vary, weights_type)
 
 import cdpo
 import lora
@@ -31,15 +31,18 @@ SMALL = dict(                           # Qwen2.5-0.5B
 REAL = dict(                            # Qwen2.5-7B
     COMMON, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
     num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
+TINY = dict(                            # to see that it runs
+    COMMON, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=512, tie_word_embeddings=True)
 
 
 def called(args):
-    return "Qwen2.5-7B" if args.random else "Qwen2.5-0.5B"
+    return sized(args, "Qwen2.5-0.5B", "Qwen2.5-7B", "a tiny Qwen")
 
 
 def qwen(args, **changes):
     """(config.json as a dict, our model with drawn weights): Qwen2.5-0.5B, with --random 7B."""
-    config = {**(REAL if args.random else SMALL), **changes}
+    config = {**sized(args, SMALL, REAL, TINY), **changes}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         with torch.device("meta"):
@@ -118,9 +121,13 @@ def decode(args):
         row.append(f"{t['ours', 0] / our_step:.0%}")
         row.append(f"{t['theirs', 0] / their_step:.0%}")
         row.append(f"{differ:.0e}")
+        what = f"{called(args)}, a token of {batch} at once"
         if args.random:
-            row.append(f"{least / our_step:.0%}")
+            share = f"{least / our_step:.0%}"
+            row.append(share)
+            what += f", {share} of the bandwidth ceiling"
         rows.append(row)
+        summarise(args, what, "transformers", our_step, their_step)
     return f"{called(args)}, new tokens a second\n\n" + table(columns, rows)
 
 
@@ -139,7 +146,7 @@ def community(args):
     features = torch.randn(args.attributes, 64, generator=g)
     graph = PreferenceGraph(users, attributes, edges, features)
     torch.manual_seed(0)
-    config = REAL if args.random else SMALL
+    config = sized(args, SMALL, REAL, TINY)
     soft = dict(hidden_dim=128, out_dim=config["hidden_size"])
     return cdpo.UserTokens(graph, soft=soft).to(args.device)
 
@@ -306,7 +313,7 @@ class TRL(Peft):
         from transformers import PreTrainedTokenizerFast
         from trl import DPOConfig, DPOTrainer
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file="mini/qwen/tokenizer.json",
+            tokenizer_file=str(ROOT / "mini/qwen/tokenizer.json"),
             eos_token="<|im_end|>", pad_token="<|endoftext|>")
         cuda = self.step.args.device.startswith("cuda")
         config = DPOConfig(
@@ -378,6 +385,8 @@ def compare(args, peer):
                "loss, gradient norm"]
     size = f"{called(args)} with {args.layers} layers, {args.batch} users, k {args.k}, "
     size += f"prompt {args.prompt}, answer {args.answer}"
+    share = f"{gb(memory['ours'])}, {ratio(memory['ours'], memory[peer])} of theirs"
+    summarise(args, f"a step: {size}", peer, took["ours"], took[peer], memory=share)
     both = "both sides with gradient checkpointing and, but for the second row, the reference's "
     both += "pass in each step"
     return f"{size}; {both}\n\n" + table(columns, rows)
