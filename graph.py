@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from qwen import (check_fit, embed_texts, flag, generator_for, load_language_model, pick_device,
-                  reading, shipped)
+from qwen import (DETERMINISTIC, check_fit, embed_texts, flag, generator_for, load_language_model,
+                  pick_device, reading, shipped)
 
 
 @dataclass
@@ -399,6 +399,7 @@ class GraphSettings:
     clip:         float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
     seed:         int   = flag(0, 0, "of everything random")
     device:       str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+    deterministic: bool = flag(False, False, DETERMINISTIC)
     batch = micro = 1           # an item is the whole graph
     warmup = 0
 

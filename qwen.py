@@ -55,6 +55,7 @@ class Config:
     headless: bool                # an embedding model, stored without head
     window: int | None            # Mistral's sliding window; longer texts are refused
     eos: tuple                    # ids that end an answer
+    sampling: dict = field(default_factory=dict)          # how `generate` is best called
 
     @classmethod
     def read(cls, path):
@@ -89,7 +90,17 @@ class Config:
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
             window=c.get("sliding_window", 4096) if kind == "mistral" else None,
             eos=tuple(eos),
+            sampling=sampling_of(generation),
         )
+
+
+def sampling_of(generation):
+    """generation_config.json as transformers reads it -> {flag of `generate`: value}."""
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    how = {name: generation.get(name, value) for name, value in usual.items()}
+    if not generation.get("do_sample"):
+        how["temperature"] = 0.0
+    return how
 
 
 class RMSNorm(nn.RMSNorm):
@@ -702,6 +713,7 @@ def settings_from(args, settings):
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DETERMINISTIC = "on a GPU the same bits in every run, products in full fp32: slower"
 
 
 @dataclass
@@ -716,6 +728,19 @@ class TrainSettings:
     clip:          float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
     seed:          int   = flag(0, 0, "of everything random")
     device:        str   = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
+    deterministic: bool  = flag(False, False, DETERMINISTIC)
+
+
+def set_precision(deterministic=False):
+    """How a GPU computes, for all files; on a CPU no bit changes. What is in fp32 beside a model in
+    bf16 (LoRA's products, the autoencoder) runs in TF32, which has 3 bits more than bf16 and its
+    speed. `deterministic`: in full fp32, and without atomics, in attention's gradients neither.
+    cuDNN's attention is never taken, since it plans (1 s) for every new shape."""
+    torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def pick_device(name):
