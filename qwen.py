@@ -18,6 +18,7 @@ which may stand on either side.
 Try it:  python qwen.py
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -107,7 +108,7 @@ class RMSNorm(nn.RMSNorm):
     """weight * x / sqrt(mean(x^2) + eps): the mean in fp32, the weight after the cast back."""
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), self.normalized_shape, eps=self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 def rope_tables(positions, head_dim, theta):
@@ -129,8 +130,8 @@ def rope_tables(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]: queries or keys x (B, H or G, T, d)."""
-    x1, x2 = x.chunk(2, dim=-1)                                            # (B, H or G, T, d/2)
+    """[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]: queries and keys x (B, H + G, T, d)."""
+    x1, x2 = x.chunk(2, dim=-1)                                            # (B, H + G, T, d/2)
     turned = torch.cat([-x2, x1], dim=-1)                                  # by 90 degrees
     return (x * cos + turned * sin).to(x.dtype)
 
@@ -138,8 +139,9 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is True for what a token
-    sees; None: every token up to itself.
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S): 0 for what a token
+    sees, else -inf; None: every token up to itself. On a GPU flash attention runs where there is no
+    mask, else the memory-efficient kernel: see `set_precision`.
     """
     if q.shape[2] != 1:
         return F.scaled_dot_product_attention(
@@ -170,9 +172,11 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, past, places):
         """x (B, T, D) -> (B, T, D). `past` (2, B, G, S, d): keys and values of all tokens so far,
         where the new ones go to `places` (T,); None: there is no cache."""
-        q = rotate(self.split(self.q_proj(x)), *rope)                      # (B, H, T, d)
-        k = rotate(self.split(self.k_proj(x)), *rope)                      # (B, G, T, d)
+        q = self.split(self.q_proj(x))                                     # (B, H, T, d)
+        k = self.split(self.k_proj(x))                                     # (B, G, T, d)
         v = self.split(self.v_proj(x))                                     # (B, G, T, d)
+        turned = rotate(torch.cat([q, k], 1), *rope)                       # (B, H + G, T, d)
+        q, k = turned.split([q.shape[1], k.shape[1]], 1)
         if past is not None:
             k, v = past.index_copy_(3, places, torch.stack([k, v]))        # (B, G, S, d)
         y = attend(q, k, v, mask)                                          # (B, H, T, d)
@@ -210,7 +214,7 @@ class Layer(nn.Module):
 
 class Cache:
     """Keys and values of the tokens so far, in buffers for `length` tokens. Their shape never
-    changes, nor does a step of decoding: `model.model.compile()` makes it one graph."""
+    changes, nor does a step of decoding: `replayed` and `model.model.compile()` rely on it."""
 
     def __init__(self, c, batch, length, device, dtype):
         shape = (c.layers, 2, batch, c.kv_heads, length, c.head_dim)
@@ -269,7 +273,10 @@ class Decoder(nn.Module):
             cache.held += T
             if attention_mask is None:
                 attention_mask = x.new_ones(1, S)
-        mask, positions = mask_and_positions(attention_mask, places, S)
+        seen, positions = mask_and_positions(attention_mask, places, S)
+        mask = None                                                        # as `attend` takes it
+        if seen is not None:
+            mask = x.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
         rope = rope_tables(positions, c.head_dim, c.theta)
         for i, layer in enumerate(self.layers):
             context = (rope, mask, cache and cache.kv[i], places)
@@ -341,17 +348,54 @@ def sample(logits, temperature, top_k, top_p, generator):
     one of them is drawn."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-9)
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]                          # (B, 1)
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
         p, token = logits.softmax(-1).sort(descending=True)                # (B, V), likeliest first
-        before = F.pad(p.cumsum(-1)[:, :-1], (1, 0))                       # of all likelier ones
-        reached = before >= max(top_p, 1e-9)                               # never before the first
+        share = (p * 2 ** 40).long()                   # whole: sums do not depend on their order
+        before = share.cumsum(-1) - share                                  # of all likelier ones
+        reached = before >= max(top_p, 1e-9) * 2 ** 40                     # never before the first
         outside = reached.scatter(-1, token, reached)                      # (B, V), by token
         logits = logits.masked_fill(outside, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    p = logits.softmax(-1)
+    waits = torch.empty_like(p).exponential_(generator=generator)
+    return (p / waits).argmax(-1)       # torch.multinomial's draw, which makes a GPU wait
+
+
+class Answers:
+    """What `generate` has written so far: B lists of ids, each ending before its eos."""
+
+    def __init__(self, rows, eos):
+        self.eos = eos
+        self.texts = [[] for _ in range(rows)]
+        self.running = set(range(rows))                                    # without end so far
+
+    def add(self, tokens):
+        """A new token for each row, -1 where the logits were not finite: ValueError."""
+        if self.running and -1 in tokens:
+            raise ValueError("the language model's logits are not finite: spoiled weights?")
+        for row, new in enumerate(tokens):
+            if new in self.eos:
+                self.running.discard(row)
+            if row in self.running:
+                self.texts[row].append(new)
+
+
+def replayed(step, token):
+    """`step(token)`, a function of fixed shapes that has run before, as a CUDA graph: launching its
+    1,000 kernels one by one takes longer than they do."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(token.device), torch.cuda.graph(graph):
+        y = step(token)                                                    # recorded, not computed
+
+    def again(new):
+        token.copy_(new)
+        graph.replay()
+        return y
+
+    return again
 
 
 @torch.inference_mode()
@@ -367,36 +411,40 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     B, T, _ = x.shape
     if attention_mask is None:
         attention_mask = x.new_ones(B, T)
-    mask = attention_mask.float()                                          # (B, T)
     seen = torch.zeros(B, model.config.vocab, device=x.device)             # how often in the row
     if ids is not None:
-        seen.scatter_add_(1, ids, mask)
+        seen.scatter_add_(1, ids, attention_mask.float())
     cache = Cache(model.config, B, T + max_new_tokens, x.device, x.dtype)
-    answers = [[] for _ in range(B)]
-    running = set(range(B))                                                # rows without end so far
-    eos = (*model.config.eos, *stop)
-    for _ in range(max_new_tokens):
-        # x is the prompt at first (prefill), then one token a row (decode)
-        hidden = model.model(embeds=x, attention_mask=mask, cache=cache)   # (B, T, D)
-        newest = mask[:, -x.shape[1]:].cumsum(1).argmax(1)                 # (B,): no padding there
-        logits = model.lm_head(hidden[torch.arange(B), newest]).float()    # (B, V)
-        if not logits.isfinite().all():
-            raise ValueError("the language model's logits are not finite: spoiled weights?")
+
+    def step(token):
+        hidden = model.model(token, attention_mask=attention_mask, cache=cache)
+        return model.lm_head(hidden[:, -1]).float()                        # (B, V)
+
+    hidden = model.model(embeds=x, attention_mask=attention_mask, cache=cache)      # (B, T, D)
+    last = attention_mask.long().cumsum(1).argmax(1)                       # (B,): no padding there
+    logits = model.lm_head(hidden[torch.arange(B, device=x.device), last]).float()  # (B, V)
+    answers = Answers(B, (*model.config.eos, *stop))
+    fresh = []                                                             # not in the answers yet
+    patience = 8 if x.is_cuda else 1            # to look at a token makes a GPU wait
+    for number in range(1, max_new_tokens + 1):
+        finite = logits.isfinite().all()
         if repetition_penalty != 1:
             lower = torch.where(logits > 0, logits / repetition_penalty,
                                 logits * repetition_penalty)
             logits = torch.where(seen > 0, lower, logits)
         token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
-        for row, new in enumerate(token.tolist()):
-            if new in eos:
-                running.discard(row)
-            if row in running:
-                answers[row].append(new)
-        if not running:
-            break
         seen.scatter_(1, token[:, None], 1.0)
-        x = model.model.embed_tokens(token[:, None])                       # (B, 1, D)
-    return answers
+        fresh.append(torch.where(finite, token, -1))
+        if number % patience == 0 or number == max_new_tokens:
+            for tokens in torch.stack(fresh).tolist():
+                answers.add(tokens)
+            fresh = []
+        if number == max_new_tokens or not answers.running:
+            break
+        logits = step(token[:, None])
+        if number == 1 and torch.backends.cuda.is_built() and x.is_cuda:
+            step = replayed(step, token[:, None].clone())
+    return answers.texts
 
 
 # ---- a faster matrix product for frozen weights on a CPU ----------------------------------------
@@ -415,6 +463,16 @@ class FrozenProduct(torch.autograd.Function):
         return FrozenProduct.apply(grad, ctx.saved_tensors[0].T, None), None, None
 
 
+@functools.cache
+def onednn():
+    """Whether this torch has oneDNN's operator, which is private, as it is called here."""
+    one = torch.ones(1, 1)
+    try:
+        return FrozenProduct.apply(one, one, None).item() == 1
+    except (AttributeError, RuntimeError):
+        return False
+
+
 def linear(x, weight, bias=None):
     """x W^T + b: F.linear. But in fp32 on a CPU a large frozen W goes to oneDNN, since F.linear
     uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long. torch.compile
@@ -422,7 +480,7 @@ def linear(x, weight, bias=None):
     fp32 = x.dtype == weight.dtype == torch.float32
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     slow = fp32 and frozen and weight.is_cpu and weight.numel() > 2 ** 18
-    if slow and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available():
+    if slow and not torch.compiler.is_compiling() and onednn():
         return FrozenProduct.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
