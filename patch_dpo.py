@@ -29,7 +29,6 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -311,7 +310,7 @@ class ImagePrompt(nn.Module):
     def places(self, S, ids):
         """Where a square map's patches stand when it is stretched over the picture -> (S, 3)."""
         side = math.isqrt(S)
-        middles = (torch.arange(side).to(ids) + 0.5) / side                 # in [0, 1]
+        middles = (torch.arange(side, device=ids.device) + 0.5) / side      # in [0, 1]
         size = ids[:, 1:].amax(0) + 1                                       # of the picture, (2,)
         yx = torch.cartesian_prod(middles, middles) * size - 0.5            # (S, 2)
         return F.pad(yx, (1, 0))
@@ -342,22 +341,24 @@ class ImagePrompt(nn.Module):
 
 # ---- trajectories --------------------------------------------------------------------------------
 
+def falling_times(n, steps, generator):
+    """For n trajectories the times (n, steps): they fall in equal steps from a random start in
+    (1 - 1/steps, 1], so that every time is visited (authors' code)."""
+    start = torch.rand(n, 1, generator=generator)
+    return (torch.arange(steps, 0, -1) - start) / steps
+
+
 @torch.no_grad()
-def record(velocity, noise, steps=20, generator=None):
-    """Euler from noise (N, L, C) with velocity(x, t (N,)) -> the points x that it visits
-    (N, steps, L, C), the velocity v there (the same) and t (N, steps). t falls in equal steps from
-    a random start in (1 - 1/steps, 1]: every t is visited (authors' code)."""
-    start = torch.rand(len(noise), 1, generator=generator)
-    times = (torch.arange(steps, 0, -1) - start).to(noise) / steps          # (N, steps)
+def record(velocity, noise, times):
+    """Euler from noise (N, L, C) with velocity(x, t (N,)) at times (N, steps) -> the points x that
+    it visits, and the velocity v there (2, N, steps, L, C)."""
     x = noise
-    xs = []
-    vs = []
+    points = []
     for t in times.unbind(1):
         v = velocity(x, t)
-        xs.append(x)
-        vs.append(v)
-        x = x - v / steps
-    return torch.stack(xs, dim=1), torch.stack(vs, dim=1), times
+        points.append(torch.stack([x, v]))
+        x = x - v / times.shape[1]
+    return torch.stack(points, dim=2)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -462,6 +463,13 @@ def edits_of(scenes, types, wordings):
     return found
 
 
+def different(values):
+    """The different ones of some values, and which of them each value is (N,)."""
+    places = {}
+    found = [places.setdefault(value, len(places)) for value in values]
+    return list(places), torch.tensor(found)
+
+
 def read_squares(files, size):
     """Pictures cut to squares -> (n, 3, size, size) in [-1, 1]."""
     squares = [read_square(file, size) for file in files]
@@ -471,7 +479,8 @@ def read_squares(files, size):
 class Edits:
     """N edits of scenes.jsonl: the first `count` are trained on, the rest, of the last --held-out
     scenes, only evaluated. Each has a prompt, its scene's picture, and the true picture, which is
-    the scene's where it is not known. Beside them what is frozen: Flux and f."""
+    the scene's where it is not known. All that lies in main memory, and a batch at a time goes to
+    the device: 10,000 prompts are 42 GB. On the device stands what is frozen: Flux and f."""
 
     @torch.no_grad()
     def __init__(self, settings, types=(), wordings=(WHOLE,)):
@@ -486,18 +495,19 @@ class Edits:
                              f"({', '.join(types) or 'of any type'}) to train or to evaluate on")
         self.count = len(trained)
         self.rows = trained + held
+        prompts, self.prompt = different(row["prompt"] for row in self.rows)
         files = [row["scene"] for row in self.rows]
         files += [row["image"] for row in self.rows]
-        files, place = np.unique(files, return_inverse=True)                # P different ones
-        place = torch.from_numpy(place)
+        files, place = different(files)
         self.scene, self.truth = place.chunk(2)                             # (N,) into pictures
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
         dtype = DTYPES[settings.dtype]
         path = resolve(settings.flux, FLUX_PARTS)
         check_parts(path)
-        prompts = [row["prompt"] for row in self.rows]
-        self.txt, self.pooled = encode_prompt(path, prompts, self.device, dtype)
+        txt, pooled = encode_prompt(path, prompts, self.device, dtype)
+        self.txt = txt.cpu()                                                # (n, T, 4096)
+        self.pooled = pooled.cpu()                                          # (n, 768)
         self.flux = Flux.load(path / "transformer", self.device, dtype)
         self.flux.requires_grad_(False)
         self.flux.checkpointing = settings.checkpointing
@@ -512,9 +522,15 @@ class Edits:
         self.latent = self.encode(self.pictures)                            # (P, L, 64)
         self.features = ImageFeatures.load(settings.features, self.device)
 
+    def texts(self, item):
+        """What Flux reads of edits (B,): txt (B, T, 4096) and pooled (B, 768), on the device."""
+        which = self.prompt[item]
+        return self.txt[which].to(self.device), self.pooled[which].to(self.device)
+
     def in_parts(self, function, images):
-        """function(images), 16 at a time on the device."""
-        return torch.cat([function(part.to(self.device)) for part in images.split(16)])
+        """function(images), --micro at a time on the device."""
+        parts = images.split(self.settings.micro)
+        return torch.cat([function(part.to(self.device)).cpu() for part in parts])
 
     def encode(self, images):
         """(n, 3, size, size) -> packed latents (n, L, 64)."""
@@ -526,8 +542,7 @@ class Edits:
         return images.clamp(-1, 1)
 
     def noise(self, generator):
-        shape = self.latent.shape[1:]
-        return torch.randn(shape, generator=generator).to(self.device)
+        return torch.randn(self.latent.shape[1:], generator=generator)
 
 
 # ---- what is tuned: something small beside the frozen Flux ---------------------------------------
@@ -539,11 +554,12 @@ class ImagePrompts:
     @torch.no_grad()
     def __init__(self, edits, prompt, references=None):
         self.edits = edits
-        self.references = edits.scene[:, None] if references is None else references
-        maps = edits.in_parts(edits.features, edits.pictures)
-        maps = maps.flatten(1, 2)                                           # (P, S, D)
-        nothing = torch.zeros_like(maps[:1])                # no reference: no keys, no values
-        self.maps = torch.cat([maps, nothing])
+        if references is None:
+            references = edits.scene[:, None]
+        shown, self.references = references.unique(return_inverse=True)
+        maps = edits.in_parts(edits.features, edits.pictures[shown])
+        maps[shown < 0] = 0                                 # no reference: no keys, no values
+        self.maps = maps.flatten(1, 2)                                      # (R, S, D)
         self.prompts = {}
         for who in ("policy", "sampler", "reference"):
             self.prompts[who] = copy.deepcopy(prompt).to(edits.device)
@@ -552,8 +568,9 @@ class ImagePrompts:
         self.sampler = dict(self.prompts["sampler"].named_parameters())
 
     def select(self, who, item):
-        references = self.maps[self.references[item]]                       # (B, M, S, D)
-        self.prompts[who].attend_to(self.edits.flux, references, self.edits.ids)
+        edits = self.edits
+        references = self.maps[self.references[item]].to(edits.device)      # (B, M, S, D)
+        self.prompts[who].attend_to(edits.flux, references, edits.ids)
 
     def save(self, folder):
         self.prompts["policy"].save(folder / "image_prompt.safetensors")
@@ -630,14 +647,15 @@ class PictureStage:
         """Of edits `item` (B,) at x (B, L, 64) and t (B,) -> (B, L, 64) in fp32. Only the policy's
         has a gradient. Under checkpointing the policy must be the last that was selected."""
         edits = self.edits
-        txt = edits.txt[item]                                               # (B, T, 4096)
+        txt, pooled = edits.texts(item)
+        t = t.to(edits.device)
         guidance = torch.ones_like(t) if edits.flux.guided else None        # 1: none (ours)
         with torch.set_grad_enabled(who == "policy"):
             self.tuned.select(who, item)
             v = edits.flux(
-                img=x.to(txt.dtype),
+                img=x.to(txt),
                 txt=txt,
-                pooled=edits.pooled[item],
+                pooled=pooled,
                 timestep=t,
                 guidance=guidance,
                 img_ids=edits.ids,
@@ -654,7 +672,7 @@ class PictureStage:
             x.flatten(0, 1),                                                # (2B, L, 64)
             t.repeat(2)
         )
-        return found.view_as(v) - v
+        return found.view_as(v) - v.to(found)
 
     @torch.no_grad()
     def paint(self, who, items, seed):
@@ -665,14 +683,14 @@ class PictureStage:
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
             noise = [edits.noise(generator_for(seed, "picture", i)) for i in item.tolist()]
-            latents.append(denoise(
+            latent = denoise(
                 edits.flux,
-                torch.stack(noise),
-                edits.txt[item],
-                edits.pooled[item],
+                torch.stack(noise).to(edits.device),
+                *edits.texts(item),
                 img_ids=edits.ids,
                 levels=levels
-            ))
+            )
+            latents.append(latent.cpu())
         return torch.cat(latents)
 
     @torch.no_grad()
@@ -687,11 +705,9 @@ class PictureStage:
         before = edits.decode(self.paint("reference", held, seed=0))
         after = edits.decode(self.paint("policy", held, seed=0))
         truth = edits.pictures[edits.truth[held]]
-        rows = []
-        for images in (scene, before, after, truth):
-            rows.append(torch.cat([*images], dim=2).cpu())                  # (3, size, n size)
-        sheet = to_picture(torch.cat(rows, dim=1))
-        Image.fromarray(sheet).save(folder / "pictures.png")
+        rows = torch.stack([scene, before, after, truth])                   # (4, n, 3, size, size)
+        sheet = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)        # (3, 4 size, n size)
+        Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
 
 
 def stack(rows):
@@ -739,10 +755,10 @@ def generate_pictures(settings):
     latent = edits.latent.new_zeros(*size, *edits.latent.shape[1:])         # (N, G, L, 64)
     quality = latent.new_zeros(2, *size, *f.cells(edits.pictures))          # (2, N, G, H, W)
     for item in torch.arange(edits.count).split(settings.micro)[RANK::WORLD]:
-        f_ref = f(edits.pictures[edits.scene[item]].to(edits.device))       # (n, H, W, D)
+        f_ref = edits.in_parts(f, edits.pictures[edits.scene[item]])        # (n, H, W, D)
         for sample in range(settings.samples):
             made = painter.paint("reference", item, (settings.seed, sample))
-            f_gen = f(edits.decode(made))
+            f_gen = edits.in_parts(f, edits.decode(made))
             latent[item, sample] = made
             quality[0, item, sample] = patch_quality(f_gen, f_ref)
             quality[1, item, sample] = patch_quality(f_ref, f_gen)
@@ -778,7 +794,7 @@ def read_generated(edits):
     if changed:
         raise ValueError(f"{file} was painted with another --{', --'.join(changed)}, or its files "
                          "have changed since: give another --generated, or delete the folder")
-    return latent.to(edits.device), quality.to(edits.device)
+    return latent, quality
 
 
 class PatchDPO(PictureStage):
@@ -805,7 +821,8 @@ class PatchDPO(PictureStage):
         gen = flow(self.latent[picture], noise, t)
         ref = flow(self.edits.latent[self.edits.scene[item]], noise, t)
         error_gen, error_ref = self.errors("policy", item, t, gen, ref)
-        quality_gen, quality_ref = self.quality[:, picture]                 # (B, H, W)
+        quality = self.quality[:, picture].to(error_gen)                    # (2, B, H, W)
+        quality_gen, quality_ref = quality
         losses = patch_dpo_loss(
             unpack(error_gen, *grid),                                       # (B, C, h, w)
             unpack(error_ref, *grid),
@@ -828,7 +845,7 @@ class DiffusionDPO(PictureStage):
                              "loser, at least 2")
         super().__init__(*prompted(settings))
         latent, (quality, _) = read_generated(self.edits)
-        score = quality.mean((1, 2)).view(self.items, -1).cpu()             # (N, G)
+        score = quality.mean((1, 2)).view(self.items, -1)                   # (N, G)
         first = torch.arange(0, len(latent), settings.samples)
         self.winner = latent[first + score.argmax(1)]                       # (N, L, 64)
         self.loser = latent[first + score.argmin(1)]
@@ -905,17 +922,21 @@ class DiffusionDRO(PictureStage):
         return rows
 
     def fill_buffer(self, period):
-        """Trajectories of random edits -> x, v (N, steps, L, 64), t (N, steps), the edits (N,)."""
+        """Trajectories of random edits -> x, v (N, steps, L, 64), t (N, steps), the edits (N,). The
+        processes share the work."""
         settings = self.settings
+        device = self.edits.device
         g = generator_for(settings.seed, "buffer", period)
         item = random_indices(settings.buffer, self.items, g)
-        noise = torch.stack([self.edits.noise(g) for _ in item])
-        parts = []
-        for i in torch.arange(len(item)).split(settings.micro):
+        noise = torch.stack([self.edits.noise(g) for _ in item])            # (N, L, 64)
+        t = falling_times(len(item), settings.paint_steps, g)
+        shape = (2, *t.shape, *noise.shape[1:])
+        xv = torch.zeros(shape, device=device)                              # (2, N, steps, L, 64)
+        for i in torch.arange(len(item)).split(settings.micro)[RANK::WORLD]:
             velocity = partial(self.velocity, "sampler", item[i])
-            points = record(velocity, noise[i], settings.paint_steps, g)
-            parts.append((*points, item[i]))
-        return [torch.cat(column) for column in zip(*parts)]
+            xv[:, i] = record(velocity, noise[i].to(device), t[i].to(device))
+        all_reduce(xv)
+        return *xv.cpu(), t, item
 
     def loss(self, rows):
         """Expert and policy share prompt and time."""

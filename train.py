@@ -51,7 +51,7 @@ import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
 from safetensors.torch import save_file
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
 import cdpo
 import graph
@@ -59,7 +59,7 @@ import patch_dpo
 from patch_dpo import fingerprint
 from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit, choose,
                   flag, generator_for, pick_device, read_json, read_tensors, reading,
-                  seed_for, settings_from, write_whole)
+                  seed_for, set_precision, settings_from, write_whole)
 
 
 @dataclass
@@ -101,30 +101,29 @@ def named_parameters(optimizer):
 
 
 def gradients(stage, settings, rows, parameters, *, step, stop):
-    """Backward over this process's micro-batches, then the sum over processes -> {metric: mean},
-    and "stop": how many processes have been told to. Process r has the micro-batches r, r + WORLD,
-    ...; one without any joins with weight zero."""
-    parts = []
-    for i, at in enumerate(range(0, len(rows), settings.micro)):
-        parts.append((i, rows[at:at + settings.micro], 1.0))
+    """Backward over this process's micro-batches, then the sum over processes, of everything in one
+    buffer -> {metric: mean}, and "stop": how many processes have been told to. Process r has the
+    micro-batches r, r + WORLD, ...; one without any joins with weight zero."""
+    micro = settings.micro
+    places = range(0, len(rows), micro)[RANK::WORLD]
+    weight = float(len(places) > 0)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     totals = Counter()
-    for i, part, weight in parts[RANK::WORLD] or [(0, parts[0][1], 0.0)]:
-        torch.manual_seed(seed_for(settings.seed, step, i))                 # dropout
-        loss, metrics = stage.loss(part)
+    for at in places or [0]:
+        torch.manual_seed(seed_for(settings.seed, step, at // micro))       # dropout
+        loss, metrics = stage.loss(rows[at:at + micro])
         (loss * (weight / len(rows))).backward()
         for name, value in {"loss": loss.detach(), **metrics}.items():
             totals[name] += value * weight / len(rows)
-    totals["stop"] = loss.new_tensor(bool(stop))
+    totals["stop"] = loss.new_full((), bool(stop))
     means = torch.stack([total.float() for total in totals.values()])
     if WORLD > 1:
-        grads = [p.grad for p in parameters]
-        flat = parameters_to_vector(grads)
+        summed = [means, *[p.grad for p in parameters]]
+        flat = parameters_to_vector(summed)
         all_reduce(flat)
-        all_reduce(means)
-        vector_to_parameters(flat, grads)
-    return dict(zip(totals, means.tolist()))
+        vector_to_parameters(flat, summed)
+    return dict(zip(totals, means))
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -162,7 +161,7 @@ def write_config(settings, loop, out):
     with reading(out):
         for key, now in flags.items():
             was = before.get(key, "unknown")
-            if key in ("device", "checkpointing"):
+            if key in ("device", "checkpointing", "deterministic"):
                 continue
             if was != now:
                 raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
@@ -276,9 +275,11 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             indices = batch_indices(stage.items, settings.batch, settings.seed, step)
             rows = stage.draw(indices, generator_for(settings.seed, "step", step))
             metrics = gradients(stage, settings, rows, parameters, step=step, stop=stop)
+            clip = settings.clip or math.inf
+            metrics["grad_norm"] = clip_grad_norm_(parameters, clip)
+            values = torch.stack([*metrics.values()]).tolist()      # a step waits for the GPU once
+            metrics = dict(zip(metrics, values))
             stopping = metrics.pop("stop") > 0
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip or math.inf)
-            metrics["grad_norm"] = norm.item()
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
                                  f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
@@ -358,18 +359,22 @@ def parse(argv=None):
 
 
 def start_processes(device):
-    """Join the other processes that torchrun started."""
+    """Join the other processes that torchrun started. What lies on the CPU is summed by gloo, on
+    GPUs by NCCL. Nobody waits longer than process 0 needs to read the inputs, or to save."""
     if WORLD > 1:
-        cuda = device.startswith("cuda")
-        if cuda:
+        wait = datetime.timedelta(minutes=30)
+        backend = "gloo"
+        if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        wait = datetime.timedelta(days=7)                   # some paint pictures while others wait
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=wait)
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"    # too late: an error, not an abort
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=wait)
 
 
 def main(argv=None):
     name, settings, loop = parse(argv)
     build = STAGES[name][1]
+    set_precision(getattr(settings, "deterministic", False))
     if name == "eval":
         if RANK == 0:
             print(build(settings).table())
