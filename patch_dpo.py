@@ -116,9 +116,8 @@ class ViTAttention(nn.Module):
     def __init__(self, width, heads, bias):
         super().__init__()
         self.heads = heads
-        self.attention = nn.ModuleDict()
-        for name in ("query", "key", "value"):
-            self.attention[name] = nn.Linear(width, width, bias)
+        names = ("query", "key", "value")
+        self.attention = nn.ModuleDict({name: nn.Linear(width, width, bias) for name in names})
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width)})
 
     def forward(self, x):                                                   # (B, 1+S, D)
@@ -208,10 +207,8 @@ class ImageFeatures(nn.Module):
         self.side = config["image_size"]                    # pixels, of its training pictures
         width = config["hidden_size"]
         self.embeddings = ViTEmbeddings(width, self.patch, self.side // self.patch)
-        layers = nn.Sequential()
-        for _ in range(config["num_hidden_layers"]):
-            layers.append(ViTLayer(config, scale))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        layers = [ViTLayer(config, scale) for _ in range(config["num_hidden_layers"])]
+        self.encoder = nn.ModuleDict({"layer": nn.Sequential(*layers)})
         self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     def tokens(self, image):
@@ -472,8 +469,7 @@ def different(values):
 
 def read_squares(files, size):
     """Pictures cut to squares -> (n, 3, size, size) in [-1, 1]."""
-    squares = [read_square(file, size) for file in files]
-    return torch.stack([to_tensor(square) for square in squares])
+    return torch.stack([to_tensor(read_square(file, size)) for file in files])
 
 
 class Edits:
@@ -505,9 +501,7 @@ class Edits:
         dtype = DTYPES[settings.dtype]
         path = resolve(settings.flux, FLUX_PARTS)
         check_parts(path)
-        txt, pooled = encode_prompt(path, prompts, self.device, dtype)
-        self.txt = txt.cpu()                                                # (n, T, 4096)
-        self.pooled = pooled.cpu()                                          # (n, 768)
+        self.txt, self.pooled = encode_prompt(path, prompts, self.device, dtype)
         self.flux = Flux.load(path / "transformer", self.device, dtype)
         self.flux.requires_grad_(False)
         self.flux.checkpointing = settings.checkpointing
@@ -519,7 +513,7 @@ class Edits:
         side = settings.size // self.vae.factor
         self.grid = (side, side)                                            # (h, w)
         self.ids = image_ids(side, side, self.device)                       # (L, 3)
-        self.latent = self.encode(self.pictures)                            # (P, L, 64)
+        self.latent = pack(self.in_parts(self.vae.encode, self.pictures))   # (P, L, 64)
         self.features = ImageFeatures.load(settings.features, self.device)
 
     def texts(self, item):
@@ -531,10 +525,6 @@ class Edits:
         """function(images), --micro at a time on the device."""
         parts = images.split(self.settings.micro)
         return torch.cat([function(part.to(self.device)).cpu() for part in parts])
-
-    def encode(self, images):
-        """(n, 3, size, size) -> packed latents (n, L, 64)."""
-        return pack(self.in_parts(self.vae.encode, images))
 
     def decode(self, latent):
         """(n, L, 64) -> pictures (n, 3, size, size)."""
@@ -639,8 +629,7 @@ class PictureStage:
         return rows
 
     def describe(self, rows):
-        edits = [self.edits.rows[row[0] // self.per_edit] for row in rows]
-        lines = [str(edit["line"]) for edit in edits]
+        lines = [str(self.edits.rows[row[0] // self.per_edit]["line"]) for row in rows]
         return f"{self.settings.scenes}, lines {', '.join(lines)}"
 
     def velocity(self, who, item, x, t):
@@ -752,8 +741,8 @@ def generate_pictures(settings):
     edits = painter.edits
     f = ImageFeatures.load(settings.quality_features or settings.features, edits.device)
     size = (edits.count, settings.samples)                                  # (N, G)
-    latent = edits.latent.new_zeros(*size, *edits.latent.shape[1:])         # (N, G, L, 64)
-    quality = latent.new_zeros(2, *size, *f.cells(edits.pictures))          # (2, N, G, H, W)
+    latent = torch.zeros(*size, *edits.latent.shape[1:])                    # (N, G, L, 64)
+    quality = torch.zeros(2, *size, *f.cells(edits.pictures))               # (2, N, G, H, W)
     for item in torch.arange(edits.count).split(settings.micro)[RANK::WORLD]:
         f_ref = edits.in_parts(f, edits.pictures[edits.scene[item]])        # (n, H, W, D)
         for sample in range(settings.samples):
@@ -820,14 +809,11 @@ class PatchDPO(PictureStage):
         grid = self.edits.grid
         gen = flow(self.latent[picture], noise, t)
         ref = flow(self.edits.latent[self.edits.scene[item]], noise, t)
-        error_gen, error_ref = self.errors("policy", item, t, gen, ref)
-        quality = self.quality[:, picture].to(error_gen)                    # (2, B, H, W)
-        quality_gen, quality_ref = quality
+        errors = self.errors("policy", item, t, gen, ref)                   # (2, B, L, 64)
+        quality = self.quality[:, picture].to(errors)                       # (2, B, H, W)
         losses = patch_dpo_loss(
-            unpack(error_gen, *grid),                                       # (B, C, h, w)
-            unpack(error_ref, *grid),
-            patch_weights(quality_gen, grid),                               # (B, h, w)
-            patch_weights(quality_ref, grid),
+            *[unpack(error, *grid) for error in errors],                    # (B, C, h, w)
+            *[patch_weights(p, grid) for p in quality],                     # (B, h, w)
             self.settings.power
         )
         return losses.sum(), {}
@@ -925,16 +911,15 @@ class DiffusionDRO(PictureStage):
         """Trajectories of random edits -> x, v (N, steps, L, 64), t (N, steps), the edits (N,). The
         processes share the work."""
         settings = self.settings
-        device = self.edits.device
         g = generator_for(settings.seed, "buffer", period)
         item = random_indices(settings.buffer, self.items, g)
         noise = torch.stack([self.edits.noise(g) for _ in item])            # (N, L, 64)
+        noise = noise.to(self.edits.device)
         t = falling_times(len(item), settings.paint_steps, g)
-        shape = (2, *t.shape, *noise.shape[1:])
-        xv = torch.zeros(shape, device=device)                              # (2, N, steps, L, 64)
+        xv = noise.new_zeros(2, *t.shape, *noise.shape[1:])                 # (2, N, steps, L, 64)
         for i in torch.arange(len(item)).split(settings.micro)[RANK::WORLD]:
             velocity = partial(self.velocity, "sampler", item[i])
-            xv[:, i] = record(velocity, noise[i].to(device), t[i].to(device))
+            xv[:, i] = record(velocity, noise[i], t[i].to(noise))
         all_reduce(xv)
         return *xv.cpu(), t, item
 

@@ -74,14 +74,13 @@ class LoopSettings:
 def batch_indices(items, batch, seed, step):
     """Which of the items make up the batch of `step`: epoch after epoch, each shuffled by
     (seed, epoch)."""
-    indices = []
-    epoch = None
-    for place in range(step * batch, (step + 1) * batch):
-        if place // items != epoch:
-            epoch = place // items
-            shuffled = torch.randperm(items, generator=generator_for(seed, "epoch", epoch))
-        indices.append(shuffled[place % items].item())
-    return indices
+    epoch, start = divmod(step * batch, items)
+    order = []
+    while len(order) < start + batch:
+        shuffled = torch.randperm(items, generator=generator_for(seed, "epoch", epoch))
+        order += shuffled.tolist()
+        epoch += 1
+    return order[start:start + batch]
 
 
 def learning_rate(step, steps, warmup):
@@ -106,7 +105,7 @@ def gradients(stage, settings, rows, parameters, *, step, stop):
     micro-batches r, r + WORLD, ...; one without any joins with weight zero."""
     micro = settings.micro
     places = range(0, len(rows), micro)[RANK::WORLD]
-    weight = float(len(places) > 0)
+    weight = 1.0 if places else 0.0
     for p in parameters:
         p.grad = torch.zeros_like(p)
     totals = Counter()
@@ -202,7 +201,7 @@ def load_state(optimizer, out):
     only a SIGKILL loses (see `stop_signals`), are taken again with the same bits. ValueError: it
     is torn, or another run's."""
     numbers = [point.name.removeprefix("step_") for point in out.glob("step_*")]
-    step = max((int(number) for number in numbers if number.isdigit()), default=0)
+    step = max(map(int, filter(str.isdigit, numbers)), default=0)
     if step == 0:
         return 0
     for p in named_parameters(optimizer).values():
@@ -301,7 +300,7 @@ def shorten_log(log, step):
     """A line a step: the first `step` stay, the others will be written again."""
     if log.exists():
         lines = log.read_bytes().splitlines(True)[:step]
-        os.truncate(log, sum(len(line) for line in lines))
+        os.truncate(log, len(b"".join(lines)))
 
 
 # ---- the command line ----------------------------------------------------------------------------
