@@ -28,7 +28,7 @@ from clock import table
 
 from flux import read_square, to_tensor
 from patch_dpo import SAME_OBJECT, ImageFeatures, read_scenes, unit_patches
-from qwen import generator_for, resolve
+from qwen import generator_for, pick_device, resolve, set_precision
 
 
 # ---- self-supervised training of f, and its score (ours) -----------------------------------------
@@ -194,29 +194,29 @@ def views(args):
 
 def trained(args, path):
     """Patch training of the encoder in `path` -> the folder --out."""
-    features = ImageFeatures.load(path)
+    features = ImageFeatures.load(path, args.device)
     _, images = edits(args, slice(None, -args.held_out))
     generator = generator_for(0, "features")
     optimizer = torch.optim.AdamW(features.parameters(), 1e-3)
     for _ in tqdm(range(args.train), desc="features"):
         batch = torch.randint(len(images), (16,), generator=generator)
         optimizer.zero_grad()
-        loss = self_supervised_loss(features, images[batch], generator)
+        loss = self_supervised_loss(features, images[batch].to(args.device), generator)
         loss.backward()
         optimizer.step()
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file(features.state_dict(), args.out / "model.safetensors")
+    save_file(features.cpu().state_dict(), args.out / "model.safetensors")
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(resolve(path) / name, args.out)
     return args.out
 
 
 @torch.no_grad()
-def score(path, a, b, maps):
+def score(path, a, b, maps, device):
     """S_patch of the encoder in `path`, exact and within one patch, as a row of the table."""
-    features = ImageFeatures.load(path)
-    f_a = torch.cat([features(part) for part in a.split(64)])               # (N, H, W, D)
-    f_b = torch.cat([features(part) for part in b.split(64)])
+    features = ImageFeatures.load(path, device)
+    f_a = torch.cat([features(part.to(device)).cpu() for part in a.split(64)])  # (N, H, W, D)
+    f_b = torch.cat([features(part.to(device)).cpu() for part in b.split(64)])
     target = correspondence(maps, *f_a.shape[1:3])                          # (N, H*W)
     exact, near = s_patch(f_a, f_b, target)
     return [path, f"{exact:.3f}", f"{near:.3f}"]
@@ -233,12 +233,15 @@ def main():
     p.add_argument("--scenes", default="mini/data/scenes.jsonl")
     p.add_argument("--held-out", type=int, default=4, help="scenes at the end of the file")
     p.add_argument("--size", type=int, default=64, help="side of the pictures")
+    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
     args = p.parse_args()
+    args.device = pick_device(args.device)
+    set_precision()
     pairs = hpatches(args.hpatches, args.size) if args.hpatches else views(args)
-    rows = [score(path, *pairs) for path in args.features]
+    rows = [score(path, *pairs, args.device) for path in args.features]
     if args.train:
         folder = trained(args, args.features[0])
-        rows.append(score(folder, *pairs))
+        rows.append(score(folder, *pairs, args.device))
     print(table([f"{len(pairs[0])} pairs", "exact", "within one patch"], rows), end="")
 
 

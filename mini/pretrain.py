@@ -19,12 +19,13 @@ Something that learns visibly in ten minutes, and touches nothing shipped:
     python mini/pretrain.py vae --steps 500 $M
     python mini/pretrain.py flux --steps 1200 $M
 
-A recipe goes on from --work/RECIPE.pt when started again; delete the file to start anew.
+It runs on a GPU where there is one (--device); all that is random is drawn on the CPU. A recipe
+goes on from --work/RECIPE.pt when started again; delete the file to start anew.
 Configurations and the text encoders' tokenizers (each word of the world is one token, any other is
 spelled) are shipped, not made. Losses and schedules are ours. Rectified flow as everywhere:
 x_t = (1-t) x_0 + t eps, and the network learns v = eps - x_0.
 
-A recipe is a class with `model`, `lr`, `one_cycle`, `loss(generator)` of a batch, `save(average)`;
+A recipe is a class with `model`, `lr`, `one_cycle`, `loss(generator, batch)`, `save(average)`;
 `train_steps` trains it. S scenes, 14 pictures of each; B batch; a picture is 64 tokens of width 64.
 """
 import signal
@@ -65,7 +66,8 @@ from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
 from graph import User
 from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
-from qwen import Config, Qwen, Tokenizer, generator_for, read_json
+from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
+                  set_precision)
 
 SIZE = 64                                                 # pixels
 PICTURES = 14                                             # of each scene: plain, 13 times edited
@@ -103,6 +105,7 @@ def render_pictures(args):
             images[i, j] = torch.from_numpy(geometry.shade(color, wall, attributes))
         prompts.append([words for words, _ in asked])
     save_whole(partial(torch.save, (images, prompts)), args.work / "pictures.pt")
+    (args.work / "controls.pt").unlink(missing_ok=True)
 
 
 def read_pictures(args):
@@ -124,6 +127,15 @@ def control_pictures(images, mode):
     return torch.stack([torch.from_numpy(picture) for picture in found])
 
 
+def read_controls(args, images):
+    """What the ControlNet sees of each scene, uint8 (S, 4, 64, 64, 3); found once, then kept."""
+    file = args.work / "controls.pt"
+    if not file.is_file():
+        seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
+        save_whole(partial(torch.save, torch.stack(seen, dim=1)), file)
+    return torch.load(file)
+
+
 # ---- the loop -----------------------------------------------------------------------------------
 
 def save_whole(write, file):
@@ -135,7 +147,8 @@ def save_whole(write, file):
 
 def save_weights(folder, model, name="diffusion_pytorch_model"):
     """The weights of one part of a checkpoint, in bf16."""
-    tensors = {key: t.to(torch.bfloat16).contiguous() for key, t in model.state_dict().items()}
+    tensors = model.state_dict()
+    tensors = {key: t.to("cpu", torch.bfloat16).contiguous() for key, t in tensors.items()}
     write = partial(save_file, tensors, metadata={"format": "pt"})
     save_whole(write, folder / f"{name}.safetensors")
 
@@ -163,8 +176,9 @@ def train_steps(args, recipe):
     """Train recipe.model for args.steps. Every 500 steps and at the end the state is stored, and
     recipe.save called with the running average of the weights. Batch k is a function of (seed, k).
     A stopped run goes on where it was; a finished one does nothing."""
-    model = recipe.model
+    model = recipe.model.to(args.device)
     average = copy.deepcopy(model)
+    how = {"batch": args.batch} if args.batch else {}
     betas = (0.9, 0.999 if recipe.one_cycle else 0.99)
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas, weight_decay=0.01)
     schedule = schedule_for(recipe, optimizer, args.steps)
@@ -174,7 +188,7 @@ def train_steps(args, recipe):
     bar = tqdm(range(start, args.steps), desc=args.recipe, initial=start, total=args.steps)
     for step in bar:
         generator = torch.Generator().manual_seed(args.seed * 10 ** 7 + step)
-        loss = recipe.loss(generator)
+        loss = recipe.loss(generator, **how)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -190,15 +204,20 @@ def train_steps(args, recipe):
 
 
 @contextlib.contextmanager
-def fast_on_cpu():
-    """bf16 where it is safe; plain attention: the fused kernel's backward pass is slow on a CPU."""
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+def fast(device):
+    """bf16 where it is safe; on a CPU plain attention, whose fused kernel's backward pass is slow
+    there."""
+    kind = torch.device(device).type
+    kernels = [SDPBackend.MATH]
+    if kind != "cpu":
+        kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(kernels):
         yield
 
 
 def restore(file, parts):
     """Load a stored state into the parts of a run -> how many steps it has done."""
-    found = torch.load(file)
+    found = torch.load(file, map_location="cpu")
     random.setstate(found["random"])
     for name, part in parts.items():
         part.load_state_dict(found[name])
@@ -216,6 +235,7 @@ class Autoencoder:
 
     def __init__(self, args):
         self.folder = args.out / "flux/vae"
+        self.device = args.device
         self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 64, 64, 3)
         self.model = self.new_model()
         self.model.scale = 1.0                            # while it trains
@@ -229,10 +249,10 @@ class Autoencoder:
         images = self.images[chosen]
         some = batch // 8                                 # a ControlNet's pictures pass through it
         images[:some] = control_pictures(images[:some], "canny")
-        x = to_unit(images)
-        with torch.autocast("cpu", torch.bfloat16):
+        x = to_unit(images.to(self.device))
+        with torch.autocast(x.device.type, torch.bfloat16):
             mean, logvar = self.model.encoder(x).chunk(2, dim=1)
-            noise = torch.randn(mean.shape, generator=generator)
+            noise = torch.randn(mean.shape, generator=generator).to(self.device)
             decoded = self.model.decode(mean + self.noise * noise)
         error = decoded.float() - x
         return picture_error(error, self.sharpness) + latent_size(mean.float(), logvar.float())
@@ -245,7 +265,7 @@ class Autoencoder:
     def save_scale(self, average):
         """Into config.json: what gives latents the mean 0 and the deviation 1."""
         parts = to_unit(self.images[::97]).split(64)
-        latents = torch.cat([average.encode(part) for part in parts])
+        latents = torch.cat([average.encode(part.to(self.device)) for part in parts])
         file = self.folder / "config.json"
         config = read_json(file)
         config["shift_factor"] = round(latents.mean().item(), 4)
@@ -309,11 +329,12 @@ def new_models(out):
     return models
 
 
-def encode_pictures(vae, images):
+def encode_pictures(vae, images, device):
     """uint8 (S, n, 64, 64, 3) -> packed latents (S, n, 64, 64), bf16."""
-    parts = to_unit(images.flatten(0, 1)).split(56)
-    latents = torch.cat([pack(vae.encode(part)).bfloat16() for part in parts])
-    return latents.unflatten(0, images.shape[:2])
+    latents = []
+    for part in to_unit(images.flatten(0, 1)).split(56):
+        latents.append(pack(vae.encode(part.to(device))).to("cpu", torch.bfloat16))
+    return torch.cat(latents).unflatten(0, images.shape[:2])
 
 
 class TextToImage:
@@ -325,17 +346,19 @@ class TextToImage:
 
     def __init__(self, args):
         self.out = args.out
+        self.device = device = args.device
         self.model = new_models(args.out)
-        vae = VAE.load(args.out / "flux/vae").requires_grad_(False)
+        vae = VAE.load(args.out / "flux/vae", device).requires_grad_(False)
         images, prompts = read_pictures(args)
-        seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
-        self.targets = encode_pictures(vae, images)                        # (S, 14, 64, 64)
-        self.controls = encode_pictures(vae, torch.stack(seen, dim=1))     # (S, 4, 64, 64)
+        seen = read_controls(args, images)
+        self.targets = encode_pictures(vae, images, device)                # (S, 14, 64, 64)
+        self.controls = encode_pictures(vae, seen, device)                 # (S, 4, 64, 64)
         texts = [""]                                      # row 0: no words
         for scene in prompts:
             texts += scene
-        self.clip_ids = TextTokenizer(args.out / "flux/tokenizer")(texts)  # (1 + 14 S, 32)
-        self.t5_ids = TextTokenizer(args.out / "flux/tokenizer_2")(texts)
+        ids = TextTokenizer(args.out / "flux/tokenizer")(texts)            # (1 + 14 S, 32)
+        self.clip_ids = ids.to(device)
+        self.t5_ids = TextTokenizer(args.out / "flux/tokenizer_2")(texts).to(device)
 
     def draw(self, generator, batch=32):
         scene = torch.randint(len(self.targets), (batch,), generator=generator)
@@ -348,7 +371,7 @@ class TextToImage:
         no_words = torch.rand(batch, generator=generator) < 0.1
         prompt = 1 + scene * PICTURES + which
         x_0 = self.targets[scene, which].float()
-        return Batch(
+        batch = Batch(
             x=torch.lerp(x_0, eps, t[:, None, None]),     # (B, 64, 64)
             v=eps - x_0,                                  # (B, 64, 64) what is to be learned
             t=t,                                          # (B,)
@@ -357,6 +380,7 @@ class TextToImage:
             keep=keep.float(),                            # (B, 1, 1) 0: no control picture
             prompt=torch.where(no_words, 0, prompt),      # (B,) into the tokenized prompts
         )
+        return Batch(*[part.to(self.device) for part in batch])
 
     def velocity(self, models, batch, prompt, guidance):
         """The controlled velocity (B, 64, 64) at x_t, for rows `prompt` of the prompts."""
@@ -365,8 +389,8 @@ class TextToImage:
             "pooled": models["text_encoder"](self.clip_ids[prompt]),
             "timestep": batch.t,
             "guidance": guidance,
-            "img_ids": image_ids(SIZE // 4, SIZE // 4),
-            "txt_ids": torch.zeros(WORDS, 3),
+            "img_ids": image_ids(SIZE // 4, SIZE // 4, self.device),
+            "txt_ids": torch.zeros(WORDS, 3, device=self.device),
         }
         steering = models["controlnet"](batch.x, batch.control, mode=batch.mode, **inputs)
         double, single = steering
@@ -374,9 +398,9 @@ class TextToImage:
         inputs["single_residuals"] = [residual * batch.keep for residual in single]
         return models["transformer"](batch.x, **inputs).float()
 
-    def loss(self, generator):
-        batch = self.draw(generator)
-        with fast_on_cpu():
+    def loss(self, generator, batch=32):
+        batch = self.draw(generator, batch)
+        with fast(self.device):
             v = self.velocity(self.model, batch, batch.prompt, torch.ones_like(batch.t))
         return (v - batch.v).square().mean()
 
@@ -394,14 +418,15 @@ class Distillation(TextToImage):
 
     def __init__(self, args):
         super().__init__(args)
-        self.model.load_state_dict(torch.load(args.work / "flux.pt")["average"])
-        self.teacher = copy.deepcopy(self.model)
+        state = torch.load(args.work / "flux.pt", map_location="cpu")
+        self.model.load_state_dict(state["average"])
+        self.teacher = copy.deepcopy(self.model).to(args.device)
 
-    def loss(self, generator):
-        batch = self.draw(generator)
-        guidance = 1 + 5 * torch.rand(len(batch.t), generator=generator)
+    def loss(self, generator, batch=32):
+        batch = self.draw(generator, batch)
+        guidance = 1 + 5 * torch.rand(len(batch.t), generator=generator).to(self.device)
         one = torch.ones_like(batch.t)
-        with fast_on_cpu():
+        with fast(self.device):
             with torch.no_grad():
                 asked = self.velocity(self.teacher, batch, batch.prompt, one)
                 plain = self.velocity(self.teacher, batch, 0 * batch.prompt, one)
@@ -421,6 +446,7 @@ class Features:
 
     def __init__(self, args):
         self.folder = args.out / "vit"
+        self.device = args.device
         self.images, prompts = read_pictures(args)
         names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
         names = names + list(TYPE_OF)
@@ -441,15 +467,16 @@ class Features:
         scene = torch.randint(len(self.images), (batch,), generator=generator)
         which = torch.randint(PICTURES, (batch,), generator=generator)
         hidden = torch.rand(batch, 1, 8, 8, generator=generator) < 0.3
-        x = to_unit(self.images[scene, which])
-        shown = 1 - F.interpolate(hidden.float(), scale_factor=8)          # (B, 1, 64, 64)
-        with fast_on_cpu():
+        x = to_unit(self.images[scene, which].to(self.device))
+        shown = 1 - F.interpolate(hidden.float(), scale_factor=8).to(x)    # (B, 1, 64, 64)
+        with fast(self.device):
             tokens = self.model["vit"].tokens(x * shown)                   # (B, 1 + 64, 96)
             named = self.model["name"](tokens[:, 0]).float()
             patches = self.model["patch"](tokens[:, 1:]).float()           # (B, 64, 3 * 4 * 4)
         coarse = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4)
         truth = coarse.flatten(2).mT                                       # (B, 64, 3 * 4 * 4)
-        naming = F.binary_cross_entropy_with_logits(named, self.labels[scene, which])
+        labels = self.labels[scene, which].to(named)
+        naming = F.binary_cross_entropy_with_logits(named, labels)
         return naming * 10 + (patches - truth).square().mean()
 
     def save(self, average):
@@ -510,7 +537,7 @@ class NewImagePrompt:
             flux=str(args.out / "flux"),
             features=str(args.out / "vit"),
             held_out=1,
-            device="cpu",
+            device=args.device,
         )
         edits = Edits(settings, wordings=WORDINGS)
         width = edits.features(edits.pictures[:1]).shape[-1]
@@ -527,7 +554,7 @@ class NewImagePrompt:
         truth = self.edits.truth[item]
         x, v = flow(self.edits.latent[truth], noise, t)                    # (B, 64, 64)
         found = self.stage.velocity("policy", item, x, t)
-        return (found - v).square().mean()
+        return (found - v.to(found)).square().mean()
 
     def save(self, average):
         self.folder.mkdir(exist_ok=True)
@@ -636,6 +663,7 @@ class LanguageModel:
 
     def __init__(self, args):
         self.folder = args.out / "qwen"
+        self.device = args.device
         config = Config.read(self.folder)
         train_tokenizer(self.folder / "tokenizer.json", config.vocab)
         torch.set_num_threads(1)                          # the matrices are too small to share out
@@ -661,14 +689,15 @@ class LanguageModel:
             answers.append(mine)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.end)  # (B, T), on the right,
         answers = pad_sequence(answers, batch_first=True)                  # where nothing sees it
-        mine = answers[:, 1:]
+        ids = ids.to(self.device)
+        mine = answers[:, 1:].to(self.device)
         hidden = self.model.model(ids)[:, :-1]                             # (B, T-1, D)
         logits = self.model.lm_head(hidden[mine])                          # (tokens, V)
         return F.cross_entropy(logits, ids[:, 1:][mine])
 
     def save(self, average):
         """The weights as they are: one cycle needs no average. The head is the embedding."""
-        tensors = {name: t.contiguous() for name, t in self.model.state_dict().items()}
+        tensors = {name: t.cpu().contiguous() for name, t in self.model.state_dict().items()}
         tensors.pop("lm_head.weight", None)
         write = partial(save_file, tensors, metadata={"format": "pt"})
         save_whole(write, self.folder / "model.safetensors")
@@ -707,7 +736,11 @@ def main():
     p.add_argument("--steps", type=int,
                    help="batches to train on (default: the shipped checkpoints')")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
+    p.add_argument("--batch", type=int, help="of a step (default: the recipe's own)")
     args = p.parse_args()
+    args.device = pick_device(args.device)
+    set_precision()
     prepare(args)
     torch.manual_seed(args.seed)
     random.seed(args.seed)
