@@ -209,27 +209,52 @@ def padded(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def pack(rows, soft_tokens=0):
+def moved(values, device):
+    """A small tensor or list of the CPU's, without waiting for what the GPU still computes."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
+
+
+def pack(rows, soft_tokens=0, device="cpu"):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
     for all its answers. Each block is padded on the right:
 
         soft tokens | prompt without its last token | that token, answer 1 | that token, answer 2
 
-    -> ids (B, P + n*L) without the soft tokens, labels (B*n, L), and the mask (B, 1, T, T): a
-    token sees the prompt and its own answer so far. Prompts take P places, answers L each."""
+    -> ids (B, P + n*L) without the soft tokens, labels (B*n, L) on the CPU, and the mask
+    (B, 1, T, T): a token sees the prompt and its own answer so far. Prompts take P places, answers
+    L each. On a GPU a single answer stands as in `pack_one`, and T is a multiple of 16, since
+    attention would copy another mask to align its rows."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and all(len(answers) == 1 for _, answers in rows):
+        return pack_one(rows, device)
     prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
     labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
     shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
     inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
-    ids = torch.cat([prompts, inputs], 1)
+    if on_gpu:
+        odd = soft_tokens + prompts.shape[1] + inputs.shape[1]
+        prompts = F.pad(prompts, (0, -odd % 16), value=-1)
+    ids = moved(torch.cat([prompts, inputs], 1), device)
     real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
-    place = torch.arange(-soft_tokens - prompts.shape[1], inputs.shape[1])  # 0: answers begin
+    begin = -soft_tokens - prompts.shape[1]
+    place = torch.arange(begin, inputs.shape[1], device=device)             # 0: answers begin
     block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
     before = place <= place[:, None]                                        # (T, T)
     itself = place == place[:, None]
     path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
     return ids.clamp_min(0), labels, mask[:, None]
+
+
+def pack_one(rows, device):
+    """As `pack`, for one answer a row, which follows its prompt at once: labels (B, T), and no
+    mask, since padding stands on the right."""
+    texts = []
+    labels = []
+    for asked, (answer,) in rows:
+        texts.append(asked + answer[:-1])
+        labels.append([-100] * (len(asked) - 1) + answer)
+    return moved(padded(texts, 0), device), padded(labels, -100), None
 
 
 class AnswerLogprob(torch.autograd.Function):
@@ -260,14 +285,18 @@ def token_logprobs(hidden, head, labels, chunk=128):
     """As `token_logprobs_plain`, for a frozen head, without the (B, T, V): only labelled places
     meet the head, `chunk` of them at a time, and only once, since the gradient with respect to
     h, (onehot(y) - softmax(W h)) W, is taken along. At 0.5B, with 150,000 words, this is half of
-    a DPO step's time and most of its memory saved."""
+    a DPO step's time and most of its memory saved. Labels on the CPU do not make a GPU wait."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
-    counts = labels != -100                                                 # (B, T)
-    h = hidden[counts]                                                      # (N, D)
-    logp = AnswerLogprob.apply(h, head.to(hidden.dtype), labels[counts][:, None], chunk)
-    each = torch.zeros(labels.shape, device=hidden.device)
-    return each.masked_scatter(counts, logp).sum(1)
+    device = hidden.device
+    flat = labels.flatten()                                                 # (B*T,)
+    places = (flat != -100).nonzero()[:, 0]                                 # (N,)
+    y = moved(flat[places, None], device)                                   # (N, 1)
+    places = moved(places, device)
+    h = hidden.flatten(0, 1).index_select(0, places)                        # (N, D)
+    logp = AnswerLogprob.apply(h, head.to(hidden.dtype), y, chunk)
+    each = torch.zeros(len(flat), device=device).index_copy(0, places, logp)
+    return each.view(labels.shape).sum(1)                                   # no sum by atomics
 
 
 def answer_logprobs(model, rows, soft=None):
@@ -276,8 +305,7 @@ def answer_logprobs(model, rows, soft=None):
     none of them counts; <|im_end|> does."""
     soft_tokens = 0 if soft is None else soft.shape[1]
     head = model.lm_head.weight
-    with torch.device(head.device):                                         # to put them there
-        ids, labels, mask = pack(rows, soft_tokens)
+    ids, labels, mask = pack(rows, soft_tokens, head.device)
     embeds = behind(soft, model.model.embed_tokens(ids))                    # (4) (B, T, D)
     hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
     answers, length = labels.shape
@@ -373,7 +401,7 @@ class SFT:
             asked = prompt(edit["input"], edit["guidance"])
             texts.append(encode(self.tokenizer, asked, edit["edit"]))
         logp = answer_logprobs(self.model, texts)[:, 0]                     # (B,)
-        length = torch.tensor([len(answer) for _, (answer,) in texts]).to(logp)
+        length = moved([len(answer) for _, (answer,) in texts], logp.device)
         return -(logp / length).sum(), {}
 
     def describe(self, rows):
@@ -544,11 +572,12 @@ class CDPO:
             pairs += row.pairs
             readers += row.readers
             similarity.append(torch.tensor(row.similarity))
+        similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
         losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (4, N)
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
-        similarity = pad_sequence(similarity, batch_first=True).to(losses)  # (B, K)
+        similarity = moved(similarity, losses.device)
         losses = cdpo_loss(losses[:, 0], losses[:, 1:], similarity, self.settings.lam)     # (7)
-        return losses.sum(), dpo_metrics(*found[:, first])
+        return losses.sum(), dpo_metrics(*found[:, moved(first, losses.device)])
 
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
@@ -557,7 +586,9 @@ class CDPO:
         soft = None
         if self.tokens:
             # Here the gradient reaches GraphSAGE and the node vectors.
-            h = self.tokens.embeddings(stay.to(self.tokens.vectors.device))     # (U, out)
+            device = self.tokens.vectors.device
+            readers = moved(readers, device)
+            h = self.tokens.embeddings(moved(stay, device))                     # (U, out)
             soft = self.tokens.soft(h[readers])                             # (N, S, D)
         # The reference comes first: checkpointing runs the policy again in the backward pass.
         with torch.no_grad():
@@ -566,7 +597,7 @@ class CDPO:
             lora.use(self.model, "policy")
         policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
-        length = torch.tensor([len(chosen) for _, (chosen, _) in texts]).to(policy)
+        length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
         losses = losses - self.settings.nll * policy[0] / length
         return losses, torch.stack([*policy.detach(), *rewards])
 
