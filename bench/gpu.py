@@ -259,7 +259,7 @@ Part = namedtuple("Part", "limit run")                      # seconds, run(args,
 PARTS = {
     "parity": Part(120, parity),
     "determinism": Part(180, determinism),
-    "decode": Part(180, row("decode", real=["--compile"])),
+    "decode": Part(180, row("decode")),
     "cdpo": Part(240, row("cdpo", "--rounds=2")),
     "trl": Part(240, row("trl", "--rounds=2")),
     "flux": Part(180, row("flux", real=["--compile"])),
@@ -273,6 +273,7 @@ CHECK = ["parity", "determinism"]
 
 def child(args):
     """One part, in this process: args.result is what it found."""
+    set_precision()
     with tempfile.TemporaryDirectory() as work:
         text, wrong = PARTS[args.child].run(args, work)
     dtype = "float32" if args.tiny else "bfloat16"

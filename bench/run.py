@@ -24,6 +24,8 @@ import picture
 import text
 from clock import sized, vary, where
 
+from qwen import set_precision
+
 ROWS = {
     "decode": text.decode,
     "cdpo": text.cdpo_step,
@@ -119,6 +121,7 @@ def list_rows():
 
 def main():
     args = parse()
+    set_precision()
     if args.child:
         child(args.child)
     elif not args.rows:

@@ -540,7 +540,7 @@ class NewImagePrompt:
             device=args.device,
         )
         edits = Edits(settings, wordings=WORDINGS)
-        width = edits.features(edits.pictures[:1]).shape[-1]
+        width = edits.in_parts(edits.features, edits.pictures[:1]).shape[-1]
         references = draw_references(edits, args.seed)
         tuned = ImagePrompts(edits, ImagePrompt(edits.flux, width), references)
         self.stage = PictureStage(edits, tuned)
