@@ -411,7 +411,7 @@ def main():
         jobs = {}
         for name in args.parts:
             command = [*python(), __file__, f"--child={name}", f"--device={args.device}", *size]
-            jobs[name] = command, PARTS[name].limit
+            jobs[name] = command, PARTS[name].limit * (5 if args.tiny else 1)
         for name, command in pretraining(args, folder).items():
             jobs[name] = command, args.limit
         for name, (command, limit) in jobs.items():

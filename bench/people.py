@@ -39,7 +39,7 @@ class PyGEncoder(nn.Module):
         """As GraphSAGE.forward: x_user (U, F), x_attr (A, F), edges (3, E)."""
         edge_index = {}
         for sign, value in (("like", 1), ("dislike", -1)):
-            there = edges[:2, edges[2] == value]
+            there = edges[:2, edges[2] == value].to(x_user.device)
             edge_index["user", sign, "attribute"] = there
             edge_index["attribute", sign, "user"] = there.flip(0)
         x = self.layers[0]({"user": x_user, "attribute": x_attr}, edge_index)
