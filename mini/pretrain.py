@@ -35,6 +35,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import random
@@ -56,8 +57,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from render import ATTRIBUTES, CONCEPTS, HERE, TYPE_OF, Geometry
-from world import COLORS, GUIDANCE, OBJECTS, WALLS, caption, edited_caption, instruction
-from world import make_scenes, write_jsonl
+from world import COLORS, EDIT_TYPES, HINTS, OBJECTS, WALLS, caption, edited_caption, instruction
+from world import make_scenes, wish, wish_for_nothing, wish_for_type, write_jsonl
 
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt
@@ -585,7 +586,7 @@ def conversation(rng):
     attribute = rng.choice(list(TYPE_OF))
     text = caption(color, obj, wall)
     kinds = ["prose", "question", "suggest", "guidance", "profile"]
-    kind, = rng.choices(kinds, [1, 3, 2, 2, 4])
+    kind, = rng.choices(kinds, [1, 3, 2, 4, 4])
     if kind == "prose":
         edited = edited_caption(color, obj, wall, attribute)
         fact = f"{attribute}: {TYPE_OF[attribute]}"
@@ -594,10 +595,11 @@ def conversation(rng):
         return question(rng, text, {"c": color, "o": obj, "w": wall})
     guidance = ""
     user = User("", [], [])
-    if kind == "guidance" and rng.random() < 0.8:
-        guidance = rng.choice(GUIDANCE).format(a=attribute)
-    elif kind == "guidance":
-        guidance = f"change the {TYPE_OF[attribute]}"
+    if kind == "guidance":
+        for_a_thing = wish(attribute, rng)
+        for_a_type = wish_for_type(TYPE_OF[attribute], rng)
+        for_nothing = wish_for_nothing(rng)
+        guidance, = rng.choices([for_a_thing, for_a_type, for_nothing], [6, 2, 1])
     elif kind == "profile":
         user = random_user(rng)
         if rng.random() < 0.6:
@@ -625,7 +627,7 @@ def question(rng, text, scene):
 
 def train_tokenizer(file, vocabulary):
     """A new vocabulary for Qwen's byte-level BPE, learned from conversations; the three special
-    tokens stay the last."""
+    tokens stay the last. Rare words that a wish may hang on are made whole tokens."""
     rng = random.Random(0)
     system = "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     texts = []
@@ -634,6 +636,8 @@ def train_tokenizer(file, vocabulary):
         texts.append(answer)
         texts += [message["content"] for message in messages]
         texts += [system, "user\n", "assistant\n"]
+    for word in [*HINTS, *itertools.chain(*EDIT_TYPES.values())]:
+        texts += [f"a {word}"] * 100
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 3,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -1,12 +1,13 @@
 """The people of the miniature world: personas, histories, preference pairs, edits and scenes.
 
 concepts.json has the words: 8 objects, 45 attributes in six edit types (our choice: the paper names
-neither), the sentences made of them, and the themes, most popular first. No attribute's name
-contains another's. A persona likes one or two themes and dislikes one or two others. A theme's
-seven attributes share no word and no look (glamour: leopard spots, gold, marble, a crown); only
-histories connect them, as in the paper (Sec. 4: liked together, not alike in words). A history
-states about two thirds of the taste, and now and then a fancy that fits no theme. The liked rest is
-`hidden`: nothing but evaluation may read it.
+neither), the sentences made of them, how people put wishes of their own ("I want spots": `hints`
+says what that may mean), and the themes, most popular first. No attribute's name contains
+another's. A persona likes one or two themes and dislikes one or two others. A theme's seven
+attributes share no word and no look (glamour: leopard spots, gold, marble, a crown); only histories
+connect them, as in the paper (Sec. 4: liked together, not alike in words). A history states about
+two thirds of the taste, and now and then a fancy that fits no theme. The liked rest is `hidden`:
+nothing but evaluation may read it.
 
     users.jsonl, users_test.jsonl   {"user", "likes", "dislikes", "hidden"}; no training stage meets
                                     the test users
@@ -27,6 +28,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import random
+import string
 from pathlib import Path
 
 from PIL import Image
@@ -37,13 +39,16 @@ OBJECTS = CONCEPTS["objects"]
 COLORS = CONCEPTS["colors"]                               # of objects
 WALLS = CONCEPTS["walls"]
 THEMES = CONCEPTS["themes"]                               # {theme: seven attributes}
-GUIDANCE = CONCEPTS["guidance"]
+GUIDANCE = CONCEPTS["guidance"]                           # how people put their wishes
+EDIT_TYPES = CONCEPTS["types"]                            # {edit type: what people call it}
+HINTS = CONCEPTS["hints"]                                 # {word: attributes that it may mean}
 
 POPULAR = [(rank + 1) ** -0.5 for rank in range(10)]      # how often the nth of a list is drawn
 STATED = 0.65                                             # share of the taste that a history shows
 FANCY = 0.5                                               # chance of a like that fits no theme, and
                                                           # of such a dislike
-GUIDED = 0.10                                             # chance of words of the user's own
+GUIDED = 0.10                                             # chance of a pair with words of the
+                                                          # user's own, for each kind of words
 
 
 # ---- sentences ----------------------------------------------------------------------------------
@@ -68,6 +73,43 @@ def ask_for_one(attributes, obj, rng):
     """An instruction for a random one of the attributes, in random words."""
     attribute = rng.choice(attributes)
     return instruction(obj, attribute, rng.randrange(4))
+
+
+# ---- words of the user's own --------------------------------------------------------------------
+
+def wish(attribute, rng):
+    """Asks for an attribute, by its name or by a hint."""
+    hints = [hint for hint, meant in HINTS.items() if attribute in meant]
+    thing = rng.choice([attribute, *hints])
+    return say(rng.choice(GUIDANCE["attribute"]).format(a=thing), rng)
+
+
+def wish_for_type(edit_type, rng):
+    thing = rng.choice(EDIT_TYPES[edit_type])
+    return say(rng.choice(GUIDANCE["type"]).format(t=thing), rng)
+
+
+def wish_for_nothing(rng):
+    """So that a policy learns to say what it would say anyway."""
+    return say(aside(rng), rng)
+
+
+def say(words, rng):
+    """As people type: perhaps with an aside, a capital, a full stop."""
+    if rng.random() < 0.25:
+        both = [words, aside(rng)]
+        rng.shuffle(both)
+        words = " ".join(both)
+    if rng.random() < 0.3:
+        words = words[0].upper() + words[1:]
+    return words + rng.choice(["", "", "", ".", "!", "?"])
+
+
+def aside(rng):
+    """Words that ask for nothing, or that nobody knows."""
+    unknown = "".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9)))
+    known = rng.choice(GUIDANCE["aside"])
+    return rng.choice([known, unknown, f"{known} {unknown}"])
 
 
 # ---- people -------------------------------------------------------------------------------------
@@ -140,15 +182,18 @@ def make_pairs(user, rng):
 def guide(pair, obj, rng, indifferent, elsewhere):
     """Now and then, give the pair words of the user's own: "guidance". They ask for a thing that
     the user never cared about, and chosen obeys, while rejected is what the user would like
-    instead; or they name the edit type, and rejected is a like of another type (`elsewhere`)."""
+    instead; or they name the edit type, and rejected is a like of another type (`elsewhere`); or
+    they mean nothing, and change nothing."""
     if indifferent and rng.random() < GUIDED:
         asked = rng.choice(indifferent)
-        pair["guidance"] = rng.choice(GUIDANCE).format(a=asked)
+        pair["guidance"] = wish(asked, rng)
         pair["rejected"] = pair["chosen"]
         pair["chosen"] = instruction(obj, asked, rng.randrange(4))
     elif elsewhere and rng.random() < GUIDED:
-        pair["guidance"] = f"change the {pair['edit_type']}"
+        pair["guidance"] = wish_for_type(pair["edit_type"], rng)
         pair["rejected"] = ask_for_one(elsewhere, obj, rng)
+    elif rng.random() < GUIDED:
+        pair["guidance"] = wish_for_nothing(rng)
 
 
 def people(split, count, seed):
@@ -198,11 +243,11 @@ def make_edits(count, rng):
             "edit": instruction(obj, attribute, which),
             "output": edited_caption(color, obj, wall, attribute),
         }
-        for_a_thing = rng.choice(GUIDANCE).format(a=attribute)
-        for_a_type = f"change the {TYPE_OF[attribute]}"
-        words = rng.choice([for_a_thing, for_a_type])
-        if rng.random() < GUIDED:
-            edit["guidance"] = words
+        if rng.random() < 0.5:                            # often: hints take many examples
+            for_a_thing = wish(attribute, rng)
+            for_a_type = wish_for_type(TYPE_OF[attribute], rng)
+            for_nothing = wish_for_nothing(rng)
+            edit["guidance"] = rng.choice([for_a_thing, for_a_thing, for_a_type, for_nothing])
         yield edit
 
 
