@@ -371,7 +371,8 @@ def install(wheels, folder):
 def parse():
     how = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=how)
-    p.add_argument("parts", nargs="*", metavar="PART", help=f"of: {', '.join(PARTS)}; all of them")
+    p.add_argument("parts", nargs="*", metavar="PART",
+                   help=f"of {', '.join(PARTS)}; all of them, with --pretrain none")
     p.add_argument("--check", action="store_true", help=f"{' and '.join(CHECK)} alone")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", default=best, help=f"cpu, cuda, cuda:1 ... ({best})")
@@ -386,7 +387,8 @@ def parse():
     p.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = p.parse_args()
     args.tiny = args.tiny or args.device == "cpu"
-    args.parts = args.parts or (CHECK if args.check else list(PARTS))
+    rest = [] if args.pretrain else list(PARTS)
+    args.parts = args.parts or (CHECK if args.check else rest)
     unknown = [name for name in args.parts if name not in PARTS]
     if unknown:
         p.error(f"no part is called {', '.join(unknown)}; there are {', '.join(PARTS)}")
