@@ -572,25 +572,24 @@ class Adapters:
     names = {"policy": "policy", "sampler": "reference", "reference": None}
 
     def __init__(self, edits):
+        self.edits = edits
         settings = edits.settings
-        self.flux = edits.flux
-        self.base_model = settings.flux
         torch.manual_seed(settings.seed)
         lora.inject(
-            self.flux,
+            edits.flux,
             settings.rank,
             settings.alpha,
             dropout=0.0,
             targets=["to_q", "to_k", "to_v", "to_out.0"]
         )
-        self.policy = lora.tensors(self.flux, "policy")
-        self.sampler = lora.tensors(self.flux, "reference")
+        self.policy = lora.tensors(edits.flux, "policy")
+        self.sampler = lora.tensors(edits.flux, "reference")
 
     def select(self, who, item):
-        lora.use(self.flux, self.names[who])
+        lora.use(self.edits.flux, self.names[who])
 
     def save(self, folder):
-        lora.save_adapter(self.flux, folder, base_model=self.base_model)
+        lora.save_adapter(self.edits.flux, folder, base_model=self.edits.settings.flux)
 
 
 def prompted(settings):
@@ -625,7 +624,7 @@ class PictureStage:
         for item in torch.tensor(indices):
             noise = self.edits.noise(generator)
             t = torch.randn((), generator=generator).sigmoid()
-            rows.append((item, noise, t.to(noise)))
+            rows.append((item, noise, t))
         return rows
 
     def describe(self, rows):

@@ -274,8 +274,7 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             indices = batch_indices(stage.items, settings.batch, settings.seed, step)
             rows = stage.draw(indices, generator_for(settings.seed, "step", step))
             metrics = gradients(stage, settings, rows, parameters, step=step, stop=stop)
-            clip = settings.clip or math.inf
-            metrics["grad_norm"] = clip_grad_norm_(parameters, clip)
+            metrics["grad_norm"] = clip_grad_norm_(parameters, settings.clip or math.inf)
             values = torch.stack([*metrics.values()]).tolist()      # a step waits for the GPU once
             metrics = dict(zip(metrics, values))
             stopping = metrics.pop("stop") > 0
@@ -361,13 +360,12 @@ def start_processes(device):
     """Join the other processes that torchrun started. What lies on the CPU is summed by gloo, on
     GPUs by NCCL. Nobody waits longer than process 0 needs to read the inputs, or to save."""
     if WORLD > 1:
-        wait = datetime.timedelta(minutes=30)
         backend = "gloo"
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
             os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"    # too late: an error, not an abort
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=wait)
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
 
 
 def main(argv=None):
@@ -389,10 +387,10 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        full = isinstance(error, torch.OutOfMemoryError)
-        advice = " (try --checkpointing, or a smaller --micro)" if full else ""
-        sys.exit(f"train.py: {error}{advice}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: {error} (try --checkpointing, or a smaller --micro)")
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
