@@ -149,11 +149,11 @@ class ControlNet(Flux):
         or one a row (B,), ignored by nets without modes; the rest as in Flux
         -> (double_residuals, single_residuals), lists of (B, L, D)."""
         modulation = self.modulation(timestep, guidance, pooled)                # (B, M, D)
-        rope = self.rope(txt_ids, img_ids)                                      # (T+L, d/2)
+        rope = self.rope(txt_ids, img_ids)                                      # (T+L, d/2, 2)
         return self.residuals(img, control, txt, modulation, rope, mode=mode, scale=scale)
 
     def residuals(self, img, control, txt, modulation, rope, mode, scale):
-        """`forward` for a modulation (B, M, D) and rotations (T+L, d/2) that are at hand."""
+        """`forward` for a modulation (B, M, D) and rotations (T+L, d/2, 2) that are at hand."""
         img = self.x_embedder(img) + self.controlnet_x_embedder(control)        # (B, L, D)
         txt = self.context_embedder(txt)                                        # (B, T, D)
         table = self.controlnet_mode_embedder
@@ -162,16 +162,16 @@ class ControlNet(Flux):
             if mode.min() < 0 or mode.max() >= table.num_embeddings:
                 raise ValueError(
                     f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
-            mode = mode.to(img.device).expand(len(img))                         # (B,)
-            txt = torch.cat([table(mode)[:, None], txt], dim=1)                 # (B, 1+T, D)
+            token = table.weight[mode].expand(len(img), -1)                     # (B, D)
+            txt = torch.cat([token[:, None], txt], dim=1)                       # (B, 1+T, D)
             rope = torch.cat([rope[:1], rope])                  # it stands where the text stands
         taps = [*self.controlnet_blocks, *self.controlnet_single_blocks]
         counts = [block.modulations for block in self.blocks()]
         parts = modulation.split(counts, dim=1)                                 # (B, 12 or 3, D)
+        blocks = prefetch(self.blocks(), img.device) if self.streamed else self.blocks()
         found = []
-        for block, tap, mod in zip(self.blocks(), taps, parts):
-            inputs = (img, txt, mod, rope)
-            img, txt = visit(block, *inputs) if self.streamed else block(*inputs)
+        for block, tap, mod in zip(blocks, taps, parts):
+            img, txt = block(img, txt, mod, rope)
             found.append(scale * tap(img))                                      # (B, L, D)
         doubles = len(self.transformer_blocks)
         return found[:doubles], found[doubles:]
@@ -204,27 +204,46 @@ def steer(net, control, txt, pooled, img_ids, levels,
 
 # ---- a GPU that does not hold both -------------------------------------------------------------
 
-def visit(block, *inputs):
-    """block(*inputs), its weights brought to the inputs' device for that time: all but the
-    modulation's, which has run."""
-    weights = {name: p.to(inputs[0].device)
-               for name, p in block.named_parameters()
-               if not name.startswith("norm")}
-    return torch.func.functional_call(block, weights, inputs)
+def prefetch(blocks, device):
+    """Blocks, which run one after the other, as functions that run them on a GPU without room for
+    them all. A block's weights (but the modulation's, which has run) come from pinned main memory
+    on a stream of their own, while the block before computes; the host waits for nothing."""
+    main = torch.accelerator.current_stream(device)
+    stream = torch.Stream(device=device)
+
+    def send(block):
+        stream.wait_stream(main)        # up to here another block's may be at work in their room
+        copies = {}
+        for name, p in block.named_parameters():
+            if not name.startswith("norm"):
+                copies[name] = torch.empty_like(p, device=device)
+                with stream:
+                    copies[name].copy_(p, non_blocking=True)
+        return copies
+
+    coming = send(blocks[0])
+    for block, after in zip(blocks, [*blocks[1:], None]):
+        weights = coming                # from here on those of the block before are free
+        main.wait_stream(stream)
+        coming = after and send(after)
+        yield lambda *inputs: torch.func.functional_call(block, weights, inputs)
 
 
 def load_pair(flux, controlnet, device, dtype, offload):
     """(Flux, ControlNet or None) from their folders. With offload they take 17.4 GB of the GPU
     instead of 30.4: the modulation layers (27 % of FLUX.1, and a picture needs them once) stay on
     the CPU, and of the net all blocks but the one that works."""
+    offload = offload and str(device) != "cpu"
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)
     net = controlnet and ControlNet.load(controlnet, home, dtype)
     if offload:
         move(model, device, but=Modulation)
         if net:
-            net.streamed = True
             move(net, device, but=(DoubleBlock, SingleBlock))
+            net.streamed = True
+            for p in nn.ModuleList(net.blocks()).parameters():
+                p.data = p.data.pin_memory()
     return model, net
 
 
@@ -278,7 +297,8 @@ def render(*, flux, controlnet,
 
     with measure("text encoders"):
         texts = [*prompts, negative] if cfg != 1 else prompts
-        txt, pooled = encode_prompt(flux, texts, device, dtype, batch)
+        encoded = encode_prompt(flux, texts, device, dtype, batch)
+        txt, pooled = [states.to(device) for states in encoded]
 
     with measure("autoencoder, in"):
         vae = VAE.load(f"{flux}/vae", device)
