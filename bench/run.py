@@ -58,7 +58,7 @@ SIZES = [   # flag, here, with --random, with --tiny, what it is
     ("users", 3000, 3000, 30, "cdpo, graph"),
     ("attributes", 45, 45, 10, "cdpo, similar"),
     ("edges", 1_000_000, 1_000_000, 2000, "graph"),
-    ("new", 20, 20, 4, "decode: tokens"),
+    ("new", 20, 100, 4, "decode: tokens"),
     ("steps", 60, 60, 2, "edit: Euler steps"),
     ("size", 256, 1024, 64, "flux, edit: side of the picture"),
     ("most", 100_000, 100_000, 1000, "similar: users"),
