@@ -230,9 +230,9 @@ def prefetch(blocks, device):
 
 
 def load_pair(flux, controlnet, device, dtype, offload):
-    """(Flux, ControlNet or None) from their folders. With offload they take 17.4 GB of the GPU
+    """(Flux, ControlNet or None) from their folders. With offload they take 18.6 GB of the GPU
     instead of 30.4: the modulation layers (27 % of FLUX.1, and a picture needs them once) stay on
-    the CPU, and of the net all blocks but the one that works."""
+    the CPU, and of the net all blocks but the one that works and the next."""
     offload = offload and str(device) != "cpu"
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)

@@ -433,8 +433,9 @@ class Decoder(nn.Sequential):
 
 
 class VAE(Pretrained):
-    """The autoencoder. Latents are shifted and scaled to about unit size:
-    z = (encoder - shift) * scale. `factor`: pixels on a side of a latent's pixel."""
+    """The autoencoder, in fp32 whatever Flux is in (on a GPU in TF32, see qwen.set_precision).
+    Latents are shifted and scaled to about unit size: z = (encoder - shift) * scale.
+    `factor`: pixels on a side of a latent's pixel."""
     only = {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,
@@ -555,7 +556,7 @@ def rope_table(ids, axes):
 
 def rotate(x, rope):
     """Turn every neighbouring pair (a, b) of x (B, T, H, d). torch.compile makes one kernel of
-    that; without it complex numbers do, a + ib times cos + i sin, 30 times as fast on a CPU."""
+    that; without it complex numbers do, (a + ib)(cos + i sin), on a CPU 10 to 30 times as fast."""
     pairs = x.float().unflatten(-1, (-1, 2))                                # (B, T, H, d/2, 2)
     rope = rope[:, None]                                                    # (T, 1, d/2, 2)
     if torch.compiler.is_compiling():
