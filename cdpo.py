@@ -32,7 +32,7 @@ import lora
 from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
                    in_words_of, read_jsonl, read_users, save_graph, similar_users, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
-                  pick_device, reading, seed_for)
+                  moved, pick_device, reading, seed_for)
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class UserTokens(nn.Module):
         if unknown == "mean":
             return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
         asked = PreferenceGraph.build(users, graph.attributes, None).signs().to_dense()    # (N, A)
-        agreement = graph.signs() @ asked.to(self.vectors).T                # (U, N)
+        agreement = graph.signs() @ asked.T                                 # (U, N)
         return self.vectors[agreement.argmax(0)]
 
     def save(self, file):
@@ -209,11 +209,6 @@ def padded(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def moved(values, device):
-    """A small tensor or list of the CPU's, without waiting for what the GPU still computes."""
-    return torch.as_tensor(values).to(device, non_blocking=True)
-
-
 def pack(rows, soft_tokens=0, device="cpu"):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
     for all its answers. Each block is padded on the right:
@@ -222,39 +217,21 @@ def pack(rows, soft_tokens=0, device="cpu"):
 
     -> ids (B, P + n*L) without the soft tokens, labels (B*n, L) on the CPU, and the mask
     (B, 1, T, T): a token sees the prompt and its own answer so far. Prompts take P places, answers
-    L each. On a GPU a single answer stands as in `pack_one`, and T is a multiple of 16, since
-    attention would copy another mask to align its rows."""
-    on_gpu = torch.device(device).type == "cuda"
-    if on_gpu and all(len(answers) == 1 for _, answers in rows):
-        return pack_one(rows, device)
+    L each."""
     prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
     labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
     shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
     inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
-    if on_gpu:
-        odd = soft_tokens + prompts.shape[1] + inputs.shape[1]
-        prompts = F.pad(prompts, (0, -odd % 16), value=-1)
     ids = moved(torch.cat([prompts, inputs], 1), device)
     real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
-    begin = -soft_tokens - prompts.shape[1]
-    place = torch.arange(begin, inputs.shape[1], device=device)             # 0: answers begin
+    length = inputs.shape[1]
+    place = torch.arange(length - real.shape[1], length, device=device)     # 0: answers begin
     block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
     before = place <= place[:, None]                                        # (T, T)
     itself = place == place[:, None]
     path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
     return ids.clamp_min(0), labels, mask[:, None]
-
-
-def pack_one(rows, device):
-    """As `pack`, for one answer a row, which follows its prompt at once: labels (B, T), and no
-    mask, since padding stands on the right."""
-    texts = []
-    labels = []
-    for asked, (answer,) in rows:
-        texts.append(asked + answer[:-1])
-        labels.append([-100] * (len(asked) - 1) + answer)
-    return moved(padded(texts, 0), device), padded(labels, -100), None
 
 
 class AnswerLogprob(torch.autograd.Function):
@@ -288,14 +265,12 @@ def token_logprobs(hidden, head, labels, chunk=128):
     a DPO step's time and most of its memory saved. Labels on the CPU do not make a GPU wait."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
-    device = hidden.device
-    flat = labels.flatten()                                                 # (B*T,)
-    places = (flat != -100).nonzero()[:, 0]                                 # (N,)
-    y = moved(flat[places, None], device)                                   # (N, 1)
-    places = moved(places, device)
+    counts = labels != -100                                                 # (B, T)
+    y = moved(labels[counts][:, None], hidden.device)                       # (N, 1)
+    places = moved(counts.flatten().nonzero()[:, 0], hidden.device)         # (N,)
     h = hidden.flatten(0, 1).index_select(0, places)                        # (N, D)
     logp = AnswerLogprob.apply(h, head.to(hidden.dtype), y, chunk)
-    each = torch.zeros(len(flat), device=device).index_copy(0, places, logp)
+    each = logp.new_zeros(labels.numel()).index_copy(0, places, logp)
     return each.view(labels.shape).sum(1)                                   # no sum by atomics
 
 

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from qwen import (DETERMINISTIC, check_fit, embed_texts, flag, generator_for, load_language_model,
-                  pick_device, reading, shipped)
+                  moved, pick_device, reading, shipped)
 
 
 @dataclass
@@ -63,7 +63,7 @@ class PreferenceGraph(nn.Module):
         self.users = users
         self.attributes = attributes
         self.embedder = None
-        self.register_buffer("edges", edges, persistent=False)
+        self.edges = edges          # always on the CPU, where sorting them makes no GPU wait
         self.register_buffer("features", features)
 
     @classmethod
@@ -199,14 +199,15 @@ class SAGEConv(nn.Module):
         self.lin_r = nn.Linear(dst_dim, out_dim, bias=False)
 
     def forward(self, x_src, x_dst, edge_index):
-        """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination) -> (N, out).
-        A node without neighbours has a zero mean. No (E, F) tensor is built, and the sums have the
-        same order, so the same bits, on any number of threads."""
+        """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination), on the CPU ->
+        (N, out). A node without neighbours has a zero mean. No (E, F) tensor is built, and the sums
+        have the same order, so the same bits, on any number of threads."""
         source, destination = edge_index
         order = destination.argsort(stable=True)
-        nodes = torch.arange(len(x_dst), device=x_dst.device)
+        nodes = torch.arange(len(x_dst))
         first = torch.searchsorted(destination[order], nodes)               # of each one's edges
-        mean = F.embedding_bag(source[order], x_src, first, mode="mean")    # (N, F)
+        bags = moved(source[order], x_src.device), moved(first, x_src.device)
+        mean = F.embedding_bag(bags[0], x_src, bags[1], mode="mean")        # (N, F)
         return self.lin_l(mean) + self.lin_r(x_dst)
 
 
@@ -254,7 +255,7 @@ def embed_new_user(sage, states, users, attributes):
     and only listens: attributes do not hear it, so nobody's embedding depends on who else asks
     (ours)."""
     x_attr, h_attr = states
-    back = edges_of(users, attributes)[[1, 0, 2]].to(x_attr.device)
+    back = edges_of(users, attributes)[[1, 0, 2]]
     zero = x_attr.new_zeros(len(users), x_attr.shape[1])                    # (N, F)
     h = F.relu(sage.to_user[0](x_attr, zero, back))                         # (N, hidden)
     return sage.to_user[1](h_attr, h, back)                                 # (N, out)
@@ -318,6 +319,7 @@ class EdgeModel(nn.Module):
     def logits(self, messages, asked, vectors):
         """Edges that carry `messages` (3, E'), edges `asked` about (3, E) -> (E,)."""
         users, attributes, _ = self.sage(vectors, self.graph.features, messages)
+        asked = moved(asked, users.device)
         u = F.embedding(asked[0], users)            # users[asked[0]], but for its gradient's bits,
         a = F.embedding(asked[1], attributes)       # which then differ from run to run
         return self.decoder(u, a)
@@ -334,8 +336,10 @@ class EdgeModel(nn.Module):
         cut = max(1, int(0.3 * len(order)))
         asked = edges[:, order[:cut]]
         messages = edges[:, order[cut:]]
-        logits = self.logits(messages, asked, self.vectors * stay.to(self.vectors))
-        return F.binary_cross_entropy_with_logits(logits, (asked[2] > 0).float())
+        vectors = self.vectors * moved(stay, self.vectors.device)
+        logits = self.logits(messages, asked, vectors)
+        liked = moved(asked[2] > 0, logits.device)
+        return F.binary_cross_entropy_with_logits(logits, liked.float())
 
     @torch.no_grad()
     def evaluate(self, part):
@@ -344,7 +348,7 @@ class EdgeModel(nn.Module):
         there is none without a like and a dislike."""
         edges = self.split[part]
         liked = edges[2] > 0
-        score = self.logits(self.split["train"], edges, self.vectors)
+        score = self.logits(self.split["train"], edges, self.vectors).cpu()
         accuracy = ((score > 0) == liked).float().mean().item()
         found = {"accuracy": accuracy, "edges": len(liked)}
         pairs = (liked.sum() * (~liked).sum()).item()

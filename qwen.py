@@ -18,7 +18,6 @@ which may stand on either side.
 Try it:  python qwen.py
 """
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -139,9 +138,9 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S): 0 for what a token
-    sees, else -inf; None: every token up to itself. On a GPU flash attention runs where there is no
-    mask, else the memory-efficient kernel: see `set_precision`.
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is True for what a token
+    sees; None: every token up to itself. On a GPU flash attention runs where there is no mask, else
+    the memory-efficient kernel: see `set_precision`.
     """
     if q.shape[2] != 1:
         return F.scaled_dot_product_attention(
@@ -273,10 +272,7 @@ class Decoder(nn.Module):
             cache.held += T
             if attention_mask is None:
                 attention_mask = x.new_ones(1, S)
-        seen, positions = mask_and_positions(attention_mask, places, S)
-        mask = None                                                        # as `attend` takes it
-        if seen is not None:
-            mask = x.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
+        mask, positions = mask_and_positions(attention_mask, places, S)
         rope = rope_tables(positions, c.head_dim, c.theta)
         for i, layer in enumerate(self.layers):
             context = (rope, mask, cache and cache.kv[i], places)
@@ -364,25 +360,6 @@ def sample(logits, temperature, top_k, top_p, generator):
     return (p / waits).argmax(-1)       # torch.multinomial's draw, which makes a GPU wait
 
 
-class Answers:
-    """What `generate` has written so far: B lists of ids, each ending before its eos."""
-
-    def __init__(self, rows, eos):
-        self.eos = eos
-        self.texts = [[] for _ in range(rows)]
-        self.running = set(range(rows))                                    # without end so far
-
-    def add(self, tokens):
-        """A new token for each row, -1 where the logits were not finite: ValueError."""
-        if self.running and -1 in tokens:
-            raise ValueError("the language model's logits are not finite: spoiled weights?")
-        for row, new in enumerate(tokens):
-            if new in self.eos:
-                self.running.discard(row)
-            if row in self.running:
-                self.texts[row].append(new)
-
-
 def replayed(step, token):
     """`step(token)`, a function of fixed shapes that has run before, as a CUDA graph: launching its
     1,000 kernels one by one takes longer than they do."""
@@ -423,28 +400,36 @@ def generate(model, ids=None, embeds=None, attention_mask=None, max_new_tokens=6
     hidden = model.model(embeds=x, attention_mask=attention_mask, cache=cache)      # (B, T, D)
     last = attention_mask.long().cumsum(1).argmax(1)                       # (B,): no padding there
     logits = model.lm_head(hidden[torch.arange(B, device=x.device), last]).float()  # (B, V)
-    answers = Answers(B, (*model.config.eos, *stop))
-    fresh = []                                                             # not in the answers yet
-    patience = 8 if x.is_cuda else 1            # to look at a token makes a GPU wait
+    answers = [[] for _ in range(B)]
+    running = set(range(B))                                                # rows without end so far
+    eos = (*model.config.eos, *stop)
+    fresh = []                                                             # not in `answers` yet,
+    patience = 8 if x.is_cuda else 1                    # since a look at tokens makes a GPU wait
     for number in range(1, max_new_tokens + 1):
-        finite = logits.isfinite().all()
         if repetition_penalty != 1:
             lower = torch.where(logits > 0, logits / repetition_penalty,
                                 logits * repetition_penalty)
             logits = torch.where(seen > 0, lower, logits)
         token = sample(logits, temperature, top_k, top_p, generator)       # (B,)
-        seen.scatter_(1, token[:, None], 1.0)
-        fresh.append(torch.where(finite, token, -1))
+        fresh.append(token)
         if number % patience == 0 or number == max_new_tokens:
-            for tokens in torch.stack(fresh).tolist():
-                answers.add(tokens)
+            tokens = torch.where(logits.isfinite().all(), torch.cat(fresh), -1).tolist()
+            if -1 in tokens:
+                raise ValueError("the language model's logits are not finite: spoiled weights?")
+            for i, new in enumerate(tokens):
+                row = i % B
+                if new in eos:
+                    running.discard(row)
+                if row in running:
+                    answers[row].append(new)
             fresh = []
-        if number == max_new_tokens or not answers.running:
+        if number == max_new_tokens or not running:
             break
+        seen.scatter_(1, token[:, None], 1.0)
         logits = step(token[:, None])
-        if number == 1 and torch.backends.cuda.is_built() and x.is_cuda:
+        if number == 1 and x.is_cuda and torch.backends.cuda.is_built():
             step = replayed(step, token[:, None].clone())
-    return answers.texts
+    return answers
 
 
 # ---- a faster matrix product for frozen weights on a CPU ----------------------------------------
@@ -463,16 +448,6 @@ class FrozenProduct(torch.autograd.Function):
         return FrozenProduct.apply(grad, ctx.saved_tensors[0].T, None), None, None
 
 
-@functools.cache
-def onednn():
-    """Whether this torch has oneDNN's operator, which is private, as it is called here."""
-    one = torch.ones(1, 1)
-    try:
-        return FrozenProduct.apply(one, one, None).item() == 1
-    except (AttributeError, RuntimeError):
-        return False
-
-
 def linear(x, weight, bias=None):
     """x W^T + b: F.linear. But in fp32 on a CPU a large frozen W goes to oneDNN, since F.linear
     uses MKL, which on AMD's CPUs takes 1.4 times (one row) to twice (many) as long. torch.compile
@@ -480,7 +455,8 @@ def linear(x, weight, bias=None):
     fp32 = x.dtype == weight.dtype == torch.float32
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     slow = fp32 and frozen and weight.is_cpu and weight.numel() > 2 ** 18
-    if slow and not torch.compiler.is_compiling() and onednn():
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")                 # it is private
+    if slow and there and not torch.compiler.is_compiling():
         return FrozenProduct.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -814,6 +790,11 @@ def pick_device(name):
         raise ValueError(f"--device is {name}, which cannot be used here: "
                          f"{str(error).splitlines()[0]}") from None
     return name
+
+
+def moved(values, device):
+    """A small tensor or list of the CPU's, without waiting for what the GPU still computes."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def seed_for(*what):
