@@ -69,8 +69,8 @@ CLEAR = 3
 # What Pillow's font lacks, and Unicode's decompositions leave as it is.
 ALIKE = str.maketrans("øØłŁđĐıß–—‘’“”", "oOlLdDis--''\"\"")
 
-# In dB, how well an autoencoder gives the colours of a picture back that it was made for: 99.5 % of
-# the miniature's scenes are above, and 10 of 14 photographs and 6 of 7 blank pages below.
+# In dB, how well an autoencoder gives the colours of a picture back that it was made for: of the
+# miniature's scenes 99.5 % are above, of 14 photographs 11 and of 7 blank pages all below.
 FAITHFUL = 33
 
 
