@@ -299,22 +299,30 @@ def read_side(args, side):
 
 # ---- edit.py itself ----------------------------------------------------------------------------
 
-CONFIGS = {                             # of the real models, but for weights
-    "qwen": text.REAL,
-    "flux/transformer": {"_class_name": "FluxTransformer2DModel", **REAL},
-    "flux/text_encoder": CLIP,
-    "flux/text_encoder_2": T5,
-    "flux/vae": {"_class_name": "AutoencoderKL", **VAE},
-    "controlnet": {"_class_name": "FluxControlNetModel", **REAL_NET},
-}
+def configs(args):
+    """Of the real models, or of tiny ones, by folder."""
+    tiny_qwen = {**text.TINY, "vocab_size": 4096}
+    tiny_t5 = {**T5, "d_model": 64, "d_ff": 128, "num_heads": 2, "num_layers": 2}
+    tiny_clip = {**CLIP, "intermediate_size": 64, "num_hidden_layers": 1}
+    real = [text.REAL, REAL, CLIP, T5, VAE, REAL_NET]
+    tiny = [tiny_qwen, TINY, tiny_clip, tiny_t5, SMALL_VAE, TINY_NET]
+    qwen, transformer, clip, t5, vae, net = tiny if args.tiny else real
+    return {
+        "qwen": qwen,
+        "flux/transformer": {"_class_name": "FluxTransformer2DModel", **transformer},
+        "flux/text_encoder": clip,
+        "flux/text_encoder_2": t5,
+        "flux/vae": {"_class_name": "AutoencoderKL", **vae},
+        "controlnet": {"_class_name": "FluxControlNetModel", **net},
+    }
 
 
-def write_configs(folder):
+def write_configs(folder, args):
     """The real models' folders without weights; tokenizers are the miniature's."""
     for part in ("flux", "qwen"):
         weights = shutil.ignore_patterns("*.safetensors")
         shutil.copytree(ROOT / "mini" / part, folder / part, ignore=weights)
-    for part, config in CONFIGS.items():
+    for part, config in configs(args).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config))
     for part, length in (("tokenizer", 77), ("tokenizer_2", 512)):
@@ -323,12 +331,14 @@ def write_configs(folder):
         file.write_text(json.dumps(config))
 
 
-def write_policy(folder, people):
+def write_policy(folder, people, args):
     """The collaborative part of a policy of the paper's sizes."""
     names = attribute_names(people)
-    graph = PreferenceGraph.build(people, names, torch.randn(len(names), 4096))
-    soft = dict(hidden_dim=1024, out_dim=text.REAL["hidden_size"])
-    tokens = cdpo.UserTokens(graph, hidden_dim=1024, out_dim=1024, soft=soft)
+    features = torch.randn(len(names), 64 if args.tiny else 4096)
+    graph = PreferenceGraph.build(people, names, features)
+    width = 64 if args.tiny else 1024
+    soft = dict(hidden_dim=width, out_dim=configs(args)["qwen"]["hidden_size"])
+    tokens = cdpo.UserTokens(graph, hidden_dim=width, out_dim=width, soft=soft)
     folder.mkdir()
     tokens.save(folder / "collaborative.safetensors")
 
@@ -343,10 +353,11 @@ def pretend(args, folder):
     flux.load_checkpoint = draw_weights
     controlnet.read_tensors = lambda path: {}
     lora.load_adapter = lambda model, path: lora.inject(model, dropout=0.0)
-    write_configs(folder)
+    write_configs(folder, args)
     people = read_users(ROOT / "mini/sample/users.jsonl")
-    write_policy(folder / "policy", people)
+    write_policy(folder / "policy", people, args)
     flags = ["--preset", "paper", "--user", people[0].name, f"--size={args.size}"]
+    flags.append(f"--steps={args.steps}")
     for part in ("qwen", "flux", "controlnet", "policy"):
         flags.append(f"--{part}={folder / part}")
     return flags
@@ -371,7 +382,7 @@ def run_edit(args, *flags):
     edit.measure = measure
     given = ["--user", edit.PERSONAS[0]]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        if args.random:
+        if args.random or args.tiny:
             given = pretend(args, Path(folder))
         edit.main([*given, "--device", args.device, "--out", f"{folder}/edit.png", *flags])
     return spent
@@ -388,7 +399,8 @@ def shares(args):
     for name, (took, most) in run_edit(args, "--offload").items():
         if name.startswith("Flux"):
             rows.append([f"{name}, --offload", ms(took), "", gb(most)])
-    models = "FLUX.1-dev and Qwen2.5-7B, weights drawn" if args.random else "the miniature"
+    models = "FLUX.1-dev and Qwen2.5-7B, weights drawn"
+    models = sized(args, "the miniature", models, "tiny models, weights drawn")
     columns = ["part", "time", "share", "peak memory"]
     return f"{ms(whole)}, {models}\n\n" + table(columns, rows)
 
