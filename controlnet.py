@@ -166,9 +166,11 @@ class ControlNet(Flux):
             txt = torch.cat([token[:, None], txt], dim=1)                       # (B, 1+T, D)
             rope = torch.cat([rope[:1], rope])                  # it stands where the text stands
         taps = [*self.controlnet_blocks, *self.controlnet_single_blocks]
-        counts = [block.modulations for block in self.blocks()]
+        blocks = self.blocks()
+        counts = [block.modulations for block in blocks]
         parts = modulation.split(counts, dim=1)                                 # (B, 12 or 3, D)
-        blocks = prefetch(self.blocks(), img.device) if self.streamed else self.blocks()
+        if self.streamed:
+            blocks = prefetch(blocks, img.device)
         found = []
         for block, tap, mod in zip(blocks, taps, parts):
             img, txt = block(img, txt, mod, rope)
@@ -233,11 +235,10 @@ def load_pair(flux, controlnet, device, dtype, offload):
     """(Flux, ControlNet or None) from their folders. With offload they take 18.6 GB of the GPU
     instead of 30.4: the modulation layers (27 % of FLUX.1, and a picture needs them once) stay on
     the CPU, and of the net all blocks but the one that works and the next."""
-    offload = offload and str(device) != "cpu"
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)
     net = controlnet and ControlNet.load(controlnet, home, dtype)
-    if offload:
+    if home != device:
         move(model, device, but=Modulation)
         if net:
             move(net, device, but=(DoubleBlock, SingleBlock))
