@@ -439,7 +439,7 @@ def draw(settings, flux, edits, source, control, shape):
 def doubts(settings, flux, edits, source):
     """Lines, with what was measured, on what this checkpoint, whichever it is, was not made for."""
     usual = VAE.read_config(f"{flux}/vae").get("sample_size") or settings.size
-    if not usual / 2 <= settings.size <= usual * 1.5:
+    if not usual * 0.75 < settings.size < usual * 1.25:
         yield f"--size is {settings.size}; the autoencoder was made for {usual}"
     words = unknown_words(flux, " ".join(edit["prompt"] for edit in edits))
     if words:
