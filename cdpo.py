@@ -394,33 +394,40 @@ class CDPOSettings(TrainSettings):
     users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
     sft:            str   = flag("runs/sft", "runs/sft", "adapter to start from; the reference")
-    graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage")
+    graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage"
+                                 " (--user graph or id only)")
     qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                                  "language model: folder or hub repository")
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
     lam:            float = flag(0.5, 0.15, "lambda, the neighbours' weight (--user graph only)")
-    k:              int   = flag(3, 3, "similar users")
+    k:              int   = flag(3, 3, "similar users (--user graph only)")
     similarity:     str   = flag("likes", "shared", "what they share: anything named (Eq. 6 to the"
-                                 " letter), agreements less clashes, likes (both ours)",
+                                 " letter), agreements less clashes, likes (both ours)"
+                                 " (--user graph only)",
                                  choices=["shared", "signed", "likes"])
     neighbour_user: str   = flag("target", "target", "whose soft tokens read a neighbour's pair"
-                                 " (the paper leaves it open)", choices=["target", "neighbour"])
+                                 " (the paper leaves it open) (--user graph only)",
+                                 choices=["target", "neighbour"])
     neighbours:     str   = flag("sampled", "exact", "all k a step, or (ours) one drawn in"
-                                 " proportion to similarity", choices=["exact", "sampled"])
+                                 " proportion to similarity (--user graph only)",
+                                 choices=["exact", "sampled"])
     beta:           float = flag(0.2, 0.1, "DPO's temperature (not in the paper; TRL: 0.1)")
     nll:            float = flag(8.0, 0.0, "weight of the chosen answer's mean token loss, added to"
                                  " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr")
-    drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)",
+    drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)"
+                                 " (--user graph only)",
                                  bounds=(0, 1))
-    tokens:         int   = flag(4, 8, "soft tokens")
-    soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)")
+    tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)")
+    soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
+                                 " (--user graph or id only)")
     steps:          int   = flag(1200, 3000, "optimiser steps")
     batch:          int   = flag(32, 12, "global batch, whatever the number of processes")
     micro:          int   = flag(16, 2, "rows of one forward pass (ours)")
     lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP")
-    gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder")
+    gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder"
+                                 " (--user graph only)")
     warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
 
 

@@ -302,7 +302,8 @@ class EdgeModel(nn.Module):
         before, tensors, _ = load_graph(file)
         before.embedder = self.graph.embedder
         before.widened([])
-        encoder = {n[5:]: t for n, t in tensors.items() if n.startswith("sage.")}
+        encoder = {n.removeprefix("sage."): t for n, t in tensors.items()
+                   if not n.startswith(("vectors", "graph.features", "soft."))}
         check_fit(file, self.sage.state_dict(), encoder, finite=True)
         self.sage.load_state_dict(encoder)
         with reading(file):

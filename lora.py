@@ -4,7 +4,8 @@
 
 Over one frozen base live two adapters: "policy", which is trained, and "reference", the frozen SFT
 policy that DPO compares it with. `use` says which of them (or neither) the next forwards run with.
-An adapter is fp32 whatever the base is: bf16 AdamW cannot move at the paper's 2e-7.
+An adapter is fp32 whatever the base is: bf16 AdamW cannot move at the paper's 2e-7, nor would a
+product in bf16 show what it has moved. On a GPU the products run in TF32: see qwen.set_precision.
 Files are in PEFT's format, both ways; diffusers' LoRAs for FLUX.1 are read as well.
 Shapes: "..." is any batch. Try it: python lora.py
 """
@@ -213,6 +214,9 @@ def read_settings(file, stored):
                if value and name not in KNOWN and value not in FIXED.get(name, [])]
     if refused:
         raise ValueError(f"{file}: not supported: {few(refused)}")
+    absent = [name for name in ("r", "lora_alpha") if name not in config]
+    if config and absent:
+        raise ValueError(f"{file} has no {few(absent)}")
     return config
 
 
@@ -255,6 +259,7 @@ def load_adapter(model, path, adapter="policy"):
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
     stored = read_tensors(file)
     config = read_settings(file, stored)
+    check_fit(file, stored, stored)                         # no integers
     with reading(file):
         parts = by_layer(model, stored)
         if config:

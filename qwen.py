@@ -473,6 +473,7 @@ class Linear(nn.Linear):
 @dataclass
 class Tokenizer:
     """tokenizer.json, with Qwen2.5's chat template written out."""
+    file: Path
     fast: FastTokenizer
     end: list                     # [the id that ends every text of an embedding model], or []
 
@@ -487,15 +488,15 @@ class Tokenizer:
             fast = FastTokenizer.from_file(str(file))
         fast.no_padding()
         fast.no_truncation()
-        file = path / "tokenizer_config.json"
-        config = read_json(file, {})
+        config_file = path / "tokenizer_config.json"
+        config = read_json(config_file, {})
         if not config.get("add_eos_token"):
-            return cls(fast, [])
-        with reading(file):
+            return cls(file, fast, [])
+        with reading(config_file):
             eos = config["eos_token"]
             if isinstance(eos, dict):
                 eos = eos["content"]
-            return cls(fast, [fast.get_vocab()[eos]])
+            return cls(file, fast, [fast.get_vocab()[eos]])
 
     def encode(self, text, whole=False):
         """list[int]; special tokens written in the text count as such. `whole`: as embedding models
@@ -512,7 +513,7 @@ class Tokenizer:
         Qwen2.5's template. ValueError for another role, and for a tokenizer of another template."""
         for token in ("<|im_start|>", "<|im_end|>"):
             if len(self.encode(token)) != 1:
-                raise ValueError(f"this tokenizer lacks {token} of Qwen2.5's chat template")
+                raise ValueError(f"{self.file} lacks {token} of Qwen2.5's chat template")
         text = ""
         if not messages or messages[0]["role"] != "system":
             text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
