@@ -714,21 +714,19 @@ def fingerprint(text):
     path = Path(text).expanduser()
     if not text or not path.exists():
         return text
+    files = [path]
     if path.is_dir():
-        folder = path
         names = glob.glob("**", root_dir=path, recursive=True)
-        names = [name for name in names if not name.startswith("step_")]
+        files = [path / name for name in names if not name.startswith("step_")]
     else:
-        folder = path.parent
-        names = [path.name]
         for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
-            names.append(json.loads(name))
+            files.append(path.parent / json.loads(name))
     h = hashlib.sha256()
-    for name in sorted(set(names)):
-        if os.path.isfile(folder / name):
-            h.update(os.fsencode(name))
-            with open(folder / name, "rb") as file:
-                h.update(hashlib.file_digest(file, "sha256").digest())
+    for file in sorted(set(files)):
+        if file.is_file():
+            h.update(os.fsencode(file.name))
+            with open(file, "rb") as stream:
+                h.update(hashlib.file_digest(stream, "sha256").digest())
     return h.hexdigest()[:16]
 
 

@@ -36,12 +36,11 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")       # threads that wait do not spin
@@ -323,16 +322,6 @@ STAGES = {
 }
 
 
-def note_idle_flags(settings, preset):
-    """Says on stderr which of the given flags have no effect: those of whose text "(--loss dpo
-    only)" is a part, beside another --loss."""
-    for row in fields(settings):
-        needs = re.search(r"\(--(\w+) (.*) only\)", row.metadata["about"])
-        idle = needs and getattr(settings, needs[1], needs[2]) not in needs[2]
-        if idle and getattr(settings, row.name) != row.metadata[preset]:
-            print(f"note: --{row.name} has no effect here {needs[0]}", file=sys.stderr)
-
-
 def parse(argv=None):
     """-> (stage, its settings, LoopSettings). ValueError for a number that makes no sense."""
     early = argparse.ArgumentParser(add_help=False)
@@ -350,7 +339,6 @@ def parse(argv=None):
             add_flags(p, LoopSettings, preset)
     args = top.parse_args(argv)
     settings = settings_from(args, STAGES[args.stage][0])
-    note_idle_flags(settings, preset)
     loop = LoopSettings() if args.stage == "eval" else settings_from(args, LoopSettings)
     loop.out = loop.out or f"runs/{args.stage}"
     return args.stage, settings, loop
