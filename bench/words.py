@@ -87,9 +87,9 @@ class Words:
         for caption in captions():
             argv = [*self.flags, *self.people, *flags, "--caption", caption]
             wishes = edit.write_instructions(edit.parse(argv))
-            different.append(len({text for _, _, text in wishes}))
+            different.append(len({text for _, _, text, _ in wishes}))
             kinds.append(Counter())
-            for user, (_, _, text) in zip(self.users, wishes):
+            for user, (_, _, text, _) in zip(self.users, wishes):
                 verdict = self.judge(user, caption, text, ended=True)
                 verdicts.append(verdict)
                 if not verdict["malformed"]:
@@ -154,7 +154,7 @@ class Words:
             text, ended = answers[0]
             names = self.judge.names.findall(text)
             malformed.append(not ended or len(set(names)) != 1)
-            unclear = edit.gain(settings, model, tokenizer, mine, text) < edit.CLEAR
+            unclear = bool(edit.heeded(settings, model, tokenizer, mine, text))
             verdicts.append((bool(set(names) & set(meant)), unclear))
         obeyed = [unclear for did, unclear in verdicts if did]
         others = [unclear for did, unclear in verdicts if not did]
