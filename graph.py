@@ -102,7 +102,8 @@ class PreferenceGraph(nn.Module):
         """(U, A) sparse: +1 liked, -1 disliked, 0 nothing said. RuntimeError: edges to nowhere."""
         size = len(self.users), len(self.attributes)
         values = self.edges[2].float()
-        return torch.sparse_coo_tensor(self.edges[:2], values, size, check_invariants=True)
+        with torch.sparse.check_sparse_tensor_invariants():
+            return torch.sparse_coo_tensor(self.edges[:2], values, size)
 
 
 def attribute_names(users):

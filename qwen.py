@@ -364,8 +364,11 @@ def replayed(step, token):
     """`step(token)`, a function of fixed shapes that has run before, as a CUDA graph: launching its
     1,000 kernels one by one takes longer than they do."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(token.device), torch.cuda.graph(graph):
-        y = step(token)                                                    # recorded, not computed
+    try:
+        with torch.cuda.device(token.device), torch.cuda.graph(graph):
+            y = step(token)                                                # recorded, not computed
+    except RuntimeError:                                                   # something cannot be
+        return step
 
     def again(new):
         token.copy_(new)
@@ -775,7 +778,8 @@ def set_precision(deterministic=False):
     torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():      # the call takes 1 s
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def pick_device(name):

@@ -41,6 +41,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "mini"))
 import cdpo
@@ -511,6 +512,70 @@ def test_qwen_large_frozen_product_is_the_plain_one():
     assert_close(qwen.linear(x, weight), nn.functional.linear(x, weight))
 
 
+def test_qwen_without_onednns_operator_the_product_is_the_plain_one():
+    x, weight = noise(3, 600), noise(500, 600, seed=2)
+    with mock.patch.object(torch.ops, "mkldnn", object()):
+        assert same(qwen.linear(x, weight), nn.functional.linear(x, weight))
+
+
+def test_loader_reads_how_a_model_wishes_to_be_sampled(tmp_path):
+    """generation_config.json as transformers reads it: greedy without do_sample, what is left out
+    has its usual value."""
+    generation = tmp_path / "generation_config.json"
+    write_lines(tmp_path / "config.json", qwen.read_json(ROOT / "mini/qwen/config.json"))
+    usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+    own = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    for given, want in (({}, {**usual, "temperature": 0.0}), ({"do_sample": True}, usual),
+                        ({"do_sample": True, **own}, own),
+                        ({"do_sample": False, **own}, {**own, "temperature": 0.0})):
+        write_lines(generation, given)
+        assert Config.read(tmp_path).sampling == want
+
+
+def test_lora_names_the_file_that_lacks_a_setting_and_refuses_integers(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    lora.inject(model, 2, 4)
+    lora.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    raises("adapter_config.json has no lora_alpha", lora.load_adapter, model, tmp_path)
+    for wrong in ("lora_A", "lora_B"):
+        tensors = {"transformer.0.lora_A.weight": noise(2, 8),
+                   "transformer.0.lora_B.weight": noise(8, 2)}
+        tensors[f"transformer.0.{wrong}.weight"] = tensors[f"transformer.0.{wrong}.weight"].int()
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        save_file(tensors, file)
+        raises(f"{wrong}.weight is torch.int32", lora.load_adapter, nn.Sequential(nn.Linear(8, 8)),
+               file)
+
+
+def test_tokenizer_without_qwens_template_is_named():
+    file = ROOT / "mini/flux/tokenizer_2"
+    raises(f"{file}/tokenizer.json lacks <|im_start|>",
+           qwen.Tokenizer.load(file).chat, [{"role": "user", "content": "x"}])
+
+
+def test_qwen_precision_is_one_policy_and_changes_no_bit_on_a_cpu():
+    """TF32 for fp32 products of a GPU, or with `deterministic` none of it, and no atomics; a CPU
+    computes the same bits."""
+    model = tiny_qwen()
+    ids, right, _ = padded_batch()
+    found = []
+    try:
+        for deterministic in (False, True):
+            qwen.set_precision(deterministic)
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert torch.backends.cuda.matmul.allow_tf32 != deterministic
+            assert torch.backends.cudnn.allow_tf32 != deterministic
+            embeds = model.model.embed_tokens(ids).detach().requires_grad_()
+            loss = model(None, right, embeds).square().mean()
+            found.append(torch.autograd.grad(loss, embeds)[0])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(*found)
+
+
 # ---- qwen.py: generation and embedding -----------------------------------------------------------
 
 def test_generate_gives_a_row_the_same_alone_or_padded():
@@ -863,6 +928,7 @@ def test_loader_reads_sizes_from_either_kind_of_config(tmp_path):
         headless=False,
         window=None,
         eos=(),
+        sampling={"temperature": 0.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0},
     )
     assert (
         read(num_key_value_heads=2).kv_heads == 2 and read(head_dim=10).head_dim == 10
@@ -1109,6 +1175,91 @@ def test_generate_stops_at_the_ids_it_is_told_too():
     for eos in ((), (None,), (answer[-1],)):
         model.config.eos = eos
         assert generate(model, ids[:1], max_new_tokens=6, stop=[stop]) == [cut]
+
+
+class Recorder(TorchDispatchMode):
+    """A pretended torch.cuda.CUDAGraph: what runs inside is recorded, undone where it was in place,
+    and can be run again; the results stay at the same place, as a graph's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.before = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for value, about in zip(args, function._schema.arguments):
+            if about.alias_info is not None and about.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def undo(self):
+        for value, was in reversed(self.before):
+            value.copy_(was)
+
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            new = function(*args, **kwargs)
+            if isinstance(out, torch.Tensor) and not function._schema.is_mutable \
+                    and new.data_ptr() != out.data_ptr():
+                out.copy_(new)
+
+
+@contextlib.contextmanager
+def pretended_graphs(replays):
+    @contextlib.contextmanager
+    def recorded(recorder):
+        with recorder:
+            yield
+        recorder.undo()
+        replays.append(recorder)
+
+    with mock.patch.object(torch.cuda, "CUDAGraph", Recorder), \
+            mock.patch.object(torch.cuda, "graph", recorded), \
+            mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()):
+        yield
+
+
+def test_generate_a_replayed_step_is_the_step():
+    """A decoding step recorded once and replayed gives the logits that the step gives: it reads
+    and moves on the cache in place, and depends on no number of the host's."""
+    model = tiny_qwen()
+    token = torch.tensor([[3], [9]])
+    mask = torch.ones(2, 4)
+    mask[1, 0] = 0
+
+    def steps(wrap):
+        cache = qwen.Cache(model.config, 2, 16, "cpu", torch.float32)
+        model.model(torch.arange(8).view(2, 4), attention_mask=mask, cache=cache)
+
+        def step(token):
+            return model.lm_head(model.model(token, attention_mask=mask, cache=cache)[:, -1])
+
+        found = [step(token)]
+        step = wrap(step)
+        for number in range(5):
+            found.append(step(token + number).clone())
+        return torch.stack(found)
+
+    with torch.inference_mode():
+        want = steps(lambda step: step)
+        replays = []
+        with pretended_graphs(replays):
+            found = steps(lambda step: qwen.replayed(step, token.clone()))
+    assert same(found, want) and len(replays) == 1
+
+
+def test_sample_draws_as_multinomial_does():
+    """One draw from p is torch.multinomial's, bit for bit, and any temperature will do."""
+    logits = noise(3, 50)
+    p = (logits / 0.7).softmax(-1)
+    for seed in range(5):
+        want = torch.multinomial(p, 1, generator=seeded(seed))[:, 0]
+        assert same(qwen.sample(logits, 0.7, 0, 1.0, seeded(seed)), want)
+    for temperature in (1e-300, 1e-30, 1e30):
+        token = qwen.sample(logits, temperature, 0, 1.0, seeded())
+        assert temperature > 1 or same(token, logits.argmax(-1))
 
 
 def changed_tokenizer(folder, change):
@@ -4117,6 +4268,20 @@ def test_graph_unknown_attribute_is_a_node_by_its_text(tmp_path):
     assert len(read.graph.features) == 4
 
 
+def test_graph_continue_from_refuses_a_tensor_too_many(tmp_path):
+    people = [graph.User(f"u{i}", ["a", "b"], ["c"]) for i in range(5)]
+    built = graph.PreferenceGraph.build(people, ["a", "b", "c"], noise(3, 4))
+    model = graph.EdgeModel(built, 6, 5)
+    config = {"kind": "graph", "hidden_dim": 6, "out_dim": 5, "signed": True, "soft": None}
+    kept = {n: t for n, t in model.state_dict().items() if not n.startswith("decoder.")}
+    file = tmp_path / "collaborative.safetensors"
+    with mock.patch.object(graph.PreferenceGraph, "widened"):
+        graph.save_graph(file, built, kept, config)
+        model.take_over(file)
+        graph.save_graph(file, built, {**kept, "extra": noise(2)}, config)
+        raises("unexpected extra", model.take_over, file)
+
+
 def test_graph_unknown_attribute_needs_the_embedder_of_then(tmp_path):
     """A file that does not name it (before this was written), another model, another length or no
     model at all are refused; words that the graph knows need none."""
@@ -4286,6 +4451,16 @@ def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
     assert first[5].tolist() == [1, 1, 1, 0, 0, 1, 0]                       # "5" before answer 2
     assert mask[1, 0, 6].int().tolist() == [1, 0, 0, 0, 0, 1, 1]            # "3": no padding
     assert mask.diagonal(dim1=2, dim2=3).all()
+
+
+def test_cdpo_token_logprobs_of_labels_anywhere():
+    """Labels in any place, and rows without any, sum as in the plain version."""
+    hidden, head = noise(3, 7, 8), noise(20, 8, seed=1)
+    labels = torch.randint(0, 20, (3, 7), generator=seeded())
+    labels[0, 2:5] = -100
+    labels[2] = -100
+    assert_close(cdpo.token_logprobs(hidden, head, labels, 4),
+                 cdpo.token_logprobs_plain(hidden, head, labels), 1e-5)
 
 
 def test_cdpo_packed_answers_equal_separate_ones():
