@@ -859,16 +859,18 @@ class Flux(Pretrained):
 def check_parts(path):
     """ValueError, before anything is loaded, when the transformer of a FLUX.1 folder is not as wide
     as its autoencoder and text encoders -> the settings that a ControlNet must share with it."""
-    with reading(path):
-        pooled = CLIPText.read_config(f"{path}/text_encoder")["hidden_size"]
-        widths = {
-            "in_channels": 4 * VAE.read_config(f"{path}/vae")["latent_channels"],
-            "joint_attention_dim": T5.read_config(f"{path}/text_encoder_2")["d_model"],
-            "pooled_projection_dim": pooled
-        }
-        config = Flux.read_config(f"{path}/transformer", **widths)
-        names = [*widths, "num_attention_heads", "attention_head_dim"]
-        return {name: config[name] for name in names}
+    def read(kind, part, *names, **also):
+        with reading(f"{path}/{part}/config.json"):
+            config = kind.read_config(f"{path}/{part}", **also)
+            return {name: config[name] for name in names}
+
+    widths = {
+        "in_channels": 4 * read(VAE, "vae", "latent_channels")["latent_channels"],
+        "joint_attention_dim": read(T5, "text_encoder_2", "d_model")["d_model"],
+        "pooled_projection_dim": read(CLIPText, "text_encoder", "hidden_size")["hidden_size"]
+    }
+    heads = ["num_attention_heads", "attention_head_dim"]
+    return read(Flux, "transformer", *widths, *heads, **widths)
 
 
 def move(model, device, but):

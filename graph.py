@@ -302,7 +302,8 @@ class EdgeModel(nn.Module):
         ValueError where the encoder has other sizes, or read other features."""
         before, tensors, _ = load_graph(file)
         before.embedder = self.graph.embedder
-        before.widened([])
+        with reading(file):
+            before.widened([])
         encoder = {n.removeprefix("sage."): t for n, t in tensors.items()
                    if not n.startswith(("vectors", "graph.features", "soft."))}
         check_fit(file, self.sage.state_dict(), encoder, finite=True)

@@ -71,7 +71,10 @@ class Config:
         choose("use_sliding_window", c.get("use_sliding_window") or False, {False: None})
 
         heads = c["num_attention_heads"]
-        generation = read_json(path / "generation_config.json", {})
+        file = path / "generation_config.json"
+        generation = read_json(file, {})
+        with reading(file):
+            sampling = sampling_of(generation)
         eos = generation.get("eos_token_id", c.get("eos_token_id", []))
         if not isinstance(eos, list):
             eos = [eos]
@@ -90,14 +93,17 @@ class Config:
             headless=(c.get("architectures") or [""])[0].endswith("Model"),
             window=c.get("sliding_window", 4096) if kind == "mistral" else None,
             eos=tuple(eos),
-            sampling=sampling_of(generation),
+            sampling=sampling,
         )
 
 
 def sampling_of(generation):
     """generation_config.json as transformers reads it -> {flag of `generate`: value}."""
     usual = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-    how = {name: generation.get(name, value) for name, value in usual.items()}
+    how = {}
+    for name, value in usual.items():
+        given = generation.get(name)
+        how[name] = value if given is None else type(value)(given)
     if not generation.get("do_sample"):
         how["temperature"] = 0.0
     return how

@@ -527,9 +527,12 @@ def test_loader_reads_how_a_model_wishes_to_be_sampled(tmp_path):
     own = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
     for given, want in (({}, {**usual, "temperature": 0.0}), ({"do_sample": True}, usual),
                         ({"do_sample": True, **own}, own),
-                        ({"do_sample": False, **own}, {**own, "temperature": 0.0})):
+                        ({"do_sample": False, **own}, {**own, "temperature": 0.0}),
+                        ({"do_sample": True, "top_k": None, "top_p": 1}, usual)):
         write_lines(generation, given)
         assert Config.read(tmp_path).sampling == want
+    write_lines(generation, {"do_sample": True, "top_k": "many"})
+    raises("generation_config.json", Config.read, tmp_path)
 
 
 def test_lora_names_the_file_that_lacks_a_setting_and_refuses_integers(tmp_path):
