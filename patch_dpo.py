@@ -432,7 +432,7 @@ def read_scenes(path, *needed):
         with reading(f"{path}:{row['line']}"):
             edits = row.setdefault("edits", [])
             for key in itertools.chain(row, *edits):        # of both: "edit" may be "edits"
-                meant = difflib.get_close_matches(key, SCENE_KEYS, 1, 0.85)
+                meant = difflib.get_close_matches(key.strip().lower(), SCENE_KEYS, 1, 0.85)
                 if meant and key not in SCENE_KEYS:
                     raise ValueError(f'"{key}" is no key here; "{meant[0]}" is')
             for edit in edits:
