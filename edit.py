@@ -47,13 +47,13 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 import cdpo
 import lora
 from controlnet import FLUX_PARTS, MODES, control_picture, render
-from flux import VAE, TextTokenizer, read_image, read_square, to_tensor
+from flux import VAE, TextTokenizer, joined, read_image, read_square, to_tensor
 from graph import (User, attribute_names, find_attribute, in_words_of, load_graph, near, read_users,
                    tastes)
 from patch_dpo import ImageFeatures, ImagePrompt
-from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, load_language_model, pick_device,
-                  read_json, reading, resolve, seed_for, set_precision, settings_from, shipped,
-                  write_whole)
+from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_language_model,
+                  pick_device, read_json, reading, resolve, seed_for, set_precision, settings_from,
+                  shipped, write_whole)
 
 # What is edited, and for whom, when nothing is said; the people are the paper's three.
 IMAGE = "mini/sample/scenes/04_bowl.png"
@@ -163,7 +163,7 @@ def parse(argv=None, preset="mini"):
     args = parser.parse_args(argv)
     if args.preset != preset:                             # once more, with the other column
         return parse(argv, args.preset)
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()
+    given = {flag_name(name): value for name, value in vars(args).items()
              if value != parser.get_default(name)}
     settings = settings_from(args, EditSettings)
     settings.device = pick_device(settings.device)
@@ -342,9 +342,7 @@ def plan_edits(settings):
         notes = [f"{name}: {reason}" for name, reason in why.items()]
         notes = "; ".join(filter(None, [*notes, note]))
         print(f"{user.name}: {instruction}" + (f"   ({notes})" if notes else ""))
-        prompt = settings.caption
-        if instruction:
-            prompt += f". {instruction}"                  # ours: the paper does not say
+        prompt = joined(settings.caption, instruction)
         edits.append({"user": user.name, "likes": user.likes, "dislikes": user.dislikes,
                       "note": note, "instruction": instruction, "reasons": why,
                       "prompt": prompt, "settings": vars(settings)})

@@ -980,6 +980,11 @@ def denoise(
 
 # ---- tokenizers: from a FLUX.1 folder's files to ids -------------------------------------------
 
+def joined(caption, instruction):
+    """What FLUX.1 reads (ours: the paper does not say)."""
+    return f"{caption}. {instruction}" if instruction else caption
+
+
 class TextTokenizer:
     """Prompts (see encode_prompt) -> ids (N, T), cut or padded to model_max_length of
     tokenizer_config.json, at most `limit`. `path`: the folder `tokenizer` (CLIP) or `tokenizer_2`
@@ -1005,7 +1010,7 @@ class TextTokenizer:
         """The ids (T,) of "caption. instruction", without the last tokens of the caption where it
         is too long; of the instruction alone where even that is."""
         caption, instruction = (prompt, "") if isinstance(prompt, str) else prompt
-        found = self.backend.encode(f"{caption}. {instruction}" if instruction else caption)
+        found = self.backend.encode(joined(caption, instruction))
         ids = found.ids
         spans = found.offsets                                               # (0, 0): special tokens
         inside = [i for i, (start, end) in enumerate(spans) if start < end <= len(caption)]

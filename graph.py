@@ -17,6 +17,7 @@ Shapes: U users, A attributes, E edges, F width of a node's features, k similar 
 Try it: python graph.py
 """
 import difflib
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class PreferenceGraph(nn.Module):
         names = [user.name for user in users]
         return cls(names, list(attributes), edges_of(users, attributes), features)
 
+    @functools.lru_cache(maxsize=1)                 # edit.py asks several times for each person
     def people(self):
         """list[User], as they were when the graph was built."""
         users = [User(name, [], []) for name in self.users]
@@ -460,13 +462,26 @@ class GraphPretraining:
 
 # ---- files ---------------------------------------------------------------------------------------
 
+@functools.cache                # the same few keys stand in every line
+def misspelt(key, known):
+    """[the one of the `known` keys, a tuple, that `key` nearly is], [] when it is one or none."""
+    return [] if key in known else difflib.get_close_matches(key.strip().lower(), known, 1, 0.85)
+
+
+def check_keys(keys, known):
+    """ValueError for a key that is nearly one of the known ones, such as "dislike". Others may be
+    somebody else's."""
+    for key in keys:
+        for meant in misspelt(key, tuple(known)):
+            raise ValueError(f'"{key}" is no key here; "{meant}" is')
+
+
 def read_jsonl(path, optional=None, **fields):
     """Rows of a JSON-lines file: dicts, their line number under "line".
 
     Each must have `fields`, given as name=type (list: a list of strings), and may have `optional`,
-    given as {name: default}, of the default's type. Other keys are ignored, but for those that are
-    nearly one of these, such as "dislike". Blank lines are skipped; what else does not fit is a
-    ValueError with file and line number."""
+    given as {name: default}, of the default's type. Other keys are ignored, see check_keys. Blank
+    lines are skipped; what else does not fit is a ValueError with file and line number."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     optional = optional or {}
@@ -481,10 +496,8 @@ def read_jsonl(path, optional=None, **fields):
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
                              f"({error})") from None
-        for key in row:
-            meant = difflib.get_close_matches(key.strip().lower(), kinds, 1, 0.85)
-            if meant and key not in kinds:
-                raise ValueError(f'{path}:{number}: "{key}" is no key here; "{meant[0]}" is')
+        with reading(f"{path}:{number}"):
+            check_keys(row, kinds)
         for name, kind in kinds.items():
             value = row.get(name)
             texts = value if kind is list else [value]

@@ -16,14 +16,7 @@ tokens, M references, N edits, G generated pictures of each. Losses give one num
 Try it: python patch_dpo.py
 """
 import copy
-import difflib
-import glob
-import hashlib
-import itertools
-import json
 import math
-import os
-import re
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -41,9 +34,9 @@ from controlnet import FLUX_PARTS
 from flux import (VAE, CLIPMLP, Flux, attend, check_parts, denoise, encode_prompt,
                   image_ids, pack, rope_table, rotate, sigmas, unpack,
                   read_square, to_picture, to_tensor)
-from graph import read_jsonl
+from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
-                  choose, flag, generator_for, pick_device,
+                  choose, fingerprint, flag, flag_name, generator_for, pick_device,
                   load_checkpoint, on_meta, read_json, read_tensors,
                   reading, resolve, shipped, write_whole)
 
@@ -431,10 +424,8 @@ def read_scenes(path, *needed):
         row["image"] = folder / name
         with reading(f"{path}:{row['line']}"):
             edits = row.setdefault("edits", [])
-            for key in itertools.chain(row, *edits):        # of both: "edit" may be "edits"
-                meant = difflib.get_close_matches(key.strip().lower(), SCENE_KEYS, 1, 0.85)
-                if meant and key not in SCENE_KEYS:
-                    raise ValueError(f'"{key}" is no key here; "{meant[0]}" is')
+            for keys in (row, *edits):                      # of both: "edit" may be "edits"
+                check_keys(keys, SCENE_KEYS)
             for edit in edits:
                 if not all(isinstance(edit[field], str) for field in needed):
                     raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
@@ -708,28 +699,6 @@ def stack(rows):
 GENERATED = "generated.safetensors"
 
 
-def fingerprint(text):
-    """Of the name of a folder: a hash of all in it but resume points. Of the name of a file: a hash
-    of it and of the pictures that it names, as a table does. Other text stands for itself."""
-    path = Path(text).expanduser()
-    if not text or not path.exists():
-        return text
-    files = [path]
-    if path.is_dir():
-        names = glob.glob("**", root_dir=path, recursive=True)
-        files = [path / name for name in names if not name.startswith("step_")]
-    else:
-        for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
-            files.append(path.parent / json.loads(name))
-    h = hashlib.sha256()
-    for file in sorted(set(files)):
-        if file.is_file():
-            h.update(os.fsencode(file.name))
-            with open(file, "rb") as stream:
-                h.update(hashlib.file_digest(stream, "sha256").digest())
-    return h.hexdigest()[:16]
-
-
 @torch.no_grad()
 def generate_pictures(settings):
     """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
@@ -776,9 +745,9 @@ def read_generated(edits):
         latent = stored.get_tensor("latent").flatten(0, 1)
         quality = stored.get_tensor("quality").flatten(1, 2)
     now = origin(edits.settings)
-    changed = [name.replace("_", "-") for name in now if about.get(name) != now[name]]
+    changed = [flag_name(name) for name in now if about.get(name) != now[name]]
     if changed:
-        raise ValueError(f"{file} was painted with another --{', --'.join(changed)}, or its files "
+        raise ValueError(f"{file} was painted with another {', '.join(changed)}, or its files "
                          "have changed since: give another --generated, or delete the folder")
     return latent, quality
 

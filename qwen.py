@@ -18,9 +18,11 @@ which may stand on either side.
 Try it:  python qwen.py
 """
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -727,6 +729,10 @@ def shipped(default):
     return str(here / default) if outside else default
 
 
+def flag_name(field_name):
+    return f"--{field_name.replace('_', '-')}"
+
+
 def add_flags(parser, settings, preset="mini"):
     """One --flag for each field of the dataclass `settings`; the preset's column is the default."""
     for row in fields(settings):
@@ -737,8 +743,7 @@ def add_flags(parser, settings, preset="mini"):
             how = {"action": "store_true"}
         elif value not in (None, ""):
             about += f" (default: {value})"
-        name = f"--{row.name.replace('_', '-')}"
-        parser.add_argument(name, default=shipped(value), help=about, **how)
+        parser.add_argument(flag_name(row.name), default=shipped(value), help=about, **how)
 
 
 def settings_from(args, settings):
@@ -752,7 +757,7 @@ def settings_from(args, settings):
         low, high = row.metadata["bounds"] or (int(never_0), 10 ** 13)
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise ValueError(
-                f"--{row.name.replace('_', '-')} is {value}; it must lie in {low} .. {high}")
+                f"{flag_name(row.name)} is {value}; it must lie in {low} .. {high}")
     return settings(**values)
 
 
@@ -842,6 +847,28 @@ def all_reduce(tensor):
 def barrier():
     """Wait for all processes."""
     collective(torch.distributed.barrier)
+
+
+def fingerprint(text):
+    """Of the name of a folder: a hash of all in it but resume points. Of the name of a file: a hash
+    of it and of the pictures that it names, as a table does. Other text stands for itself."""
+    path = Path(text).expanduser()
+    if not text or not path.exists():
+        return text
+    files = [path]
+    if path.is_dir():
+        names = glob.glob("**", root_dir=path, recursive=True)
+        files = [path / name for name in names if not name.startswith("step_")]
+    else:
+        for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
+            files.append(path.parent / json.loads(name))
+    h = hashlib.sha256()
+    for file in sorted(set(files)):
+        if file.is_file():
+            h.update(os.fsencode(file.name))
+            with open(file, "rb") as stream:
+                h.update(hashlib.file_digest(stream, "sha256").digest())
+    return h.hexdigest()[:16]
 
 
 def write_whole(folder, write, what):

@@ -55,9 +55,8 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 import cdpo
 import graph
 import patch_dpo
-from patch_dpo import fingerprint
 from qwen import (RANK, WORLD, add_flags, all_reduce, barrier, check_fit, choose,
-                  flag, generator_for, pick_device, read_json, read_tensors, reading,
+                  fingerprint, flag, generator_for, pick_device, read_json, read_tensors, reading,
                   seed_for, set_precision, settings_from, write_whole)
 
 
@@ -74,12 +73,12 @@ def batch_indices(items, batch, seed, step):
     """Which of the items make up the batch of `step`: epoch after epoch, each shuffled by
     (seed, epoch)."""
     epoch, start = divmod(step * batch, items)
-    order = []
+    order = torch.empty(0, dtype=torch.long)
     while len(order) < start + batch:
         shuffled = torch.randperm(items, generator=generator_for(seed, "epoch", epoch))
-        order += shuffled.tolist()
+        order = torch.cat([order, shuffled])
         epoch += 1
-    return order[start:start + batch]
+    return order[start:start + batch].tolist()
 
 
 def learning_rate(step, steps, warmup):

@@ -25,7 +25,7 @@ import edit
 import lora
 from graph import read_jsonl, read_users
 from mini.judge import Judge
-from qwen import Qwen, Tokenizer, generator_for
+from qwen import generator_for, load_language_model
 
 CONCEPTS = json.loads(Path(edit.__file__).with_name("mini").joinpath("concepts.json").read_text())
 KINDS = CONCEPTS["attributes"]                            # {edit type: [attribute, ...]}
@@ -137,8 +137,7 @@ class Words:
         args = self.args
         rng = random.Random(0)
         tokens = cdpo.UserTokens.load(Path(args.policy) / "collaborative.safetensors")
-        model = Qwen.load(args.qwen)
-        tokenizer = Tokenizer.load(args.qwen)
+        model, tokenizer = load_language_model(args.qwen)
         lora.load_adapter(model, args.policy)
         soft = tokens.soft(tokens.new(self.users))
         verdicts = []
