@@ -362,7 +362,7 @@ class PictureSettings(TrainSettings):
     features:     str   = flag("mini/vit", "facebook/dinov2-base",
                                "f of the image prompt and of the report: DINOv2 or ViT (ours)")
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
-    size:         int   = flag(64, 512, "side of the pictures in pixels")
+    size:         int   = flag(96, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
     refresh:      int   = flag(1, 1, "M, steps between copies of the policy into the sampler "
                                "(--loss dro only)")
