@@ -119,7 +119,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_tables(positions, head_dim, theta):
-    """Rotary position embedding: cos and sin (B, 1, T, d), in fp32, for positions (B, T).
+    """Rotary position embedding: cos and sin (B, 1, T, d), in fp32, for positions (B, T); in the
+    first half sin has the other sign, as `rotate` wants it.
 
     Two dims of a query or key are a point in a plane; the token at position p has it turned by
     p * frequency. So a query times a key depends on their distance alone. Which two dims? Qwen
@@ -131,23 +132,22 @@ def rope_tables(positions, head_dim, theta):
     """
     dims = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = theta ** -(dims / head_dim)                                # (d/2,): a b c d
-    frequency = frequency.repeat(2)                                        # (d,)
+    frequency = torch.cat([-frequency, frequency])                         # (d,)
     angle = positions[:, None, :, None].float() * frequency                # (B, 1, T, d)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]: queries and keys x (B, H + G, T, d)."""
-    x1, x2 = x.chunk(2, dim=-1)                                            # (B, H + G, T, d/2)
-    turned = torch.cat([-x2, x1], dim=-1)                                  # by 90 degrees
-    return (x * cos + turned * sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, -1)                                 # [x2, x1]
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is True for what a token
-    sees; None: every token up to itself. On a GPU flash attention runs where there is no mask, else
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is what `additive` gives;
+    None: a token sees all up to itself. On a GPU flash attention runs where there is no mask, else
     the memory-efficient kernel: see `set_precision`.
     """
     if q.shape[2] != 1:
@@ -251,6 +251,14 @@ def mask_and_positions(attention_mask, places, total):
     return (key <= query) & visible, positions[:, places]
 
 
+def additive(mask, dtype):
+    """A mask (B, 1, T, S), True for what a token sees, as what attention adds to q k^T: 0 or -inf.
+    Each layer would make that anew; the GPU's kernel wants rows a multiple of 16 numbers apart."""
+    S = mask.shape[-1]
+    seen = F.pad(mask, (0, -S % 16))
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)[..., :S]
+
+
 class Decoder(nn.Module):
     """The transformer without its head. `checkpointing = True` recomputes each layer in the
     backward pass instead of storing what is inside."""
@@ -282,6 +290,8 @@ class Decoder(nn.Module):
                 attention_mask = x.new_ones(1, S)
         mask, positions = mask_and_positions(attention_mask, places, S)
         rope = rope_tables(positions, c.head_dim, c.theta)
+        if mask is not None:
+            mask = additive(mask, x.dtype)                                 # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
             context = (rope, mask, cache and cache.kv[i], places)
             if self.checkpointing:
@@ -835,8 +845,9 @@ def collective(operation, *tensors):
         operation(*tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"another process of this run is gone ({str(error).splitlines()[0]}); the same command "
-            "continues from the last checkpoint") from None
+            f"process {RANK} of {WORLD}: another process of this run died "
+            f"({str(error).splitlines()[0]}); the same command continues from the last step_N"
+        ) from None
 
 
 def all_reduce(tensor):

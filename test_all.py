@@ -495,6 +495,40 @@ def test_qwen_recomputed_layers_give_the_same_gradient():
     assert len(seen) == 4
 
 
+def test_qwen_mask_that_is_added_is_the_mask():
+    """Attention gives the same with 0 and -inf, whose rows are 16 numbers apart, as with what is
+    seen."""
+    q, k, v = noise(3, 2, 2, 5, 8)
+    seen = (noise(2, 1, 5, 5) > 0) | torch.eye(5, dtype=torch.bool)
+    mask = qwen.additive(seen, q.dtype)
+    assert mask.shape == seen.shape and mask.stride(2) == 16
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    assert_close(qwen.attend(q, k, v, mask), expected)
+
+
+def test_qwen_a_layer_of_a_decoded_token_is_28_operators():
+    """Those that compute. Its two norms are 6 each here, on a GPU one kernel and their weight."""
+    counts = []
+    views = ("view", "expand", "transpose", "slice", "select", "split", "unsqueeze", "alias",
+             "detach", "as_strided", "permute", "unbind", "_to_copy", "t.default", "empty")
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not any(name in str(function) for name in views):
+                counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    for layers in (2, 3):
+        model = tiny_qwen(layers=layers)
+        cache = Cache(model.config, 1, 8, "cpu", torch.float32)
+        with torch.inference_mode():
+            model.model(torch.tensor([[3, 4]]), cache=cache)
+            counts.append(0)
+            with Count():
+                model.model(torch.tensor([[5]]), cache=cache)
+    assert counts[1] - counts[0] == 28, counts
+
+
 def test_qwen_large_frozen_product_is_the_plain_one():
     """x W^T + b and its gradients, whether oneDNN computes it (large, fp32, frozen) or not."""
     x = noise(3, 2, 600).requires_grad_()
@@ -1430,12 +1464,31 @@ def test_shared_collectives_do_nothing_alone():
     assert x.tolist() == [1, 1] and (qwen.RANK, qwen.WORLD) == (0, 1)
 
 
-def test_shared_lost_process_is_named():
-    gone = mock.Mock(side_effect=RuntimeError("Connection closed\nby peer"))
-    with mock.patch("qwen.WORLD", 2):
-        raises(
-            "another process of this run is gone", qwen.collective, gone, torch.ones(1)
-        )
+def test_shared_process_that_died_is_named_by_the_other(tmp_path):
+    """Of two processes one ends between two sums: the other says so in a sentence."""
+    code = f"""
+import os, sys, torch, qwen
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/store", rank=qwen.RANK, world_size=qwen.WORLD)
+qwen.all_reduce(torch.ones(2))
+if qwen.RANK == 1:
+    os._exit(0)
+try:
+    qwen.all_reduce(torch.ones(2))
+except ValueError as error:
+    print(error, flush=True)
+    os._exit(0)
+"""
+    processes = []
+    for rank in (0, 1):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", code]
+        processes.append(subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert said[0].startswith("process 0 of 2: another process of this run died (")
+    assert "the same command continues from the last step_N" in said[0]
+    assert said[0].count("\n") == 1 and said[1] == ""
 
 
 def test_shared_folder_is_written_whole_or_not_at_all(tmp_path):
