@@ -629,9 +629,11 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, L, D) -> q, k (B, L, H, d), v (B, L, D)."""
-        q = self.norm_q(self.to_q(x))
-        k = self.norm_k(self.to_k(x))
-        return q, k, self.to_v(x)
+        return (
+            self.norm_q(self.to_q(x)),
+            self.norm_k(self.to_k(x)),
+            self.to_v(x)
+        )
 
     def forward(self, q, k, v, rope, T):
         """What `project` gives, for T text tokens and L image tokens -> (B, T+L, D)."""
@@ -660,9 +662,11 @@ class JointAttention(Attention):
 
     def project_text(self, x):
         """(B, T, D) -> q, k (B, T, H, d), v (B, T, D)."""
-        q = self.norm_added_q(self.add_q_proj(x))
-        k = self.norm_added_k(self.add_k_proj(x))
-        return q, k, self.add_v_proj(x)
+        return (
+            self.norm_added_q(self.add_q_proj(x)),
+            self.norm_added_k(self.add_k_proj(x)),
+            self.add_v_proj(x)
+        )
 
 
 class FeedForward(nn.Sequential):
@@ -690,23 +694,26 @@ class DoubleBlock(nn.Module):
         """img (B, L, D), txt (B, T, D), modulation (B, 12, D), rope (T+L, d/2, 2) -> img,
         txt."""
         T = txt.shape[1]
-        (
-            img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate,
-            txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate
-        ) = modulation[:, :, None].unbind(1)                                # (B, 1, D) each
-        q, k, v = self.attn.project(modulate(img, img_shift, img_scale))
-        txt_q, txt_k, txt_v = self.attn.project_text(modulate(txt, txt_shift, txt_scale))
-        q = torch.cat([txt_q, q], dim=1)                                    # (B, T+L, H, d)
-        k = torch.cat([txt_k, k], dim=1)
-        v = torch.cat([txt_v, v], dim=1)                                    # (B, T+L, D)
-        out = self.attn(q, k, v, rope, T)
-        img = torch.addcmul(img, img_gate, self.attn.to_out(out[:, T:]))    # img + gate * out
-        txt = torch.addcmul(txt, txt_gate, self.attn.to_add_out(out[:, :T]))
-        img_out = self.ff(modulate(img, img_ff_shift, img_ff_scale))
-        txt_out = self.ff_context(modulate(txt, txt_ff_shift, txt_ff_scale))
-        img = torch.addcmul(img, img_ff_gate, img_out)                      # (B, L, D)
-        txt = torch.addcmul(txt, txt_ff_gate, txt_out)                      # (B, T, D)
+        vectors = modulation[:, :, None].unbind(1)                          # (B, 1, D) each
+        img_shift, img_scale, *img_rest = vectors[:6]
+        txt_shift, txt_scale, *txt_rest = vectors[6:]
+        image = self.attn.project(modulate(img, img_shift, img_scale))
+        text = self.attn.project_text(modulate(txt, txt_shift, txt_scale))
+        qkv = [torch.cat(pair, dim=1) for pair in zip(text, image)]         # (B, T+L, ...)
+        out = self.attn(*qkv, rope, T)                                      # (B, T+L, D)
+        img_out = self.attn.to_out(out[:, T:])
+        txt_out = self.attn.to_add_out(out[:, :T])
+        img = add_gated(img, img_out, self.ff, img_rest)                    # (B, L, D)
+        txt = add_gated(txt, txt_out, self.ff_context, txt_rest)            # (B, T, D)
         return img, txt
+
+
+def add_gated(x, attended, ff, vectors):
+    """What attention and then the MLP add to x (B, L, D)."""
+    gate, ff_shift, ff_scale, ff_gate = vectors                             # (B, 1, D) each
+    x = torch.addcmul(x, gate, attended)                                    # x + gate * attended
+    out = ff(modulate(x, ff_shift, ff_scale))
+    return torch.addcmul(x, ff_gate, out)
 
 
 class SingleBlock(nn.Module):
@@ -859,18 +866,15 @@ class Flux(Pretrained):
 def check_parts(path):
     """ValueError, before anything is loaded, when the transformer of a FLUX.1 folder is not as wide
     as its autoencoder and text encoders -> the settings that a ControlNet must share with it."""
-    def read(kind, part, *names, **also):
-        with reading(f"{path}/{part}/config.json"):
-            config = kind.read_config(f"{path}/{part}", **also)
-            return {name: config[name] for name in names}
-
-    widths = {
-        "in_channels": 4 * read(VAE, "vae", "latent_channels")["latent_channels"],
-        "joint_attention_dim": read(T5, "text_encoder_2", "d_model")["d_model"],
-        "pooled_projection_dim": read(CLIPText, "text_encoder", "hidden_size")["hidden_size"]
-    }
-    heads = ["num_attention_heads", "attention_head_dim"]
-    return read(Flux, "transformer", *widths, *heads, **widths)
+    with reading(path):
+        widths = {
+            "in_channels": 4 * VAE.read_config(f"{path}/vae")["latent_channels"],
+            "joint_attention_dim": T5.read_config(f"{path}/text_encoder_2")["d_model"],
+            "pooled_projection_dim": CLIPText.read_config(f"{path}/text_encoder")["hidden_size"]
+        }
+        config = Flux.read_config(f"{path}/transformer", **widths)
+        heads = ["num_attention_heads", "attention_head_dim"]
+        return {name: config[name] for name in [*widths, *heads]}
 
 
 def move(model, device, but):

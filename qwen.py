@@ -146,7 +146,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is what `additive` gives;
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S): see `additive`;
     None: a token sees all up to itself. On a GPU flash attention runs where there is no mask, else
     the memory-efficient kernel: see `set_precision`.
     """
