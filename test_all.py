@@ -2442,7 +2442,8 @@ def test_flux_gives_the_recorded_velocities():
 
 
 def test_controlnet_gives_the_recorded_residuals():
-    """Union nets in one mode and in one mode a row, and nets without modes."""
+    """Union nets in one mode and in one mode a row, and nets without modes. Such nets are loud:
+    another kind of CPU is up to 4e-4 away."""
     found = []
     for config, B, sizes in FLUX_SHAPES:
         net = tiny_net(config, *sizes)
@@ -2452,14 +2453,14 @@ def test_controlnet_gives_the_recorded_residuals():
         )
         assert (len(double), len(single)) == sizes[1:]
         found.append(torch.stack(double + single))
-    assert_recorded(found[0], 10.82, 5.8011, -8.7185, -39.324, bound=1e-3)     # another CPU
-    assert_recorded(found[1], 19.125, 16.764, -14.128, 10.427)
-    assert_recorded(found[2], 3.9195, 2.2729, 5.0505, -1.8707)
-    assert_recorded(found[3], 4.8794, -10.91, -32.63, -11.059)
+    assert_recorded(found[0], 10.82, 5.8011, -8.7185, -39.324, bound=1e-3)
+    assert_recorded(found[1], 19.125, 16.764, -14.128, 10.427, bound=1e-3)
+    assert_recorded(found[2], 3.9195, 2.2729, 5.0505, -1.8707, bound=1e-3)
+    assert_recorded(found[3], 4.8794, -10.91, -32.63, -11.059, bound=1e-3)
 
 
 def test_flux_miniature_gives_the_recorded_velocity():
-    """mini/flux and mini/controlnet; diffusers gives the same."""
+    """mini/flux and mini/controlnet; diffusers gives the same. Another kind of CPU is 4e-4 away."""
     model = flux.Flux.load(MINI / "flux/transformer")
     net = controlnet.ControlNet.load(MINI / "controlnet")
     x = flux_inputs(
@@ -2471,9 +2472,9 @@ def test_flux_miniature_gives_the_recorded_velocity():
     )
     double, single = net(control=noise(2, 8, 64, seed=5), mode=0, scale=0.4, **x)
     residuals = torch.stack(double + single)
-    assert_recorded(residuals, 121.83, 424.38, 208.97, 195.24, bound=1e-3)     # another CPU
+    assert_recorded(residuals, 121.83, 424.38, 208.97, 195.24, bound=1e-3)
     velocity = model(**x, double_residuals=double, single_residuals=single)
-    assert_recorded(velocity, 0.78199, 3.7418, -3.9365, 0.35395)
+    assert_recorded(velocity, 0.78199, 3.7418, -3.9365, 0.35395, bound=1e-3)
     assert not model.training and model.proj_out.weight.dtype == torch.float32
     rough = flux.Flux.load(MINI / "flux/transformer", dtype=torch.bfloat16)
     assert rough.proj_out.weight.dtype == torch.bfloat16
