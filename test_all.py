@@ -6463,8 +6463,7 @@ STD = [0.229, 0.224, 0.225]
 
 def features_of(mean=MEAN, std=STD, **changes):
     """A random f of ENCODER's sizes."""
-    mean_std = patch_dpo.mean_and_std({"image_mean": mean, "image_std": std})
-    return patch_dpo.ImageFeatures({**ENCODER, **changes}, mean_std)
+    return patch_dpo.ImageFeatures({**ENCODER, **changes}, torch.tensor([mean, std]))
 
 
 def test_patch_features_equal_transformers(tmp_path):
@@ -6769,7 +6768,7 @@ def moved(stage):
 def test_patch_edits_are_split_by_scene_and_know_their_pictures():
     """The last scenes' edits only evaluate; every edit has its scene's and its true picture, at
     --size; each file is read once; prompts are caption and instruction."""
-    edits = picture_stage("dro")[0].edits
+    edits = picture_stage("dro")[0]
     assert (edits.count, len(edits.rows), len(edits.pictures)) == (6, 9, 9)
     for n, row in enumerate(edits.rows):
         assert row["line"] == n // 3 + 1
@@ -6792,7 +6791,7 @@ def test_patch_edits_are_split_by_scene_and_know_their_pictures():
 
 def test_patch_edits_of_an_image_prompt_leave_the_object_what_it_was():
     """Background, lighting and added things, described by the instruction alone; Flux is frozen."""
-    edits = picture_stage("patch --loss dro")[0].edits
+    edits = picture_stage("patch --loss dro")[0]
     assert edits.count == 4
     assert len(edits.rows) == 6
     assert {row["edit_type"] for row in edits.rows} == {"background", "lighting"}
@@ -6840,7 +6839,7 @@ def test_patch_edits_that_cannot_be_used_are_refused():
 
 def test_patch_pictures_go_through_the_networks_in_parts():
     """--micro at a time, in order; a decoded picture is in [-1, 1]."""
-    edits = picture_stage("dro --micro 16")[0].edits
+    edits = picture_stage("dro --micro 16")[0]
     sizes = []
 
     def twice(part):
@@ -6859,16 +6858,15 @@ def test_patch_pictures_go_through_the_networks_in_parts():
 
 def velocity_of(stage, who, item, x, t):
     """The velocity (L, 64) of one edit at x and t, by Flux itself, with guidance 1."""
-    edits = stage.edits
     stage.tuned.select(who, item[None])
-    txt, pooled = edits.texts(item[None])
-    found = edits.flux(
+    txt, pooled = stage.texts(item[None])
+    found = stage.flux(
         img=x[None],
         txt=txt,
         pooled=pooled,
         timestep=t[None],
         guidance=torch.ones(1),
-        img_ids=edits.ids,
+        img_ids=stage.ids,
         txt_ids=torch.zeros(txt.shape[1], 3)
     )
     return found[0].detach()
@@ -6895,7 +6893,6 @@ def test_patch_generated_pictures_and_their_quality_are_the_models():
     is that of its patches beside the scene's, quality[1] the other way round."""
     made = made_pictures()
     stage, settings, _ = picture_stage()
-    edits = stage.edits
     assert made["latent"].shape == (4, 2, 4, 64)
     assert made["quality"].shape == (2, 4, 2, 2, 2)
     for n in range(4):
@@ -6904,17 +6901,17 @@ def test_patch_generated_pictures_and_their_quality_are_the_models():
         for sample in range(2):
             generator = qwen.generator_for((settings.seed, sample), "picture", n)
             latent = flux.denoise(
-                edits.flux,
+                stage.flux,
                 torch.randn(1, 4, 64, generator=generator),
-                *edits.texts(item),
-                img_ids=edits.ids,
+                *stage.texts(item),
+                img_ids=stage.ids,
                 levels=flux.sigmas(3, 4)
             )
             assert_close(made["latent"][n, sample], latent[0], 1e-5)
-            picture = edits.vae.decode(flux.unpack(latent, 4, 4))
-            scene = edits.pictures[edits.scene[item]]
-            f_gen = edits.features(picture.clamp(-1, 1))
-            f_ref = edits.features(scene)
+            picture = stage.vae.decode(flux.unpack(latent, 4, 4))
+            scene = stage.pictures[stage.scene[item]]
+            f_gen = stage.features(picture.clamp(-1, 1))
+            f_ref = stage.features(scene)
             gen, ref = made["quality"][:, n, sample]
             want_gen = patch_dpo.patch_quality(f_gen, f_ref)[0]
             want_ref = patch_dpo.patch_quality(f_ref, f_gen)[0]
@@ -6964,9 +6961,8 @@ def test_patch_quality_has_features_of_its_own(tmp_path):
     stage = picture_stage(f"patch --quality-features {f} --generated {tmp_path}/made")[0]
     assert stage.quality.shape == (2, 8, 4, 4)
     assert stage.tuned.maps.shape == (3, 4, 96)
-    edits = stage.edits
-    scene = edits.pictures[edits.scene[:1]]
-    picture = edits.decode(stage.latent[:1])
+    scene = stage.pictures[stage.scene[:1]]
+    picture = stage.decode(stage.generated[:1])
     with torch.no_grad():
         want = patch_dpo.patch_quality(judge(picture), judge(scene))
     assert_close(stage.quality[0, :1], want, 1e-4)
@@ -7017,7 +7013,7 @@ def test_patch_stage_loss_is_s1_of_both_pictures():
             weights = [good, 1 - missed]
             if "reconstruction" in flags:
                 weights = [0.5, 0.5]
-            scene = stage.edits.latent[stage.edits.scene[item]]
+            scene = stage.latent[stage.scene[item]]
             for x_0, weight in zip((made["latent"][item, picture % 2], scene), weights):
                 x, v = on_the_way(x_0, eps, t)
                 error = velocity_of(stage, "policy", item, x, t) - v
@@ -7074,12 +7070,11 @@ def test_dro_loss_is_that_of_an_experts_picture_and_of_the_policys_own_way():
         moved(stage)
         rows = draw_batch(stage, settings, 1)
         moved(stage)
-        edits = stage.edits
         losses = []
         drift = 0
         for item, eps, t, x, v in rows:
-            picture = edits.truth[item] if "rank" in command else edits.scene[item]
-            expert = on_the_way(edits.latent[picture], eps, t)
+            picture = stage.truth[item] if "rank" in command else stage.scene[item]
+            expert = on_the_way(stage.latent[picture], eps, t)
             drift += squares(stage, "reference", item, (x, v), t)
             gap = 0.001
             for sign, point in ((1, expert), (-1, (x, v))):
@@ -7191,16 +7186,15 @@ def test_dro_reference_stays_where_the_policy_began():
         assert relative(after[2], before[0]) > 1e-3
         alone = velocity_of(stage, "policy", item[1], x[1], t[1])
         assert_close(after[2][1], alone, 1e-5)
-    adapted = {name.partition(".attn.")[2] for name in lora.layers(stage.edits.flux)}
+    adapted = {name.partition(".attn.")[2] for name in lora.layers(stage.flux)}
     assert adapted == {"to_q", "to_k", "to_v", "to_out.0"}
 
 
 def test_patch_reference_that_is_none_adds_nothing():
     """-1 among an edit's references is no picture: no keys, no values."""
     stage = picture_stage("patch --loss dro")[0]
-    edits = stage.edits
     prompt = moved(stage).tuned.prompts["policy"]
-    scene = edits.scene[:1, None]
+    scene = stage.scene[:1, None]
     none = torch.full((1, 1), -1)
     item = torch.tensor([0])
     x = noise(1, 4, 64)
@@ -7208,9 +7202,9 @@ def test_patch_reference_that_is_none_adds_nothing():
     found = []
     both = torch.cat([scene, none], dim=1)
     for references in (none, both, scene):
-        stage.tuned = patch_dpo.ImagePrompts(edits, prompt, references)
+        stage.tuned = patch_dpo.ImagePrompts(stage, prompt, references)
         found.append(stage.velocity("sampler", item, x, t))
-    prompt.attend_to(edits.flux, None)
+    prompt.attend_to(stage.flux, None)
     with mock.patch.object(stage.tuned, "select"):
         plain = velocity_of(stage, "", item[0], x[0], t[0])
     assert_close(found[0][0], plain, 1e-5)
@@ -7228,7 +7222,7 @@ def test_patch_gradients_do_not_depend_on_micro_or_checkpointing():
             parameters = list(moved(stage).tuned.policy.values())
             train.gradients(stage, settings, rows, parameters, step=0, stop=[])
             found.append(torch.cat([p.grad.flatten() for p in parameters]))
-        assert stage.edits.flux.checkpointing
+        assert stage.flux.checkpointing
         assert found[0].any()
         assert_close(found[1], found[0], 1e-4)
 
@@ -7248,7 +7242,6 @@ def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
     """image_prompt.safetensors is the policy; pictures.png has a row each of scenes, reference's,
     policy's and true pictures of the held-out edits."""
     stage = picture_stage("patch --loss dro")[0]
-    edits = stage.edits
     stage.save(tmp_path)
     sheet = np.array(Image.open(tmp_path / "pictures.png"))
     assert sheet.shape == (4 * 16, 2 * 16, 3)
@@ -7256,9 +7249,9 @@ def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
     for n, at in ((4, 0), (5, 16)):
         for row, key in ((0, "scene"), (48, "image")):
             shown = sheet[row:row + 16, at:at + 16]
-            assert (shown == flux.read_square(edits.rows[n][key], 16)).all()
+            assert (shown == flux.read_square(stage.rows[n][key], 16)).all()
     latent = stage.paint("policy", torch.tensor([5]), seed=0)
-    painted = flux.to_picture(edits.decode(latent)[0])
+    painted = flux.to_picture(stage.decode(latent)[0])
     apart = painted.astype(int) - sheet[32:48, 16:]
     assert np.abs(apart).max() <= 1
     moved(stage).save(tmp_path)
@@ -7288,7 +7281,7 @@ def test_dro_result_is_an_adapter_and_a_sheet_of_pictures(tmp_path):
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.size == (12 * 16, 4 * 16)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    policy = lora.tensors(stage.edits.flux, "policy")
+    policy = lora.tensors(stage.flux, "policy")
     assert saved.keys() == policy.keys()
     for name, p in policy.items():
         assert same(saved[name], p.data)
@@ -7436,21 +7429,23 @@ def test_patch_generated_pictures_know_what_they_depend_on(tmp_path):
 
 
 def test_patch_features_follow_their_image_processor(tmp_path):
-    """Mean and std, rescaling, and neither of them: the map is transformers', for what its image
-    processor makes of the same picture."""
+    """Any mean and std: the map is transformers', for what its image processor makes of the same
+    picture. Pixels that are not brought to 0 .. 1, or not normalised, are refused."""
     tf = peer("transformers")
     sizes = {name: value for name, value in ENCODER.items() if name != "model_type"}
     model = loud(tf.Dinov2Model(tf.Dinov2Config(**sizes)))
     model.save_pretrained(tmp_path)
     picture = (255 * torch.rand(32, 32, 3, generator=seeded())).byte().numpy()
-    for changes in ({}, {"do_normalize": False}, {"do_rescale": False, "image_std": [90, 80, 70]},
-                    {"rescale_factor": 1 / 127.5, "image_mean": [1, 0.9, 0.8]}):
+    for changes in ({}, {"image_mean": [1, 0.9, 0.8], "image_std": [0.5, 0.4, 0.3]}):
         processor = tf.BitImageProcessor(do_resize=False, do_center_crop=False, **changes)
         processor.save_pretrained(tmp_path)
         f = patch_dpo.ImageFeatures.load(tmp_path)
         pixels = processor(picture, return_tensors="pt").pixel_values
         theirs = model(pixels).last_hidden_state
         assert_close(f.tokens(flux.to_tensor(picture)[None]), theirs, 1e-4)
+    for name, value in (("do_normalize", False), ("do_rescale", False), ("rescale_factor", 0.5)):
+        write_lines(tmp_path / "preprocessor_config.json", {name: value})
+        raises(f"preprocessor_config.json: {name} is", patch_dpo.ImageFeatures.load, tmp_path)
     for values in ([0.5], [0.5] * 4, "x", None):
         write_lines(tmp_path / "preprocessor_config.json", {"image_mean": values, "image_std": STD})
         raises("preprocessor_config.json", patch_dpo.ImageFeatures.load, tmp_path)
@@ -7501,7 +7496,7 @@ def test_patch_long_caption_keeps_the_instruction():
             edits = [{**row, "instruction": instruction} for row in scene["edits"]]
             rows.append({**scene, "caption": "a mug on a wooden table " * 99, "edits": edits})
         write_lines(d / "long.jsonl", *rows)
-        found.append(picture_stage(f"dro --scenes {d}/long.jsonl")[0].edits)
+        found.append(picture_stage(f"dro --scenes {d}/long.jsonl")[0])
     assert relative(found[0].pooled, found[1].pooled) > 1e-3
     assert relative(found[0].txt, found[1].txt) > 1e-3
 

@@ -66,7 +66,7 @@ from controlnet import ControlNet, control_picture
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
 from graph import User
 from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
-                       ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
+                       ImagePrompts, PatchSettings, PictureStage, flow, stack)
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
                   set_precision)
 
@@ -457,9 +457,10 @@ class Features:
                 labels.append([float(name in text) for name in names])
         self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))    # (S, 14, names)
         pixels = read_json(self.folder / "preprocessor_config.json")
+        mean_std = torch.tensor([pixels["image_mean"], pixels["image_std"]])
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
-            "vit": ImageFeatures(config, mean_and_std(pixels)),
+            "vit": ImageFeatures(config, mean_std),
             "name": nn.Linear(96, len(names)),
             "patch": nn.Linear(96, 3 * 4 * 4),
         })
@@ -524,6 +525,16 @@ def draw_references(edits, seed):
     return torch.stack([first, second], dim=1)
 
 
+class PromptedEdits(PictureStage):
+    """Edits in three wordings, and an image prompt that knows nothing."""
+
+    def __init__(self, settings, seed):
+        Edits.__init__(self, settings, wordings=WORDINGS)
+        width = self.in_parts(self.features, self.pictures[:1]).shape[-1]
+        references = draw_references(self, seed)
+        self.tuned = ImagePrompts(self, ImagePrompt(self.flux, width), references)
+
+
 class NewImagePrompt:
     """Keys and values by which the frozen Flux attends to reference pictures, from nothing; the
     true pictures of edits are to be painted. Two of three wordings leave the caption out: what the
@@ -540,21 +551,17 @@ class NewImagePrompt:
             held_out=1,
             device=args.device,
         )
-        edits = Edits(settings, wordings=WORDINGS)
-        width = edits.in_parts(edits.features, edits.pictures[:1]).shape[-1]
-        references = draw_references(edits, args.seed)
-        tuned = ImagePrompts(edits, ImagePrompt(edits.flux, width), references)
-        self.stage = PictureStage(edits, tuned)
-        self.edits = edits
-        self.model = tuned.prompts["policy"]
+        self.stage = PromptedEdits(settings, args.seed)
+        self.model = self.stage.tuned.prompts["policy"]
 
     def loss(self, generator, batch=16):
-        chosen = torch.randint(self.edits.count, (batch,), generator=generator)
-        rows = self.stage.draw(chosen.tolist(), generator)
+        stage = self.stage
+        chosen = torch.randint(stage.count, (batch,), generator=generator)
+        rows = stage.draw(chosen.tolist(), generator)
         item, noise, t = stack(rows)
-        truth = self.edits.truth[item]
-        x, v = flow(self.edits.latent[truth], noise, t)                    # (B, 64, 64)
-        found = self.stage.velocity("policy", item, x, t)
+        truth = stage.truth[item]
+        x, v = flow(stage.latent[truth], noise, t)                         # (B, 64, 64)
+        found = stage.velocity("policy", item, x, t)
         return (found - v.to(found)).square().mean()
 
     def save(self, average):
