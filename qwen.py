@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -259,9 +260,14 @@ def additive(mask, dtype):
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)[..., :S]
 
 
+def recomputed(layer, on):
+    """The layer; where `on`, as a function that does not store what is inside for the backward
+    pass, but computes it again there."""
+    return partial(checkpoint, layer, use_reentrant=False) if on else layer
+
+
 class Decoder(nn.Module):
-    """The transformer without its head. `checkpointing = True` recomputes each layer in the
-    backward pass instead of storing what is inside."""
+    """The transformer without its head. `checkpointing`: see `recomputed`."""
 
     def __init__(self, c):
         super().__init__()
@@ -293,11 +299,9 @@ class Decoder(nn.Module):
         if mask is not None:
             mask = additive(mask, x.dtype)                                 # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
-            context = (rope, mask, cache and cache.kv[i], places)
-            if self.checkpointing:
-                x = checkpoint(layer, x, *context, use_reentrant=False)
-            else:
-                x = layer(x, *context)                                     # (B, T, D)
+            past = cache and cache.kv[i]
+            layer = recomputed(layer, self.checkpointing)
+            x = layer(x, rope, mask, past, places)                         # (B, T, D)
         return self.norm(x)
 
 
@@ -491,6 +495,11 @@ class Linear(nn.Linear):
 
 # ---- tokenizer ---------------------------------------------------------------------------------
 
+def written(token):
+    """A special token of tokenizer_config.json: older files have a dict."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 @dataclass
 class Tokenizer:
     """tokenizer.json, with Qwen2.5's chat template written out."""
@@ -511,13 +520,11 @@ class Tokenizer:
         fast.no_truncation()
         config_file = path / "tokenizer_config.json"
         config = read_json(config_file, {})
-        if not config.get("add_eos_token"):
-            return cls(file, fast, [])
-        with reading(config_file):
-            eos = config["eos_token"]
-            if isinstance(eos, dict):
-                eos = eos["content"]
-            return cls(file, fast, [fast.get_vocab()[eos]])
+        end = []
+        if config.get("add_eos_token"):
+            with reading(config_file):
+                end.append(fast.get_vocab()[written(config["eos_token"])])
+        return cls(file, fast, end)
 
     def encode(self, text, whole=False):
         """list[int]; special tokens written in the text count as such. `whole`: as embedding models
