@@ -2106,7 +2106,7 @@ def test_flux_lora_whose_parts_do_not_fit_is_refused(tmp_path):
         ("lora_A.weight", {A: None}),
         ("proj_out.lora_B.weight has shape", {B: torch.ones(len(stored[B]), 3)}),
         ("proj_out.lora_A.weight has shape", {A: stored[A][:, 1:].contiguous()}),
-        ("lora_A.weight has shape (2, 48), expected (4, 48)", uneven),
+        ("lora_A.weight has shape (2, 240), expected (4, 240)", uneven),
         ("different alphas", {"transformer.proj_out.alpha": torch.tensor(6.0)}),
         ("different alphas", {"transformer.proj_out.alpha": torch.tensor(math.nan)}),
         ("two different tensors", {B.replace("transformer", "base_model.model"): stored[B] + 1}),
