@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from qwen import (
-    Linear, RMSNorm, choose, load_checkpoint, on_meta, read_json, reading, shipped
+    Linear, RMSNorm, choose, load_checkpoint, on_meta, read_json, reading, recomputed, shipped,
+    written
 )
 
 
@@ -456,7 +456,7 @@ class VAE(Pretrained):
     def encode(self, image, generator=None):
         """image (B, 3, H, W) in [-1, 1] -> latent (B, 16, H/8, W/8): the posterior's mean, or a
         sample when a generator, of any device, is given."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        mean, logvar = self.encoder(image).chunk(2, 1)
         if generator:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device)
             mean = mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(mean)
@@ -550,7 +550,7 @@ def rope_table(ids, axes):
     for k, dim in enumerate(axes):
         speeds = 10000.0 ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
         angles.append(ids[:, k, None] * speeds)                             # (T, dim/2)
-    angles = torch.cat(angles, dim=1)                                       # (T, d/2)
+    angles = torch.cat(angles, 1)                                       # (T, d/2)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
@@ -573,7 +573,7 @@ def sinusoid(x):
     """(B,) -> (B, 256) in fp32: cosines, then sines, of 1000 x at speeds 10000^(-i/128)."""
     speeds = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=x.device))
     angles = 1000 * x.float()[:, None] * speeds                             # (B, 128)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 class MLPEmbedder(nn.Sequential):
@@ -629,9 +629,11 @@ class Attention(nn.Module):
 
     def project(self, x):
         """(B, L, D) -> q, k (B, L, H, d), v (B, L, D)."""
-        q = self.norm_q(self.to_q(x))
-        k = self.norm_k(self.to_k(x))
-        return q, k, self.to_v(x)
+        return (
+            self.norm_q(self.to_q(x)),
+            self.norm_k(self.to_k(x)),
+            self.to_v(x)
+        )
 
     def forward(self, q, k, v, rope, T):
         """What `project` gives, for T text tokens and L image tokens -> (B, T+L, D)."""
@@ -660,9 +662,11 @@ class JointAttention(Attention):
 
     def project_text(self, x):
         """(B, T, D) -> q, k (B, T, H, d), v (B, T, D)."""
-        q = self.norm_added_q(self.add_q_proj(x))
-        k = self.norm_added_k(self.add_k_proj(x))
-        return q, k, self.add_v_proj(x)
+        return (
+            self.norm_added_q(self.add_q_proj(x)),
+            self.norm_added_k(self.add_k_proj(x)),
+            self.add_v_proj(x)
+        )
 
 
 class FeedForward(nn.Sequential):
@@ -690,23 +694,26 @@ class DoubleBlock(nn.Module):
         """img (B, L, D), txt (B, T, D), modulation (B, 12, D), rope (T+L, d/2, 2) -> img,
         txt."""
         T = txt.shape[1]
-        (
-            img_shift, img_scale, img_gate, img_ff_shift, img_ff_scale, img_ff_gate,
-            txt_shift, txt_scale, txt_gate, txt_ff_shift, txt_ff_scale, txt_ff_gate
-        ) = modulation[:, :, None].unbind(1)                                # (B, 1, D) each
-        q, k, v = self.attn.project(modulate(img, img_shift, img_scale))
-        txt_q, txt_k, txt_v = self.attn.project_text(modulate(txt, txt_shift, txt_scale))
-        q = torch.cat([txt_q, q], dim=1)                                    # (B, T+L, H, d)
-        k = torch.cat([txt_k, k], dim=1)
-        v = torch.cat([txt_v, v], dim=1)                                    # (B, T+L, D)
-        out = self.attn(q, k, v, rope, T)
-        img = torch.addcmul(img, img_gate, self.attn.to_out(out[:, T:]))    # img + gate * out
-        txt = torch.addcmul(txt, txt_gate, self.attn.to_add_out(out[:, :T]))
-        img_out = self.ff(modulate(img, img_ff_shift, img_ff_scale))
-        txt_out = self.ff_context(modulate(txt, txt_ff_shift, txt_ff_scale))
-        img = torch.addcmul(img, img_ff_gate, img_out)                      # (B, L, D)
-        txt = torch.addcmul(txt, txt_ff_gate, txt_out)                      # (B, T, D)
+        vectors = modulation[:, :, None].unbind(1)                          # (B, 1, D) each
+        img_shift, img_scale, *img_rest = vectors[:6]
+        txt_shift, txt_scale, *txt_rest = vectors[6:]
+        image = self.attn.project(modulate(img, img_shift, img_scale))
+        text = self.attn.project_text(modulate(txt, txt_shift, txt_scale))
+        qkv = [torch.cat(pair, 1) for pair in zip(text, image)]         # (B, T+L, ...)
+        out = self.attn(*qkv, rope, T)                                      # (B, T+L, D)
+        img_out = self.attn.to_out(out[:, T:])
+        txt_out = self.attn.to_add_out(out[:, :T])
+        img = add_gated(img, img_out, self.ff, img_rest)                    # (B, L, D)
+        txt = add_gated(txt, txt_out, self.ff_context, txt_rest)            # (B, T, D)
         return img, txt
+
+
+def add_gated(x, attended, ff, vectors):
+    """What attention and then the MLP add to x (B, L, D)."""
+    gate, ff_shift, ff_scale, ff_gate = vectors                             # (B, 1, D) each
+    x = torch.addcmul(x, gate, attended)                                    # x + gate * attended
+    out = ff(modulate(x, ff_shift, ff_scale))
+    return torch.addcmul(x, ff_gate, out)
 
 
 class SingleBlock(nn.Module):
@@ -726,7 +733,7 @@ class SingleBlock(nn.Module):
         txt."""
         T = txt.shape[1]
         shift, scale, gate = modulation[:, :, None].unbind(1)               # (B, 1, D)
-        x = torch.cat([txt, img], dim=1)                                    # (B, T+L, D)
+        x = torch.cat([txt, img], 1)                                    # (B, T+L, D)
         h = modulate(x, shift, scale)
         q, k, v = self.attn.project(h)
         attended = self.attn(q, k, v, rope, T)
@@ -748,7 +755,7 @@ class Flux(Pretrained):
     """The FLUX.1 transformer: packed noisy latents and text -> velocity eps - x_0.
     forward = modulation (from timestep, guidance, pooled) + rope (from positions) + velocity (from
     pixels and text); a sampler computes the first two once for all its steps.
-    `checkpointing = True` trades time for memory in training."""
+    `checkpointing`: see qwen.recomputed."""
     only = {"_class_name": "FluxTransformer2DModel", "patch_size": 1}
 
     def __init__(self, config):
@@ -823,7 +830,7 @@ class Flux(Pretrained):
             for layer in self.modules()
             if isinstance(layer, Modulation)
         ]
-        return torch.cat(vectors, dim=1).to(pooled.device)
+        return torch.cat(vectors, 1).to(pooled.device)
 
     def rope(self, txt_ids, img_ids):
         return rope_table(torch.cat([txt_ids, img_ids]), self.axes)         # (T+L, d/2, 2)
@@ -840,16 +847,14 @@ class Flux(Pretrained):
 
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
         counts = [block.modulations for block in self.blocks()]
-        *modulations, last = modulation.split([*counts, 2], dim=1)
+        *modulations, last = modulation.split([*counts, 2], 1)
         residuals = spread(double_residuals, len(self.transformer_blocks))
         residuals += spread(single_residuals, len(self.single_transformer_blocks))
         img = self.x_embedder(img)                                          # (B, L, D)
         txt = self.context_embedder(txt)                                    # (B, T, D)
         for block, mod, residual in zip(self.blocks(), modulations, residuals):
-            if self.checkpointing:
-                img, txt = checkpoint(block, img, txt, mod, rope, use_reentrant=False)
-            else:
-                img, txt = block(img, txt, mod, rope)
+            block = recomputed(block, self.checkpointing)
+            img, txt = block(img, txt, mod, rope)
             if residual is not None:
                 img = img + residual
         scale, shift = last[:, :, None].unbind(1)                           # (B, 1, D)
@@ -859,18 +864,15 @@ class Flux(Pretrained):
 def check_parts(path):
     """ValueError, before anything is loaded, when the transformer of a FLUX.1 folder is not as wide
     as its autoencoder and text encoders -> the settings that a ControlNet must share with it."""
-    def read(kind, part, *names, **also):
-        with reading(f"{path}/{part}/config.json"):
-            config = kind.read_config(f"{path}/{part}", **also)
-            return {name: config[name] for name in names}
-
-    widths = {
-        "in_channels": 4 * read(VAE, "vae", "latent_channels")["latent_channels"],
-        "joint_attention_dim": read(T5, "text_encoder_2", "d_model")["d_model"],
-        "pooled_projection_dim": read(CLIPText, "text_encoder", "hidden_size")["hidden_size"]
-    }
-    heads = ["num_attention_heads", "attention_head_dim"]
-    return read(Flux, "transformer", *widths, *heads, **widths)
+    with reading(path):
+        widths = {
+            "in_channels": 4 * VAE.read_config(f"{path}/vae")["latent_channels"],
+            "joint_attention_dim": T5.read_config(f"{path}/text_encoder_2")["d_model"],
+            "pooled_projection_dim": CLIPText.read_config(f"{path}/text_encoder")["hidden_size"]
+        }
+        config = Flux.read_config(f"{path}/transformer", **widths)
+        heads = ["num_attention_heads", "attention_head_dim"]
+        return {name: config[name] for name in [*widths, *heads]}
 
 
 def move(model, device, but):
@@ -997,8 +999,7 @@ class TextTokenizer:
             self.length = min(config.get("model_max_length", limit), limit)
             backend = Tokenizer.from_file(file) if Path(file).is_file() else clip_bpe(path)
             backend.no_truncation()
-            pad = config["pad_token"]                                       # older files: a dict
-            pad_id = backend.token_to_id(pad["content"] if isinstance(pad, dict) else pad)
+            pad_id = backend.token_to_id(written(config["pad_token"]))
             backend.enable_padding(length=self.length, pad_id=pad_id)
         self.backend = backend
         self.reader = reader

@@ -17,6 +17,7 @@ Try it: python patch_dpo.py
 """
 import copy
 import math
+import re
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -31,7 +32,7 @@ from torch import nn
 
 import lora
 from controlnet import FLUX_PARTS
-from flux import (VAE, CLIPMLP, Flux, attend, check_parts, denoise, encode_prompt,
+from flux import (VAE, CLIPMLP, Flux, attend, check_parts, check_settings, denoise, encode_prompt,
                   image_ids, pack, rope_table, rotate, sigmas, unpack,
                   read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
@@ -168,24 +169,26 @@ class ViTEmbeddings(nn.Module):
         places = F.interpolate(places, x.shape[2:], mode="bicubic")         # (1, D, H, W)
         patches = (x + places).flatten(2).mT                                # (B, S, D)
         first = self.cls_token + position[:, :1]                            # (1, 1, D)
-        return torch.cat([first.expand_as(patches[:, :1]), patches], dim=1) # (B, 1+S, D)
+        return torch.cat([first.expand_as(patches[:, :1]), patches], 1) # (B, 1+S, D)
 
 
-def mean_and_std(processor):
-    """What preprocessor_config.json does to pixels -> mean and std (2, 3) of pixels in [0, 1]. Its
-    sizes and crops are not followed: f reads pictures of any size."""
-    white = 255.0
-    if processor.get("do_rescale", True):
-        white *= processor.get("rescale_factor", 1 / 255)
-    rows = [[0] * 3, [1] * 3]
-    if processor.get("do_normalize", True):
-        rows = [processor["image_mean"], processor["image_std"]]
-    return torch.tensor(rows, dtype=torch.float64).view(2, 3) / white
+# A public checkpoint's names -> ours, which are DINOv2's
+VIT_NAMES = {
+    r"^(dinov2|vit)\.": "",
+    r"(layer\.\d+)\.intermediate\.dense": r"\1.mlp.fc1",
+    r"(layer\.\d+)\.output\.dense": r"\1.mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2"
+}
+
+# What preprocessor_config.json must say beside mean and std. Its sizes and crops are not followed:
+# f reads pictures of any size.
+PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
 
 class ImageFeatures(nn.Module):
     """DINOv2 or ViT: features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last
-    feature map. Built from config.json's values and what `mean_and_std` gives (2, 3)."""
+    feature map. Built from config.json's values, and mean and std (2, 3) of pixels in [0, 1]."""
 
     def __init__(self, config, mean_std):
         super().__init__()
@@ -234,7 +237,9 @@ class ImageFeatures(nn.Module):
         file = path / "preprocessor_config.json"
         processor = read_json(file)
         with reading(file):
-            mean_std = mean_and_std(processor)
+            check_settings(processor, PROCESSOR)
+            rows = [processor["image_mean"], processor["image_std"]]
+            mean_std = torch.tensor(rows).view(2, 3)
         with reading(path), on_meta():
             model = cls(config, mean_std)
         load_checkpoint(model, path, cls.rename)
@@ -243,14 +248,11 @@ class ImageFeatures(nn.Module):
     @staticmethod
     def rename(name):
         """A public checkpoint's name -> ours (DINOv2's); None: it plays no role in features."""
-        name = name.removeprefix("dinov2.").removeprefix("vit.")
-        if name.startswith(("pooler.", "classifier.")) or name.endswith("mask_token"):
+        if re.search(r"pooler\.|classifier\.|mask_token$", name):
             return None
-        if ".attention." not in name:
-            name = name.replace(".intermediate.dense", ".mlp.fc1")
-            name = name.replace(".output.dense", ".mlp.fc2")
-        name = name.replace("layernorm_before", "norm1")
-        return name.replace("layernorm_after", "norm2")
+        for theirs, ours in VIT_NAMES.items():
+            name = re.sub(theirs, ours, name)
+        return name
 
 
 # ---- image prompts -------------------------------------------------------------------------------
@@ -583,28 +585,27 @@ class Adapters:
         lora.save_adapter(self.edits.flux, folder, base_model=self.edits.settings.flux)
 
 
-def prompted(settings):
-    """Edits that leave the object what it was, and the image prompt that learns to paint them. Flux
-    reads the instruction alone, as the paper's "An {object} in the {background}": what the object
-    looks like only the reference tells (ours)."""
-    edits = Edits(settings, SAME_OBJECT, [ALONE])
-    prompt = ImagePrompt.load(settings.image_prompt, edits.flux)
-    return edits, ImagePrompts(edits, prompt)
+class PictureStage(Edits):
+    """Edits and what is tuned on them: what the methods below share. That is what train.py asks of
+    a stage (see there), but for the loss, and Flux with three velocities: the policy's, which is
+    trained, the sampler's, which is the policy's of up to --refresh steps ago, and the reference's,
+    where the policy began. `tuned` holds policy and sampler, {name: Parameter}, and selects whose
+    velocity comes next.
 
-
-class PictureStage:
-    """What the methods below share: what train.py asks of a stage (see there), but for the loss,
-    and Flux with three velocities: the policy's, which is trained, the sampler's, which is the
-    policy's of up to --refresh steps ago, and the reference's, where the policy began. `tuned`
-    (ImagePrompts or Adapters) holds policy and sampler, {name: Parameter}, and selects whose
-    velocity comes next."""
+    With DROSettings that is a LoRA, with PatchSettings an image prompt, which learns edits that
+    leave the object what it was. Flux reads the instruction alone then, as the paper's "An {object}
+    in the {background}": what the object looks like only the reference tells (ours)."""
     per_edit = 1                # how many items an edit is
 
-    def __init__(self, edits, tuned):
-        self.edits = edits
-        self.tuned = tuned
-        self.settings = edits.settings
-        self.items = edits.count
+    def __init__(self, settings):
+        if isinstance(settings, PatchSettings):
+            super().__init__(settings, SAME_OBJECT, [ALONE])
+            prompt = ImagePrompt.load(settings.image_prompt, self.flux)
+            self.tuned = ImagePrompts(self, prompt)
+        else:
+            super().__init__(settings)
+            self.tuned = Adapters(self)
+        self.items = self.count
 
     def parameter_groups(self):
         return [{"params": list(self.tuned.policy.items())}]
@@ -613,31 +614,30 @@ class PictureStage:
         """Rows (item, noise (L, 64), time), the time logit-normal as Flux was trained."""
         rows = []
         for item in torch.tensor(indices):
-            noise = self.edits.noise(generator)
+            noise = self.noise(generator)
             t = torch.randn((), generator=generator).sigmoid()
             rows.append((item, noise, t))
         return rows
 
     def describe(self, rows):
-        lines = [str(self.edits.rows[row[0] // self.per_edit]["line"]) for row in rows]
+        lines = [str(self.rows[row[0] // self.per_edit]["line"]) for row in rows]
         return f"{self.settings.scenes}, lines {', '.join(lines)}"
 
     def velocity(self, who, item, x, t):
         """Of edits `item` (B,) at x (B, L, 64) and t (B,) -> (B, L, 64) in fp32. Only the policy's
         has a gradient. Under checkpointing the policy must be the last that was selected."""
-        edits = self.edits
-        txt, pooled = edits.texts(item)
-        t = t.to(edits.device)
-        guidance = torch.ones_like(t) if edits.flux.guided else None        # 1: none (ours)
+        txt, pooled = self.texts(item)
+        t = t.to(self.device)
+        guidance = torch.ones_like(t) if self.flux.guided else None        # 1: none (ours)
         with torch.set_grad_enabled(who == "policy"):
             self.tuned.select(who, item)
-            v = edits.flux(
+            v = self.flux(
                 img=x.to(txt),
                 txt=txt,
                 pooled=pooled,
                 timestep=t,
                 guidance=guidance,
-                img_ids=edits.ids,
+                img_ids=self.ids,
                 txt_ids=txt.new_zeros(txt.shape[1], 3)
             )
         return v.float()
@@ -656,17 +656,16 @@ class PictureStage:
     @torch.no_grad()
     def paint(self, who, items, seed):
         """What the model paints for edits (n,), each from a noise of its own -> (n, L, 64)."""
-        edits = self.edits
-        levels = sigmas(self.settings.paint_steps, len(edits.ids))
+        levels = sigmas(self.settings.paint_steps, len(self.ids))
         latents = []
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
-            noise = [edits.noise(generator_for(seed, "picture", i)) for i in item.tolist()]
+            noise = [self.noise(generator_for(seed, "picture", i)) for i in item.tolist()]
             latent = denoise(
-                edits.flux,
-                torch.stack(noise).to(edits.device),
-                *edits.texts(item),
-                img_ids=edits.ids,
+                self.flux,
+                torch.stack(noise).to(self.device),
+                *self.texts(item),
+                img_ids=self.ids,
                 levels=levels
             )
             latents.append(latent.cpu())
@@ -677,14 +676,12 @@ class PictureStage:
         """What was tuned; and pictures.png: a row each of held-out edits' scenes, of what the
         reference and the policy paint from the same noise, and of the true pictures."""
         self.tuned.save(folder)
-        edits = self.edits
-        held = torch.arange(edits.count, len(edits.rows))
+        held = torch.arange(self.count, len(self.rows))
         held = held[::max(1, len(held) // 12)]
-        scene = edits.pictures[edits.scene[held]]                           # (n, 3, size, size)
-        before = edits.decode(self.paint("reference", held, seed=0))
-        after = edits.decode(self.paint("policy", held, seed=0))
-        truth = edits.pictures[edits.truth[held]]
-        rows = torch.stack([scene, before, after, truth])                   # (4, n, 3, size, size)
+        painted = [self.decode(self.paint(who, held, seed=0)) for who in ("reference", "policy")]
+        scene = self.pictures[self.scene[held]]                             # (n, 3, size, size)
+        truth = self.pictures[self.truth[held]]
+        rows = torch.stack([scene, *painted, truth])                        # (4, n, 3, size, size)
         sheet = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)        # (3, 4 size, n size)
         Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
 
@@ -703,17 +700,16 @@ GENERATED = "generated.safetensors"
 def generate_pictures(settings):
     """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
     patch gets its quality. Both are kept in --generated; the processes share the work."""
-    painter = PictureStage(*prompted(settings))
-    edits = painter.edits
-    f = ImageFeatures.load(settings.quality_features or settings.features, edits.device)
-    size = (edits.count, settings.samples)                                  # (N, G)
-    latent = torch.zeros(*size, *edits.latent.shape[1:])                    # (N, G, L, 64)
-    quality = torch.zeros(2, *size, *f.cells(edits.pictures))               # (2, N, G, H, W)
-    for item in torch.arange(edits.count).split(settings.micro)[RANK::WORLD]:
-        f_ref = edits.in_parts(f, edits.pictures[edits.scene[item]])        # (n, H, W, D)
+    stage = PictureStage(settings)
+    f = ImageFeatures.load(settings.quality_features or settings.features, stage.device)
+    size = (stage.count, settings.samples)                                  # (N, G)
+    latent = torch.zeros(*size, *stage.latent.shape[1:])                    # (N, G, L, 64)
+    quality = torch.zeros(2, *size, *f.cells(stage.pictures))               # (2, N, G, H, W)
+    for item in torch.arange(stage.count).split(settings.micro)[RANK::WORLD]:
+        f_ref = stage.in_parts(f, stage.pictures[stage.scene[item]])        # (n, H, W, D)
         for sample in range(settings.samples):
-            made = painter.paint("reference", item, (settings.seed, sample))
-            f_gen = edits.in_parts(f, edits.decode(made))
+            made = stage.paint("reference", item, (settings.seed, sample))
+            f_gen = stage.in_parts(f, stage.decode(made))
             latent[item, sample] = made
             quality[0, item, sample] = patch_quality(f_gen, f_ref)
             quality[1, item, sample] = patch_quality(f_ref, f_gen)
@@ -736,15 +732,15 @@ def origin(settings):
     return {name: fingerprint(str(getattr(settings, name))) for name in names}
 
 
-def read_generated(edits):
+def read_generated(settings):
     """What generate_pictures wrote, the first edit's pictures first -> latents (NG, L, 64), quality
     of generated and of reference patches (2, NG, H, W). ValueError: absent, or made otherwise."""
-    file = Path(edits.settings.generated) / GENERATED
+    file = Path(settings.generated) / GENERATED
     with reading(file), safe_open(file, "pt") as stored:
         about = stored.metadata() or {}
         latent = stored.get_tensor("latent").flatten(0, 1)
         quality = stored.get_tensor("quality").flatten(1, 2)
-    now = origin(edits.settings)
+    now = origin(settings)
     changed = [flag_name(name) for name in now if about.get(name) != now[name]]
     if changed:
         raise ValueError(f"{file} was painted with another {', '.join(changed)}, or its files "
@@ -760,26 +756,25 @@ class PatchDPO(PictureStage):
     the reference (`patch_dpo_loss`). --loss reconstruction: p is .5, all patches weigh the same."""
 
     def __init__(self, settings):
-        super().__init__(*prompted(settings))
-        self.latent, self.quality = read_generated(self.edits)
+        super().__init__(settings)
+        self.generated, self.quality = read_generated(settings)
         if settings.loss == "reconstruction":
             self.quality.fill_(0.5)
         self.per_edit = settings.samples
-        self.items = len(self.latent)
+        self.items = len(self.generated)
 
     def loss(self, rows):
         """An item is a generated picture, of which an edit has several (the first edit's come
         first); it and its reference get the same noise and time."""
         picture, noise, t = stack(rows)
         item = picture // self.per_edit
-        grid = self.edits.grid
-        gen = flow(self.latent[picture], noise, t)
-        ref = flow(self.edits.latent[self.edits.scene[item]], noise, t)
+        gen = flow(self.generated[picture], noise, t)
+        ref = flow(self.latent[self.scene[item]], noise, t)
         errors = self.errors("policy", item, t, gen, ref)                   # (2, B, L, 64)
         quality = self.quality[:, picture].to(errors)                       # (2, B, H, W)
         losses = patch_dpo_loss(
-            *[unpack(error, *grid) for error in errors],                    # (B, C, h, w)
-            *[patch_weights(p, grid) for p in quality],                     # (B, h, w)
+            *[unpack(error, *self.grid) for error in errors],               # (B, C, h, w)
+            *[patch_weights(p, self.grid) for p in quality],                # (B, h, w)
             self.settings.power
         )
         return losses.sum(), {}
@@ -795,8 +790,8 @@ class DiffusionDPO(PictureStage):
         if settings.samples < 2:
             raise ValueError(f"--samples is {settings.samples}; --loss dpo needs a winner and a "
                              "loser, at least 2")
-        super().__init__(*prompted(settings))
-        latent, (quality, _) = read_generated(self.edits)
+        super().__init__(settings)
+        latent, (quality, _) = read_generated(settings)
         score = quality.mean((1, 2)).view(self.items, -1)                   # (N, G)
         first = torch.arange(0, len(latent), settings.samples)
         self.winner = latent[first + score.argmax(1)]                       # (N, L, 64)
@@ -831,13 +826,9 @@ class DiffusionDRO(PictureStage):
     new buffer of them, so a negative is 0 to refresh - 1 steps old."""
 
     def __init__(self, settings):
-        if isinstance(settings, PatchSettings):
-            super().__init__(*prompted(settings))
-            self.expert = self.edits.scene                                  # (N,) into pictures
-        else:
-            edits = Edits(settings)
-            super().__init__(edits, Adapters(edits))
-            self.expert = edits.truth
+        super().__init__(settings)
+        prompted = isinstance(settings, PatchSettings)
+        self.expert = self.scene if prompted else self.truth                # (N,) into pictures
         self.steps_drawn = nn.Parameter(torch.zeros(()), False)
         self.buffer = None
 
@@ -863,7 +854,7 @@ class DiffusionDRO(PictureStage):
         rows = []
         for row in random_indices(len(indices), len(x), generator):
             step = torch.randint(x.shape[1], (), generator=generator)
-            noise = self.edits.noise(generator)
+            noise = self.noise(generator)
             rows.append((
                 item[row],
                 noise,
@@ -879,8 +870,8 @@ class DiffusionDRO(PictureStage):
         settings = self.settings
         g = generator_for(settings.seed, "buffer", period)
         item = random_indices(settings.buffer, self.items, g)
-        noise = torch.stack([self.edits.noise(g) for _ in item])            # (N, L, 64)
-        noise = noise.to(self.edits.device)
+        noise = torch.stack([self.noise(g) for _ in item])                  # (N, L, 64)
+        noise = noise.to(self.device)
         t = falling_times(len(item), settings.paint_steps, g)
         xv = noise.new_zeros(2, *t.shape, *noise.shape[1:])                 # (2, N, steps, L, 64)
         for i in torch.arange(len(item)).split(settings.micro)[RANK::WORLD]:
@@ -892,7 +883,7 @@ class DiffusionDRO(PictureStage):
     def loss(self, rows):
         """Expert and policy share prompt and time."""
         item, noise, t, x, v = stack(rows)
-        expert = flow(self.edits.latent[self.expert[item]], noise, t)
+        expert = flow(self.latent[self.expert[item]], noise, t)
         reference = self.errors("reference", item, t, expert, (x, v))
         policy = self.errors("policy", item, t, expert, (x, v))
         ref_expert, ref_own = reference.square().mean((2, 3))

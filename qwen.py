@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -119,7 +120,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_tables(positions, head_dim, theta):
-    """Rotary position embedding: cos and sin (B, 1, T, d), in fp32, for positions (B, T).
+    """Rotary position embedding: cos and sin (B, 1, T, d), in fp32, for positions (B, T); in the
+    first half sin has the other sign, as `rotate` wants it.
 
     Two dims of a query or key are a point in a plane; the token at position p has it turned by
     p * frequency. So a query times a key depends on their distance alone. Which two dims? Qwen
@@ -131,23 +133,22 @@ def rope_tables(positions, head_dim, theta):
     """
     dims = torch.arange(0, head_dim, 2, device=positions.device)
     frequency = theta ** -(dims / head_dim)                                # (d/2,): a b c d
-    frequency = frequency.repeat(2)                                        # (d,)
+    frequency = torch.cat([-frequency, frequency])                         # (d,)
     angle = positions[:, None, :, None].float() * frequency                # (B, 1, T, d)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
     """[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]: queries and keys x (B, H + G, T, d)."""
-    x1, x2 = x.chunk(2, dim=-1)                                            # (B, H + G, T, d/2)
-    turned = torch.cat([-x2, x1], dim=-1)                                  # by 90 degrees
-    return (x * cos + turned * sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, -1)                                 # [x2, x1]
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def attend(q, k, v, mask):
     """softmax(q k^T / sqrt(d)) v, where H / G query heads share one key/value head.
 
-    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S) is True for what a token
-    sees; None: every token up to itself. On a GPU flash attention runs where there is no mask, else
+    q (B, H, T, d), k and v (B, G, S, d) -> (B, H, T, d). mask (B, 1, T, S): see `additive`;
+    None: a token sees all up to itself. On a GPU flash attention runs where there is no mask, else
     the memory-efficient kernel: see `set_precision`.
     """
     if q.shape[2] != 1:
@@ -251,9 +252,22 @@ def mask_and_positions(attention_mask, places, total):
     return (key <= query) & visible, positions[:, places]
 
 
+def additive(mask, dtype):
+    """A mask (B, 1, T, S), True for what a token sees, as what attention adds to q k^T: 0 or -inf.
+    Each layer would make that anew; the GPU's kernel wants rows a multiple of 16 numbers apart."""
+    S = mask.shape[-1]
+    seen = F.pad(mask, (0, -S % 16))
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)[..., :S]
+
+
+def recomputed(layer, on):
+    """The layer; where `on`, as a function that does not store what is inside for the backward
+    pass, but computes it again there."""
+    return partial(checkpoint, layer, use_reentrant=False) if on else layer
+
+
 class Decoder(nn.Module):
-    """The transformer without its head. `checkpointing = True` recomputes each layer in the
-    backward pass instead of storing what is inside."""
+    """The transformer without its head. `checkpointing`: see `recomputed`."""
 
     def __init__(self, c):
         super().__init__()
@@ -282,12 +296,12 @@ class Decoder(nn.Module):
                 attention_mask = x.new_ones(1, S)
         mask, positions = mask_and_positions(attention_mask, places, S)
         rope = rope_tables(positions, c.head_dim, c.theta)
+        if mask is not None:
+            mask = additive(mask, x.dtype)                                 # (B, 1, T, S)
         for i, layer in enumerate(self.layers):
-            context = (rope, mask, cache and cache.kv[i], places)
-            if self.checkpointing:
-                x = checkpoint(layer, x, *context, use_reentrant=False)
-            else:
-                x = layer(x, *context)                                     # (B, T, D)
+            past = cache and cache.kv[i]
+            layer = recomputed(layer, self.checkpointing)
+            x = layer(x, rope, mask, past, places)                         # (B, T, D)
         return self.norm(x)
 
 
@@ -481,6 +495,11 @@ class Linear(nn.Linear):
 
 # ---- tokenizer ---------------------------------------------------------------------------------
 
+def written(token):
+    """A special token of tokenizer_config.json: older files have a dict."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 @dataclass
 class Tokenizer:
     """tokenizer.json, with Qwen2.5's chat template written out."""
@@ -501,13 +520,11 @@ class Tokenizer:
         fast.no_truncation()
         config_file = path / "tokenizer_config.json"
         config = read_json(config_file, {})
-        if not config.get("add_eos_token"):
-            return cls(file, fast, [])
-        with reading(config_file):
-            eos = config["eos_token"]
-            if isinstance(eos, dict):
-                eos = eos["content"]
-            return cls(file, fast, [fast.get_vocab()[eos]])
+        end = []
+        if config.get("add_eos_token"):
+            with reading(config_file):
+                end.append(fast.get_vocab()[written(config["eos_token"])])
+        return cls(file, fast, end)
 
     def encode(self, text, whole=False):
         """list[int]; special tokens written in the text count as such. `whole`: as embedding models
@@ -835,8 +852,9 @@ def collective(operation, *tensors):
         operation(*tensors)
     except RuntimeError as error:
         raise ValueError(
-            f"another process of this run is gone ({str(error).splitlines()[0]}); the same command "
-            "continues from the last checkpoint") from None
+            f"process {RANK} of {WORLD}: another process of this run died "
+            f"({str(error).splitlines()[0]}); the same command continues from the last step_N"
+        ) from None
 
 
 def all_reduce(tensor):

@@ -495,6 +495,40 @@ def test_qwen_recomputed_layers_give_the_same_gradient():
     assert len(seen) == 4
 
 
+def test_qwen_mask_that_is_added_is_the_mask():
+    """Attention gives the same with 0 and -inf, whose rows are 16 numbers apart, as with what is
+    seen."""
+    q, k, v = noise(3, 2, 2, 5, 8)
+    seen = (noise(2, 1, 5, 5) > 0) | torch.eye(5, dtype=torch.bool)
+    mask = qwen.additive(seen, q.dtype)
+    assert mask.shape == seen.shape and mask.stride(2) == 16
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    assert_close(qwen.attend(q, k, v, mask), expected)
+
+
+def test_qwen_a_layer_of_a_decoded_token_is_28_operators():
+    """Those that compute. Its two norms are 6 each here, on a GPU one kernel and their weight."""
+    counts = []
+    views = ("view", "expand", "transpose", "slice", "select", "split", "unsqueeze", "alias",
+             "detach", "as_strided", "permute", "unbind", "_to_copy", "t.default", "empty")
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not any(name in str(function) for name in views):
+                counts[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    for layers in (2, 3):
+        model = tiny_qwen(layers=layers)
+        cache = Cache(model.config, 1, 8, "cpu", torch.float32)
+        with torch.inference_mode():
+            model.model(torch.tensor([[3, 4]]), cache=cache)
+            counts.append(0)
+            with Count():
+                model.model(torch.tensor([[5]]), cache=cache)
+    assert counts[1] - counts[0] == 28, counts
+
+
 def test_qwen_large_frozen_product_is_the_plain_one():
     """x W^T + b and its gradients, whether oneDNN computes it (large, fp32, frozen) or not."""
     x = noise(3, 2, 600).requires_grad_()
@@ -1430,12 +1464,31 @@ def test_shared_collectives_do_nothing_alone():
     assert x.tolist() == [1, 1] and (qwen.RANK, qwen.WORLD) == (0, 1)
 
 
-def test_shared_lost_process_is_named():
-    gone = mock.Mock(side_effect=RuntimeError("Connection closed\nby peer"))
-    with mock.patch("qwen.WORLD", 2):
-        raises(
-            "another process of this run is gone", qwen.collective, gone, torch.ones(1)
-        )
+def test_shared_process_that_died_is_named_by_the_other(tmp_path):
+    """Of two processes one ends between two sums: the other says so in a sentence."""
+    code = f"""
+import os, sys, torch, qwen
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/store", rank=qwen.RANK, world_size=qwen.WORLD)
+qwen.all_reduce(torch.ones(2))
+if qwen.RANK == 1:
+    os._exit(0)
+try:
+    qwen.all_reduce(torch.ones(2))
+except ValueError as error:
+    print(error, flush=True)
+    os._exit(0)
+"""
+    processes = []
+    for rank in (0, 1):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}
+        command = [sys.executable, "-c", code]
+        processes.append(subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert said[0].startswith("process 0 of 2: another process of this run died (")
+    assert "the same command continues from the last step_N" in said[0]
+    assert said[0].count("\n") == 1 and said[1] == ""
 
 
 def test_shared_folder_is_written_whole_or_not_at_all(tmp_path):
@@ -1963,19 +2016,15 @@ def flux_loras(model):
     """(tensors, their file's header) of each kind of LoRA that diffusers reads without change."""
     plain = random_flux_lora(model, [4])
     scaled = dict(plain)
-    uneven = random_flux_lora(model, [4, 2, 7])
-    for i, name in enumerate(list(plain)[::2]):
+    for name in list(plain)[::2]:
         base = name.removesuffix(".lora_A.weight")
         scaled[f"{base}.alpha"] = torch.tensor(6.0)
-        uneven[f"{base}.alpha"] = torch.tensor(1.5 + i % 4)
     names = [name.split(".lora_A")[0].removeprefix("transformer.") for name in plain][::2]
     settings = {"r": 4, "lora_alpha": 10, "use_rslora": True, "target_modules": names}
     header = {f"transformer.{name}": value for name, value in settings.items()}
     return {
         "no alpha": (plain, None),
-        "other ranks": (random_flux_lora(model, [4, 2, 7]), None),
         "alphas": (scaled, None),
-        "other ranks and alphas": (uneven, None),
         "settings in the header": (plain, {"lora_adapter_metadata": json.dumps(header)}),
         "in half": ({name: tensor.bfloat16() for name, tensor in plain.items()}, None),
     }
@@ -2011,8 +2060,8 @@ def test_flux_lora_equals_diffusers(tmp_path):
     assert_close(model(**x), diffusers_velocity(file, x, 0.3), 1e-4)
 
 
-def test_flux_lora_keeps_each_layers_rank_and_alpha(tmp_path):
-    """y = W x + alpha / rank B A x, layer by layer, without a peer; zeros fill it up."""
+def test_flux_lora_keeps_rank_and_alpha(tmp_path):
+    """y = W x + alpha / rank B A x, layer by layer, without a peer."""
     for kind, (tensors, header) in flux_loras(tiny_flux()).items():
         file = tmp_path / "my lora.safetensors"
         save_file(tensors, file, header)
@@ -2046,8 +2095,9 @@ def test_flux_lora_of_peft_is_read_without_prefix_and_saved_again(tmp_path):
 
 
 def test_flux_lora_whose_parts_do_not_fit_is_refused(tmp_path):
-    """Half a pair, two ranks in one layer, a wrong width, an alpha that is no number."""
+    """Half a pair, two ranks, a wrong width, alphas that differ or are no number."""
     stored = random_flux_lora(tiny_flux(), [4])
+    uneven = random_flux_lora(tiny_flux(), [4, 2])
     A = "transformer.proj_out.lora_A.weight"
     B = "transformer.proj_out.lora_B.weight"
     file = tmp_path / "lora.safetensors"
@@ -2056,7 +2106,9 @@ def test_flux_lora_whose_parts_do_not_fit_is_refused(tmp_path):
         ("lora_A.weight", {A: None}),
         ("proj_out.lora_B.weight has shape", {B: torch.ones(len(stored[B]), 3)}),
         ("proj_out.lora_A.weight has shape", {A: stored[A][:, 1:].contiguous()}),
-        ("not finite", {"transformer.proj_out.alpha": torch.tensor(math.nan)}),
+        ("lora_A.weight has shape (2, 240), expected (4, 240)", uneven),
+        ("different alphas", {"transformer.proj_out.alpha": torch.tensor(6.0)}),
+        ("different alphas", {"transformer.proj_out.alpha": torch.tensor(math.nan)}),
         ("two different tensors", {B.replace("transformer", "base_model.model"): stored[B] + 1}),
     ]:
         changed = {**stored, **changes}
@@ -2389,7 +2441,8 @@ def test_flux_gives_the_recorded_velocities():
 
 
 def test_controlnet_gives_the_recorded_residuals():
-    """Union nets in one mode and in one mode a row, and nets without modes."""
+    """Union nets in one mode and in one mode a row, and nets without modes. Such nets are loud:
+    another kind of CPU is up to 4e-4 away."""
     found = []
     for config, B, sizes in FLUX_SHAPES:
         net = tiny_net(config, *sizes)
@@ -2399,14 +2452,14 @@ def test_controlnet_gives_the_recorded_residuals():
         )
         assert (len(double), len(single)) == sizes[1:]
         found.append(torch.stack(double + single))
-    assert_recorded(found[0], 10.82, 5.8011, -8.7185, -39.324)
-    assert_recorded(found[1], 19.125, 16.764, -14.128, 10.427)
-    assert_recorded(found[2], 3.9195, 2.2729, 5.0505, -1.8707)
-    assert_recorded(found[3], 4.8794, -10.91, -32.63, -11.059)
+    assert_recorded(found[0], 10.82, 5.8011, -8.7185, -39.324, bound=1e-3)
+    assert_recorded(found[1], 19.125, 16.764, -14.128, 10.427, bound=1e-3)
+    assert_recorded(found[2], 3.9195, 2.2729, 5.0505, -1.8707, bound=1e-3)
+    assert_recorded(found[3], 4.8794, -10.91, -32.63, -11.059, bound=1e-3)
 
 
 def test_flux_miniature_gives_the_recorded_velocity():
-    """mini/flux and mini/controlnet; diffusers gives the same."""
+    """mini/flux and mini/controlnet; diffusers gives the same. Another kind of CPU is 4e-4 away."""
     model = flux.Flux.load(MINI / "flux/transformer")
     net = controlnet.ControlNet.load(MINI / "controlnet")
     x = flux_inputs(
@@ -2417,9 +2470,10 @@ def test_flux_miniature_gives_the_recorded_velocity():
         }
     )
     double, single = net(control=noise(2, 8, 64, seed=5), mode=0, scale=0.4, **x)
-    assert_recorded(torch.stack(double + single), 121.83, 424.38, 208.97, 195.24)
+    residuals = torch.stack(double + single)
+    assert_recorded(residuals, 121.83, 424.38, 208.97, 195.24, bound=1e-3)
     velocity = model(**x, double_residuals=double, single_residuals=single)
-    assert_recorded(velocity, 0.78199, 3.7418, -3.9365, 0.35395)
+    assert_recorded(velocity, 0.78199, 3.7418, -3.9365, 0.35395, bound=1e-3)
     assert not model.training and model.proj_out.weight.dtype == torch.float32
     rough = flux.Flux.load(MINI / "flux/transformer", dtype=torch.bfloat16)
     assert rough.proj_out.weight.dtype == torch.bfloat16
@@ -6408,8 +6462,7 @@ STD = [0.229, 0.224, 0.225]
 
 def features_of(mean=MEAN, std=STD, **changes):
     """A random f of ENCODER's sizes."""
-    mean_std = patch_dpo.mean_and_std({"image_mean": mean, "image_std": std})
-    return patch_dpo.ImageFeatures({**ENCODER, **changes}, mean_std)
+    return patch_dpo.ImageFeatures({**ENCODER, **changes}, torch.tensor([mean, std]))
 
 
 def test_patch_features_equal_transformers(tmp_path):
@@ -6714,7 +6767,7 @@ def moved(stage):
 def test_patch_edits_are_split_by_scene_and_know_their_pictures():
     """The last scenes' edits only evaluate; every edit has its scene's and its true picture, at
     --size; each file is read once; prompts are caption and instruction."""
-    edits = picture_stage("dro")[0].edits
+    edits = picture_stage("dro")[0]
     assert (edits.count, len(edits.rows), len(edits.pictures)) == (6, 9, 9)
     for n, row in enumerate(edits.rows):
         assert row["line"] == n // 3 + 1
@@ -6737,7 +6790,7 @@ def test_patch_edits_are_split_by_scene_and_know_their_pictures():
 
 def test_patch_edits_of_an_image_prompt_leave_the_object_what_it_was():
     """Background, lighting and added things, described by the instruction alone; Flux is frozen."""
-    edits = picture_stage("patch --loss dro")[0].edits
+    edits = picture_stage("patch --loss dro")[0]
     assert edits.count == 4
     assert len(edits.rows) == 6
     assert {row["edit_type"] for row in edits.rows} == {"background", "lighting"}
@@ -6785,7 +6838,7 @@ def test_patch_edits_that_cannot_be_used_are_refused():
 
 def test_patch_pictures_go_through_the_networks_in_parts():
     """--micro at a time, in order; a decoded picture is in [-1, 1]."""
-    edits = picture_stage("dro --micro 16")[0].edits
+    edits = picture_stage("dro --micro 16")[0]
     sizes = []
 
     def twice(part):
@@ -6804,16 +6857,15 @@ def test_patch_pictures_go_through_the_networks_in_parts():
 
 def velocity_of(stage, who, item, x, t):
     """The velocity (L, 64) of one edit at x and t, by Flux itself, with guidance 1."""
-    edits = stage.edits
     stage.tuned.select(who, item[None])
-    txt, pooled = edits.texts(item[None])
-    found = edits.flux(
+    txt, pooled = stage.texts(item[None])
+    found = stage.flux(
         img=x[None],
         txt=txt,
         pooled=pooled,
         timestep=t[None],
         guidance=torch.ones(1),
-        img_ids=edits.ids,
+        img_ids=stage.ids,
         txt_ids=torch.zeros(txt.shape[1], 3)
     )
     return found[0].detach()
@@ -6840,7 +6892,6 @@ def test_patch_generated_pictures_and_their_quality_are_the_models():
     is that of its patches beside the scene's, quality[1] the other way round."""
     made = made_pictures()
     stage, settings, _ = picture_stage()
-    edits = stage.edits
     assert made["latent"].shape == (4, 2, 4, 64)
     assert made["quality"].shape == (2, 4, 2, 2, 2)
     for n in range(4):
@@ -6849,17 +6900,17 @@ def test_patch_generated_pictures_and_their_quality_are_the_models():
         for sample in range(2):
             generator = qwen.generator_for((settings.seed, sample), "picture", n)
             latent = flux.denoise(
-                edits.flux,
+                stage.flux,
                 torch.randn(1, 4, 64, generator=generator),
-                *edits.texts(item),
-                img_ids=edits.ids,
+                *stage.texts(item),
+                img_ids=stage.ids,
                 levels=flux.sigmas(3, 4)
             )
             assert_close(made["latent"][n, sample], latent[0], 1e-5)
-            picture = edits.vae.decode(flux.unpack(latent, 4, 4))
-            scene = edits.pictures[edits.scene[item]]
-            f_gen = edits.features(picture.clamp(-1, 1))
-            f_ref = edits.features(scene)
+            picture = stage.vae.decode(flux.unpack(latent, 4, 4))
+            scene = stage.pictures[stage.scene[item]]
+            f_gen = stage.features(picture.clamp(-1, 1))
+            f_ref = stage.features(scene)
             gen, ref = made["quality"][:, n, sample]
             want_gen = patch_dpo.patch_quality(f_gen, f_ref)[0]
             want_ref = patch_dpo.patch_quality(f_ref, f_gen)[0]
@@ -6909,9 +6960,8 @@ def test_patch_quality_has_features_of_its_own(tmp_path):
     stage = picture_stage(f"patch --quality-features {f} --generated {tmp_path}/made")[0]
     assert stage.quality.shape == (2, 8, 4, 4)
     assert stage.tuned.maps.shape == (3, 4, 96)
-    edits = stage.edits
-    scene = edits.pictures[edits.scene[:1]]
-    picture = edits.decode(stage.latent[:1])
+    scene = stage.pictures[stage.scene[:1]]
+    picture = stage.decode(stage.generated[:1])
     with torch.no_grad():
         want = patch_dpo.patch_quality(judge(picture), judge(scene))
     assert_close(stage.quality[0, :1], want, 1e-4)
@@ -6962,7 +7012,7 @@ def test_patch_stage_loss_is_s1_of_both_pictures():
             weights = [good, 1 - missed]
             if "reconstruction" in flags:
                 weights = [0.5, 0.5]
-            scene = stage.edits.latent[stage.edits.scene[item]]
+            scene = stage.latent[stage.scene[item]]
             for x_0, weight in zip((made["latent"][item, picture % 2], scene), weights):
                 x, v = on_the_way(x_0, eps, t)
                 error = velocity_of(stage, "policy", item, x, t) - v
@@ -7019,12 +7069,11 @@ def test_dro_loss_is_that_of_an_experts_picture_and_of_the_policys_own_way():
         moved(stage)
         rows = draw_batch(stage, settings, 1)
         moved(stage)
-        edits = stage.edits
         losses = []
         drift = 0
         for item, eps, t, x, v in rows:
-            picture = edits.truth[item] if "rank" in command else edits.scene[item]
-            expert = on_the_way(edits.latent[picture], eps, t)
+            picture = stage.truth[item] if "rank" in command else stage.scene[item]
+            expert = on_the_way(stage.latent[picture], eps, t)
             drift += squares(stage, "reference", item, (x, v), t)
             gap = 0.001
             for sign, point in ((1, expert), (-1, (x, v))):
@@ -7136,16 +7185,15 @@ def test_dro_reference_stays_where_the_policy_began():
         assert relative(after[2], before[0]) > 1e-3
         alone = velocity_of(stage, "policy", item[1], x[1], t[1])
         assert_close(after[2][1], alone, 1e-5)
-    adapted = {name.partition(".attn.")[2] for name in lora.layers(stage.edits.flux)}
+    adapted = {name.partition(".attn.")[2] for name in lora.layers(stage.flux)}
     assert adapted == {"to_q", "to_k", "to_v", "to_out.0"}
 
 
 def test_patch_reference_that_is_none_adds_nothing():
     """-1 among an edit's references is no picture: no keys, no values."""
     stage = picture_stage("patch --loss dro")[0]
-    edits = stage.edits
     prompt = moved(stage).tuned.prompts["policy"]
-    scene = edits.scene[:1, None]
+    scene = stage.scene[:1, None]
     none = torch.full((1, 1), -1)
     item = torch.tensor([0])
     x = noise(1, 4, 64)
@@ -7153,9 +7201,9 @@ def test_patch_reference_that_is_none_adds_nothing():
     found = []
     both = torch.cat([scene, none], dim=1)
     for references in (none, both, scene):
-        stage.tuned = patch_dpo.ImagePrompts(edits, prompt, references)
+        stage.tuned = patch_dpo.ImagePrompts(stage, prompt, references)
         found.append(stage.velocity("sampler", item, x, t))
-    prompt.attend_to(edits.flux, None)
+    prompt.attend_to(stage.flux, None)
     with mock.patch.object(stage.tuned, "select"):
         plain = velocity_of(stage, "", item[0], x[0], t[0])
     assert_close(found[0][0], plain, 1e-5)
@@ -7173,7 +7221,7 @@ def test_patch_gradients_do_not_depend_on_micro_or_checkpointing():
             parameters = list(moved(stage).tuned.policy.values())
             train.gradients(stage, settings, rows, parameters, step=0, stop=[])
             found.append(torch.cat([p.grad.flatten() for p in parameters]))
-        assert stage.edits.flux.checkpointing
+        assert stage.flux.checkpointing
         assert found[0].any()
         assert_close(found[1], found[0], 1e-4)
 
@@ -7193,7 +7241,6 @@ def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
     """image_prompt.safetensors is the policy; pictures.png has a row each of scenes, reference's,
     policy's and true pictures of the held-out edits."""
     stage = picture_stage("patch --loss dro")[0]
-    edits = stage.edits
     stage.save(tmp_path)
     sheet = np.array(Image.open(tmp_path / "pictures.png"))
     assert sheet.shape == (4 * 16, 2 * 16, 3)
@@ -7201,9 +7248,9 @@ def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
     for n, at in ((4, 0), (5, 16)):
         for row, key in ((0, "scene"), (48, "image")):
             shown = sheet[row:row + 16, at:at + 16]
-            assert (shown == flux.read_square(edits.rows[n][key], 16)).all()
+            assert (shown == flux.read_square(stage.rows[n][key], 16)).all()
     latent = stage.paint("policy", torch.tensor([5]), seed=0)
-    painted = flux.to_picture(edits.decode(latent)[0])
+    painted = flux.to_picture(stage.decode(latent)[0])
     apart = painted.astype(int) - sheet[32:48, 16:]
     assert np.abs(apart).max() <= 1
     moved(stage).save(tmp_path)
@@ -7233,7 +7280,7 @@ def test_dro_result_is_an_adapter_and_a_sheet_of_pictures(tmp_path):
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.size == (12 * 16, 4 * 16)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    policy = lora.tensors(stage.edits.flux, "policy")
+    policy = lora.tensors(stage.flux, "policy")
     assert saved.keys() == policy.keys()
     for name, p in policy.items():
         assert same(saved[name], p.data)
@@ -7381,21 +7428,23 @@ def test_patch_generated_pictures_know_what_they_depend_on(tmp_path):
 
 
 def test_patch_features_follow_their_image_processor(tmp_path):
-    """Mean and std, rescaling, and neither of them: the map is transformers', for what its image
-    processor makes of the same picture."""
+    """Any mean and std: the map is transformers', for what its image processor makes of the same
+    picture. Pixels that are not brought to 0 .. 1, or not normalised, are refused."""
     tf = peer("transformers")
     sizes = {name: value for name, value in ENCODER.items() if name != "model_type"}
     model = loud(tf.Dinov2Model(tf.Dinov2Config(**sizes)))
     model.save_pretrained(tmp_path)
     picture = (255 * torch.rand(32, 32, 3, generator=seeded())).byte().numpy()
-    for changes in ({}, {"do_normalize": False}, {"do_rescale": False, "image_std": [90, 80, 70]},
-                    {"rescale_factor": 1 / 127.5, "image_mean": [1, 0.9, 0.8]}):
+    for changes in ({}, {"image_mean": [1, 0.9, 0.8], "image_std": [0.5, 0.4, 0.3]}):
         processor = tf.BitImageProcessor(do_resize=False, do_center_crop=False, **changes)
         processor.save_pretrained(tmp_path)
         f = patch_dpo.ImageFeatures.load(tmp_path)
         pixels = processor(picture, return_tensors="pt").pixel_values
         theirs = model(pixels).last_hidden_state
         assert_close(f.tokens(flux.to_tensor(picture)[None]), theirs, 1e-4)
+    for name, value in (("do_normalize", False), ("do_rescale", False), ("rescale_factor", 0.5)):
+        write_lines(tmp_path / "preprocessor_config.json", {name: value})
+        raises(f"preprocessor_config.json: {name} is", patch_dpo.ImageFeatures.load, tmp_path)
     for values in ([0.5], [0.5] * 4, "x", None):
         write_lines(tmp_path / "preprocessor_config.json", {"image_mean": values, "image_std": STD})
         raises("preprocessor_config.json", patch_dpo.ImageFeatures.load, tmp_path)
@@ -7446,7 +7495,7 @@ def test_patch_long_caption_keeps_the_instruction():
             edits = [{**row, "instruction": instruction} for row in scene["edits"]]
             rows.append({**scene, "caption": "a mug on a wooden table " * 99, "edits": edits})
         write_lines(d / "long.jsonl", *rows)
-        found.append(picture_stage(f"dro --scenes {d}/long.jsonl")[0].edits)
+        found.append(picture_stage(f"dro --scenes {d}/long.jsonl")[0])
     assert relative(found[0].pooled, found[1].pooled) > 1e-3
     assert relative(found[0].txt, found[1].txt) > 1e-3
 

@@ -32,7 +32,7 @@ from PIL import Image
 import edit
 import train
 from cdpo import markdown_table
-from patch_dpo import PictureStage, prompted
+from patch_dpo import PictureStage
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = {
@@ -59,9 +59,9 @@ def measure(settings):
     of the features' class token to the reference picture's, to the true picture's; psnr: to the
     true picture; asked: share of pictures that are nearer to their own true picture than to that of
     any other edit of the same scene and type."""
-    edits, prompts = prompted(settings)
+    edits = PictureStage(settings)
     held = torch.arange(edits.count, len(edits.rows))
-    latents = PictureStage(edits, prompts).paint("policy", held, seed=0)    # (n, L, 64)
+    latents = edits.paint("policy", held, seed=0)                           # (n, L, 64)
     painted = edits.decode(latents).cpu()                                   # (n, 3, size, size)
     truth = edits.pictures[edits.truth[held]]
     scene = edits.pictures[edits.scene[held]]

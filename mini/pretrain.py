@@ -66,7 +66,7 @@ from controlnet import ControlNet, control_picture
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
 from graph import User
 from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
-                       ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
+                       ImagePrompts, PatchSettings, PictureStage, flow, stack)
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
                   read_tensors, set_precision)
 
@@ -513,9 +513,10 @@ class Features(Recipe):
                 labels.append([float(name in text) for name in names])
         self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))    # (S, 14, names)
         pixels = read_json(self.folder / "preprocessor_config.json")
+        mean_std = torch.tensor([pixels["image_mean"], pixels["image_std"]])
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
-            "vit": ImageFeatures(config, mean_and_std(pixels)),
+            "vit": ImageFeatures(config, mean_std),
             "name": nn.Linear(96, len(names)),
             "patch": nn.Linear(96, 3 * 4 * 4),
         })
@@ -592,6 +593,19 @@ def begin_prompt_with(prompt, flux, folder):
     prompt.load_state_dict(prompt.state_dict() | found)
 
 
+class PromptedEdits(PictureStage):
+    """Edits in three wordings, and an image prompt that knows nothing, or what that below
+    `start` does."""
+
+    def __init__(self, settings, seed, start):
+        Edits.__init__(self, settings, wordings=WORDINGS)
+        width = self.in_parts(self.features, self.pictures[:1]).shape[-1]
+        prompt = ImagePrompt(self.flux, width)
+        if start:
+            begin_prompt_with(prompt, self.flux, start)
+        self.tuned = ImagePrompts(self, prompt, draw_references(self, seed))
+
+
 class NewImagePrompt(Recipe):
     """Keys and values by which the frozen Flux attends to reference pictures, from nothing; the
     true pictures of edits are to be painted. Two of three wordings leave the caption out: what the
@@ -607,24 +621,17 @@ class NewImagePrompt(Recipe):
             held_out=1,
             device=args.device,
         )
-        edits = Edits(settings, wordings=WORDINGS)
-        width = edits.in_parts(edits.features, edits.pictures[:1]).shape[-1]
-        references = draw_references(edits, args.seed)
-        prompt = ImagePrompt(edits.flux, width)
-        if args.start:
-            begin_prompt_with(prompt, edits.flux, args.start)
-        tuned = ImagePrompts(edits, prompt, references)
-        self.stage = PictureStage(edits, tuned)
-        self.edits = edits
-        self.model = tuned.prompts["policy"]
+        self.stage = PromptedEdits(settings, args.seed, args.start)
+        self.model = self.stage.tuned.prompts["policy"]
 
     def loss(self, generator, batch=16):
-        chosen = torch.randint(self.edits.count, (batch,), generator=generator)
-        rows = self.stage.draw(chosen.tolist(), generator)
+        stage = self.stage
+        chosen = torch.randint(stage.count, (batch,), generator=generator)
+        rows = stage.draw(chosen.tolist(), generator)
         item, noise, t = stack(rows)
-        truth = self.edits.truth[item]
-        x, v = flow(self.edits.latent[truth], noise, t)                    # (B, L, 64)
-        found = self.stage.velocity("policy", item, x, t)
+        truth = stage.truth[item]
+        x, v = flow(stage.latent[truth], noise, t)                         # (B, L, 64)
+        found = stage.velocity("policy", item, x, t)
         return (found - v.to(found)).square().mean()
 
     def save(self, average):
