@@ -71,7 +71,7 @@ ALIKE = str.maketrans("øØłŁđĐıß–—‘’“”", "oOlLdDis--''\"\"")
 
 # In dB, how well an autoencoder gives the colours of a picture back that it was made for: of the
 # miniature's scenes 99.5 % are above, of 14 photographs 11 and of 7 blank pages all below.
-FAITHFUL = 33
+FAITHFUL = 34
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def grid(cells, columns=4):
     """[(PIL picture, heading, text, small print ...)] -> one PIL picture; small ones are enlarged.
     Words of the small print that begin with * are bold."""
     width, height = cells[0][0].size
-    scale = max(1, 256 // width)
+    scale = max(1, round(256 / width))
     width *= scale
     height *= scale
     texts = [wrapped(texts, width) for _, *texts in cells]

@@ -239,11 +239,21 @@ def by_layer(model, stored):
     return parts
 
 
+def widen(part, rank):
+    """One layer of diffusers' file, of its own rank and alpha -> with `rank`, filled up with zeros,
+    and its scale multiplied into B."""
+    A = part["lora_A.weight"]                               # (own rank, in)
+    more = rank - len(A)
+    scale = float(part.get("alpha", len(A))) / len(A)
+    B = scale * F.pad(part["lora_B.weight"].float(), (0, more))         # (out, rank)
+    return {"lora_A.weight": F.pad(A, (0, 0, 0, more)), "lora_B.weight": B}
+
+
 @torch.no_grad()
 def load_adapter(model, path, adapter="policy"):
     """Read a LoRA into `adapter`: a folder or file of PEFT's or, for FLUX.1, of diffusers'. A model
-    without adapters is injected as it says. Where there are no settings, alpha is the tensor
-    "alpha" of a layer, else its rank, and all layers must have the same. ValueError as in
+    without adapters is injected as it says. Where there are no settings, a layer's alpha is its
+    tensor "alpha", else its rank, and layers may differ: see `widen`. ValueError as in
     read_settings and by_layer, for another scale than the model's adapters have, and naming tensors
     that are missing or misshapen."""
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
@@ -256,11 +266,8 @@ def load_adapter(model, path, adapter="policy"):
             rank = config["r"]
             alpha = config["lora_alpha"]
         else:
-            first, *_ = parts.values()
-            rank = len(first["lora_A.weight"])
-            alpha, *others = {float(part.pop("alpha", rank)) for part in parts.values()}
-            if others:
-                raise ValueError(f"its layers have different alphas, {alpha} and {others}")
+            rank = alpha = max(len(part["lora_A.weight"]) for part in parts.values())
+            parts = {name: widen(part, rank) for name, part in parts.items()}
         if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
             alpha *= rank ** 0.5
         dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
