@@ -4233,16 +4233,19 @@ def test_graph_defaults_are_those_of_the_stage():
     assert graph.GraphPretraining.items == 1
 
 
-def test_graph_pretraining_is_the_same_on_any_number_of_threads():
-    """One seed gives one model, bit for bit, twice and on one or two threads."""
+def test_graph_pretraining_is_the_same_twice():
+    """One seed gives one model: bit for bit on as many threads, closely on another number (a
+    matrix product may be shared out in another order)."""
     cells = torch.randperm(900 * 45, generator=seeded())[:9000]
     edges = torch.stack([cells // 45, cells % 45, cells % 2 * 2 - 1])
     large = PreferenceGraph(range(900), range(45), edges, noise(45, 64, seed=2))
     found = []
-    for threads in (2, 2, 1):
+    for threads in (2, 2, 1, 1):
         torch.set_num_threads(threads)
         found.append([*graph.pretrain(large, epochs=3)[0].parameters()])
-    assert same(found[0], found[1]) and same(found[0], found[2])
+    assert same(found[0], found[1]) and same(found[2], found[3])
+    for two, one in zip(found[0], found[2]):
+        assert_close(two, one, 1e-4)
 
 
 def test_graph_auc_counts_pairs_and_halves_ties():
