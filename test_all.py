@@ -7943,6 +7943,171 @@ def test_study_page_works_in_a_browser(tmp_path):
         key["trials"][0]["shown"][0], key["trials"][2]["shown"][0]]
 
 
+# ---- evaluation beside the paper's tables --------------------------------------------------------
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+WHOLE_CLIP = {
+    "model_type": "clip",
+    "projection_dim": 12,
+    "text_config": clip_config(model_type="clip_text_model"),
+    "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 9},
+}
+CLIP_IDS = torch.tensor([[1, 5, 9, 40, 59, 7], [1, 40, 59, 40, 2, 3]])
+
+
+def test_eval_clip_compares_texts_as_transformers(tmp_path):
+    """The text tower with its projection, alone and as half of a whole CLIP, to 1e-5."""
+    tf = peer("transformers")
+    config = tf.CLIPTextConfig(**clip_config(projection_dim=12))
+    theirs = loud(tf.CLIPTextModelWithProjection(config))
+    clip = reload(theirs, flux.CLIPText)
+    assert_close(clip.embed(CLIP_IDS), theirs(CLIP_IDS).text_embeds, 1e-5)
+    pooled = theirs.text_model(CLIP_IDS).pooler_output
+    assert_close(clip(CLIP_IDS), pooled, 1e-5)
+    theirs = whole_clip(tf)
+    clip = reload(theirs, flux.CLIPText)
+    pooled = theirs.text_model(CLIP_IDS).pooler_output
+    assert_close(clip.embed(CLIP_IDS), theirs.text_projection(pooled), 1e-5)
+
+
+def whole_clip(tf):
+    """transformers' CLIPModel of WHOLE_CLIP's sizes, with loud weights."""
+    config = tf.CLIPConfig(
+        text_config=WHOLE_CLIP["text_config"],
+        vision_config=WHOLE_CLIP["vision_config"],
+        projection_dim=12,
+    )
+    return loud(tf.CLIPModel(config))
+
+
+def test_eval_clip_sees_pictures_as_transformers(tmp_path):
+    """The vision tower with its projection, alone and as half of a whole CLIP, at its own size and
+    at another: the picture's embedding, and the map after the last norm, to 1e-5."""
+    tf = peer("transformers")
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    alone = tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**VISION, projection_dim=12))
+    mean = torch.tensor(MEAN)[:, None, None]
+    std = torch.tensor(STD)[:, None, None]
+    for theirs in (loud(alone), whole_clip(tf)):
+        theirs.save_pretrained(tmp_path)
+        f = patch_dpo.ImageFeatures.load(tmp_path)
+        for size in ((32, 32), (48, 24)):
+            x = torch.rand(2, 3, *size, generator=seeded())
+            tower = theirs.vision_model((x - mean) / std, interpolate_pos_encoding=True)
+            embedded = theirs.visual_projection(tower.pooler_output)
+            assert embedded.shape == (2, 12)
+            assert_close(f.embed(2 * x - 1), embedded, 1e-5)
+            states = theirs.vision_model.post_layernorm(tower.last_hidden_state)
+            assert_close(f.tokens(2 * x - 1), states, 1e-5)
+
+
+def test_eval_dino_of_its_own_layout_equals_transformers(tmp_path):
+    """facebook/dino-vits16's: a ViT of 6 heads with a pooler that plays no role, to 1e-5."""
+    tf = peer("transformers")
+    config = tf.ViTConfig(
+        hidden_size=48,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        image_size=32,
+        patch_size=16,
+        layer_norm_eps=1e-12,
+    )
+    theirs = loud(tf.ViTModel(config, add_pooling_layer=True))
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    x = torch.rand(2, 3, 32, 32, generator=seeded())
+    pixels = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    f = patch_dpo.ImageFeatures.load(tmp_path)
+    assert_close(f.embed(2 * x - 1), theirs(pixels).last_hidden_state[:, 0], 1e-5)
+
+
+def write_clip(folder, **changes):
+    """A whole CLIP with random weights, in the public layout, written without any peer."""
+    config = {**WHOLE_CLIP, **changes}
+    text = loud(flux.CLIPText(flux.CLIPText.own(config)))
+    vision = loud(patch_dpo.ImageFeatures(config, torch.full((2, 3), 0.5)))
+    tensors = {**text.state_dict(), "logit_scale": torch.tensor(4.6)}
+    for name, p in vision.state_dict().items():
+        tensors[public_vision_name(name)] = p
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    write_lines(folder / "config.json", config)
+    write_lines(folder / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    return text, vision
+
+
+def public_vision_name(name):
+    """Ours -> that of CLIP's files."""
+    if name.startswith("layernorm"):
+        name = f"post_{name}"
+    for public, ours in reversed(patch_dpo.PUBLIC_NAMES.items()):
+        if not public.startswith(("layernorm", "post")):
+            name = name.replace(ours, public)
+    return name if name.startswith("visual") else f"vision_model.{name}"
+
+
+def test_eval_clip_halves_are_read_from_one_checkpoint(tmp_path):
+    """Each takes its own tensors and leaves the other's; the projection's size is the whole's, not
+    the half's."""
+    text, vision = write_clip(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in (
+        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.embeddings.position_embedding.weight",
+        "vision_model.pre_layrnorm.bias",
+        "vision_model.encoder.layers.1.self_attn.out_proj.weight",
+        "vision_model.encoder.layers.1.layer_norm2.weight",
+        "vision_model.encoder.layers.1.mlp.fc2.bias",
+        "vision_model.post_layernorm.weight",
+        "visual_projection.weight",
+        "text_projection.weight",
+    ):
+        assert name in stored, name
+    clip = flux.CLIPText.load(tmp_path)
+    assert same(clip.embed(CLIP_IDS), text.embed(CLIP_IDS))
+    f = patch_dpo.ImageFeatures.load(tmp_path)
+    x = noise(2, 3, 32, 32)
+    mean_std = patch_dpo.mean_and_std({"image_mean": MEAN, "image_std": STD})
+    vision.mean_std = mean_std
+    assert same(f.embed(x), vision.embed(x))
+    assert f.embed(x).shape == clip.embed(CLIP_IDS).shape == (2, 12)
+
+
+def test_eval_clip_files_that_do_not_fit_are_named(tmp_path):
+    """A text tower without projection compares nothing; a vision tower without one, another
+    activation, a lacking half are refused by name."""
+    plain = flux.CLIPText(clip_config(architectures=["CLIPTextModel"], projection_dim=12))
+    assert not any("projection" in name for name in plain.state_dict())
+    raises("no text projection", plain.embed, CLIP_IDS)
+    write_clip(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("visual_projection.weight")
+    tensors.pop("text_projection.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    raises("missing visual_projection.weight", patch_dpo.ImageFeatures.load, tmp_path)
+    raises("missing text_projection.weight", flux.CLIPText.load, tmp_path)
+    halved = {name: value for name, value in WHOLE_CLIP.items() if name != "vision_config"}
+    write_lines(tmp_path / "config.json", halved)
+    raises("has no 'vision_config'", patch_dpo.ImageFeatures.load, tmp_path)
+    odd = {**WHOLE_CLIP, "vision_config": {**WHOLE_CLIP["vision_config"], "hidden_act": "relu"}}
+    write_lines(tmp_path / "config.json", odd)
+    raises("hidden_act is 'relu'", patch_dpo.ImageFeatures.load, tmp_path)
+    write_lines(tmp_path / "config.json", {**WHOLE_CLIP, "model_type": "siglip"})
+    raises("model_type is 'siglip'", flux.CLIPText.load, tmp_path)
+
+
 # ---- the house -----------------------------------------------------------------------------------
 
 TOP = ["cdpo", "controlnet", "edit", "flux", "graph", "lora", "patch_dpo", "qwen", "train"]
