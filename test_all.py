@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import math
@@ -8106,6 +8107,203 @@ def test_eval_clip_files_that_do_not_fit_are_named(tmp_path):
     raises("hidden_act is 'relu'", patch_dpo.ImageFeatures.load, tmp_path)
     write_lines(tmp_path / "config.json", {**WHOLE_CLIP, "model_type": "siglip"})
     raises("model_type is 'siglip'", flux.CLIPText.load, tmp_path)
+
+
+def bench_judge():
+    """bench/judge.py, beside mini/judge.py, which has its name."""
+    bench("clock")
+    spec = importlib.util.spec_from_file_location("bench_judge", ROOT / "bench/judge.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_judge"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_eval_judge_prepares_pictures_as_transformers():
+    """CLIP's, DINO's and DINOv2's preprocessor_config.json, old and new, upright and lying
+    pictures: the very pixels."""
+    tf = peer("transformers")
+    judge = bench_judge()
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    assert tf.__version__
+    clip = {"image_processor_type": "CLIPImageProcessor"}
+    edge = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    wide = {"size": {"shortest_edge": 32}, "crop_size": {"height": 24, "width": 24}}
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24}
+    vit = {"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "resample": 3}
+    for kind, processor in (
+        (CLIPImageProcessorPil, {**clip, **edge, "resample": 3, "do_center_crop": True}),
+        (CLIPImageProcessorPil, {**old, "resample": 3, "do_center_crop": True}),
+        (BitImageProcessorPil, {**wide, "resample": 3, "do_center_crop": True}),
+        (ViTImageProcessorPil, vit),
+        (ViTImageProcessorPil, {"size": {"height": 24, "width": 30}}),
+    ):
+        theirs = kind(**processor, do_rescale=False, do_normalize=False)
+        for shape in ((50, 41), (31, 60), (40, 40)):
+            picture = Image.fromarray((noise(*shape, 3) * 60 + 128).clamp(0, 255).byte().numpy())
+            want = theirs(picture, return_tensors="pt").pixel_values[0]
+            found = np.array(judge.prepare(picture, processor))
+            assert same(torch.from_numpy(found).permute(2, 0, 1).float(), want.float())
+
+
+def write_edit(folder, name, user, picture, source=None):
+    """As edit.py writes it: a PNG and its JSON."""
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(folder / f"{name}.png")
+    settings = {"image": source and str(source), "caption": "a mug"}
+    edit = {"user": user, "likes": [], "dislikes": [], "instruction": "", "prompt": ""}
+    write_lines(folder / f"{name}.json", {**edit, "settings": settings})
+
+
+def flat(red, green, blue, size=32):
+    return np.full((size, size, 3), (red, green, blue), np.uint8)
+
+
+def judged_world(folder):
+    """Two people, one for red, one for blue, the pictures they like, a CLIP -> judge's flags."""
+    write_clip(folder / "clip", text_config={
+        **WHOLE_CLIP["text_config"], "vocab_size": 816, "max_position_embeddings": 32})
+    processor = {"image_mean": MEAN, "image_std": STD, "do_resize": False}
+    write_lines(folder / "clip/preprocessor_config.json", processor)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(MINI / "flux/tokenizer" / name, folder / "clip")
+    write_lines(
+        folder / "users.jsonl",
+        {"user": "rose", "likes": ["red", "gold"], "dislikes": ["blue"]},
+        {"user": "azur", "likes": ["blue"], "dislikes": ["gold"]},
+    )
+    write_lines(folder / "pairs.jsonl", {"user": "rose", "chosen": "Paint the mug red"})
+    colors = {"red": flat(200, 20, 20), "blue": flat(20, 20, 200), "plain": flat(90, 90, 90)}
+    for name, picture in colors.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    edits = [{"attribute": name, "image": f"{name}.png"} for name in ("red", "blue")]
+    edits.append({"attribute": "gold"})                   # without a picture: nobody's liked one
+    scene = {"image": "plain.png", "caption": "a mug", "edits": edits}
+    write_lines(folder / "scenes.jsonl", scene)
+    flags = []
+    for flag, name in (("users", "users.jsonl"), ("pairs", "pairs.jsonl"),
+                       ("scenes", "scenes.jsonl"), ("clip", "clip")):
+        flags += [f"--{flag}", str(folder / name)]
+    return flags, colors
+
+
+def test_eval_judge_moves_as_it_must(tmp_path):
+    """Who likes red has a higher number for a red picture than others, by both encoders; the same
+    picture judged for another is lower; an unedited picture is its own reference, an edited one is
+    below it; another method's folder with exchanged pictures comes out worse."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    plain = tmp_path / "plain.png"
+    for folder, first, second in (("good", "red", "blue"), ("bad", "blue", "red")):
+        write_edit(tmp_path / folder, "a", "rose", colors[first] + 5, plain)
+        write_edit(tmp_path / folder, "b", "azur", colors[second] + 5, plain)
+    write_lines(tmp_path / "good/both.json", {"edits": []})           # the grid is no edit
+    folders = [str(tmp_path / "good"), str(tmp_path / "bad")]
+    text = judge.report(judge.parse([*folders, *flags]))
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            title, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+            rows.setdefault(title, []).append(cells)
+    good, = rows[folders[0]]
+    bad, = rows[folders[1]]
+    others = rows["its pictures, for the other people"]
+    assert judge.REF[2] == "HPS" and good[2] == "-"
+    for column in (4, 5):                                             # DINO- and CLIP-I-Pref
+        assert float(good[column][:5]) > float(bad[column][:5])
+        assert good[column][:5] == others[1][column][:5]              # exchanged people
+        assert float(good[column][:5]) > float(others[0][column][:5])
+    for originals in rows["its originals, unedited"]:
+        assert originals[:2] == ["1.000 ± 0.000"] * 2
+    for column in (0, 1):                                             # DINO- and CLIP-Ref
+        assert float(good[column][:5]) < 1
+    assert "DINO-Pref 2 of 2, CLIP-I-Pref 2 of 2" in text
+    assert "1 of the people have no line" in text and "published as a pickle" in text
+    assert rows["the paper's C-DPO"][0][0] == "0.782 ± 0.182"
+
+
+def test_eval_judge_numbers_are_cosines(tmp_path):
+    """By hand, for one edit: each measure is the mean cosine that its name says."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    write_edit(tmp_path / "one", "a", "rose", colors["red"] + 9, tmp_path / "plain.png")
+    args = judge.parse([str(tmp_path / "one"), *flags])
+    edit, = judge.read_edits(tmp_path / "one")
+    encoders = judge.Encoders(args)
+    likes, without = judge.tastes(args, ["rose"], encoders)
+    assert without == []
+    seen = encoders.see([edit.picture])
+    own, others = judge.preference(["rose"], seen, likes)
+    assert others["DINO-Pref"] == []
+
+    def cosine(text):
+        clip = flux.CLIPText.load(tmp_path / "clip")
+        tokenizer = flux.TextTokenizer(tmp_path / "clip", 32)
+        with torch.no_grad():
+            vector = clip.embed(tokenizer([text]))
+        return nn.functional.cosine_similarity(vector, seen["CLIP"]).item()
+
+    assert_close(own["CLIP-T-Pref"][0], cosine("Paint the mug red"), 1e-5)
+    assert_close(own["CLIP-T-Neighbor"][0], cosine("blue"), 1e-5)     # azur, by blue and gold
+    liked = encoders.see([Image.open(tmp_path / "red.png")])
+    assert_close(own["DINO-Pref"][0], (liked["DINO"] @ seen["DINO"].T).item(), 1e-5)
+    found = judge.reference(seen, encoders.see([edit.original]), encoders.read([edit.caption]))
+    assert_close(found["CLIP-T"][0], cosine("a mug"), 1e-5)
+    assert set(found) == {"DINO-Ref", "CLIP-Ref", "CLIP-T"}
+    assert found["DINO-Ref"][0] < 1 and judge.row("x", found)[3] == "-"
+
+
+def test_eval_judge_refuses_by_name(tmp_path):
+    """An empty folder, somebody unknown, one who stands in two files, a pickle."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    (tmp_path / "none").mkdir()
+    raises("none holds no edit", judge.report, judge.parse([str(tmp_path / "none"), *flags]))
+    write_edit(tmp_path / "one", "a", "zoe", colors["red"])
+    asked = [str(tmp_path / "one"), *flags]
+    raises("'zoe', who is not in --users", judge.report, judge.parse(asked))
+    raises("hps.pt is a pickle", judge.report, judge.parse([*asked, "--hps", "hps.pt"]))
+    twice = [str(tmp_path / "users.jsonl")] * 2
+    raises("stands in another of --users", judge.read_people, twice)
+    write_lines(tmp_path / "one/a.json", {"user": "zoe"})
+    raises("a.json has no instruction", judge.read_edits, tmp_path / "one")
+
+
+def test_eval_hps_in_open_clips_names_is_a_clip(tmp_path):
+    """Names, q, k and v in one tensor, projections the other way round: bench/hps.py makes of them
+    the CLIP that they were made of."""
+    hps = bench("hps")
+    sizes = {"hidden_size": 32, "num_attention_heads": 16, "hidden_act": "gelu"}
+    text_config = {**WHOLE_CLIP["text_config"], **sizes, "eos_token_id": 59}
+    vision_config = {**WHOLE_CLIP["vision_config"], **sizes}
+    text, vision = write_clip(
+        tmp_path / "clip", text_config=text_config, vision_config=vision_config)
+    stored = {}
+    for name, tensor in load_file(tmp_path / "clip/model.safetensors").items():
+        for theirs, public in reversed(hps.NAMES.items()):
+            name = name.replace(public, theirs)
+        if "projection" in name or name == "visual.proj":
+            name = name.removesuffix(".weight")
+            tensor = tensor.T
+        stored[name] = tensor
+    for name in list(stored):
+        if "q_proj" in name:
+            parts = [stored.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            stored[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in stored
+    assert "transformer.resblocks.1.mlp.c_proj.bias" in stored and "positional_embedding" in stored
+    torch.save({"state_dict": stored}, tmp_path / "hps.pt")
+    shutil.copy(MINI / "flux/tokenizer/vocab.json", tmp_path / "clip")
+    out = tmp_path / "hps"
+    hps.main([str(tmp_path / "hps.pt"), "--clip", str(tmp_path / "clip"), "--out", str(out)])
+    assert (out / "vocab.json").is_file()
+    assert_close(flux.CLIPText.load(out).embed(CLIP_IDS), text.embed(CLIP_IDS), 1e-6)
+    f = patch_dpo.ImageFeatures.load(out)
+    f.mean_std = vision.mean_std
+    x = noise(2, 3, 32, 32)
+    assert_close(f.embed(x), vision.embed(x), 1e-6)
 
 
 # ---- the house -----------------------------------------------------------------------------------
