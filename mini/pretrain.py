@@ -5,10 +5,11 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py pictures     # mini/data/pictures.pt: 2,400 scenes, each after 13 edits
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
     python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder,text_encoder_2} and
-                                         # mini/controlnet, together; an hour on one core
+                                         # mini/controlnet, together; hours on one core
     python mini/pretrain.py decoder      # mini/flux/vae: its decoder goes on; may run beside flux
     python mini/pretrain.py distil       # the guidance embedding, as FLUX.1-dev has it
     python mini/pretrain.py vit          # mini/vit: patch features, in DINOv2's layout
+    python mini/pretrain.py clip         # mini/clip: what pictures and texts have in common
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
@@ -25,8 +26,8 @@ Configurations and the text encoders' tokenizers (each word of the world is one 
 spelled) are shipped, not made. Losses and schedules are ours. Rectified flow as everywhere:
 x_t = (1-t) x_0 + t eps, and the network learns v = eps - x_0.
 
-A recipe is a class with `model`, `lr`, `one_cycle`, `loss(generator, batch)`, `save(average)`;
-`train_steps` trains it. S scenes, 14 pictures of each; B batch; a picture is 64 tokens of width 64.
+A recipe is a class with `model`, `lr`, `loss(generator, batch)`, `save(average)`; `train_steps`
+trains it. S scenes, 14 pictures of each; B batch; a picture is L = 144 tokens of width 64.
 """
 import signal
 
@@ -63,14 +64,15 @@ from world import make_scenes, wish, wish_for_nothing, wish_for_type, write_json
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt
 from controlnet import ControlNet, control_picture
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack
 from graph import User
-from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
+from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, mean_and_std, stack)
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
-                  set_precision)
+                  read_tensors, set_precision)
 
-SIZE = 64                                                 # pixels
+SIZE = 96                                                 # pixels
+TOKENS = (SIZE // 8) ** 2                                 # of a picture, each of width 64
 PICTURES = 14                                             # of each scene: plain, 13 times edited
 WORDS = 32                                                # tokens of a prompt
 
@@ -92,7 +94,7 @@ def draw_prompts(rng, obj, text):
 
 
 def render_pictures(args):
-    """Writes --work/pictures.pt: uint8 (S, 14, 64, 64, 3), and their prompts [S][14]."""
+    """Writes --work/pictures.pt: uint8 (S, 14, 96, 96, 3), and their prompts [S][14]."""
     rng = random.Random(args.seed)
     images = torch.empty(args.scenes, PICTURES, SIZE, SIZE, 3, dtype=torch.uint8)
     prompts = []
@@ -106,7 +108,8 @@ def render_pictures(args):
             images[i, j] = torch.from_numpy(geometry.shade(color, wall, attributes))
         prompts.append([words for words, _ in asked])
     save_whole(partial(torch.save, (images, prompts)), args.work / "pictures.pt")
-    (args.work / "controls.pt").unlink(missing_ok=True)
+    for found in ("controls", "target_latents", "control_latents"):
+        (args.work / f"{found}.pt").unlink(missing_ok=True)
 
 
 def read_pictures(args):
@@ -128,16 +131,26 @@ def control_pictures(images, mode):
     return torch.stack([torch.from_numpy(picture) for picture in found])
 
 
-def read_controls(args, images):
-    """What the ControlNet sees of each scene, uint8 (S, 4, 64, 64, 3); found once, then kept."""
-    file = args.work / "controls.pt"
+def kept(file, find):
+    """find(), a tensor, found once and then read from the file."""
     if not file.is_file():
-        seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
-        save_whole(partial(torch.save, torch.stack(seen, dim=1)), file)
+        save_whole(partial(torch.save, find()), file)
     return torch.load(file)
 
 
+def find_controls(images):
+    """What the ControlNet sees of each scene, uint8 (S, 4, 96, 96, 3)."""
+    seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
+    return torch.stack(seen, dim=1)
+
+
 # ---- the loop -----------------------------------------------------------------------------------
+
+class Recipe:
+    """How the learning rate moves, of most recipes (see `schedule_for`)."""
+    one_cycle = False
+    hold = 0.0
+
 
 def save_whole(write, file):
     """write(file), but never half a file."""
@@ -155,21 +168,24 @@ def save_weights(folder, model, name="diffusion_pytorch_model"):
 
 
 def schedule_for(recipe, optimizer, steps):
-    """How the learning rate moves: one cycle, or 200 steps of warm-up and half a cosine to zero."""
+    """How the learning rate moves: one cycle, or 200 steps of warm-up, a share `hold` of the steps
+    at the peak, and half a cosine to zero."""
     if recipe.one_cycle:
         return OneCycleLR(optimizer, recipe.lr, steps)
 
     def factor(step):
         warm = min(1, (step + 1) / 200)
-        return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        held = recipe.hold * steps
+        fallen = max(0, (step - held) / (steps - held))
+        return warm * 0.5 * (1 + math.cos(math.pi * fallen))
 
     return LambdaLR(optimizer, factor)
 
 
 @torch.no_grad()
 def update_average(average, model, step):
-    """Move the running average of the weights towards them: fast at first, then by 0.2 %."""
-    share = 1 - min(0.998, (step + 1) / (step + 10))
+    """Move the running average of the weights towards them: fast at first, then by 0.1 %."""
+    share = 1 - min(0.999, (step + 1) / (step + 10))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
 
 
@@ -227,9 +243,8 @@ def restore(file, parts):
 
 # ---- vae, decoder: the autoencoder --------------------------------------------------------------
 
-class Autoencoder:
+class Autoencoder(Recipe):
     """Noise on the latent instead of a KL term: hues survive, and latents stay smooth."""
-    one_cycle = False
     lr = 3e-3
     noise = 0.1                                           # deviation of the noise on the latent
     sharpness = 0.1                                       # weight of the absolute error
@@ -237,7 +252,7 @@ class Autoencoder:
     def __init__(self, args):
         self.folder = args.out / "flux/vae"
         self.device = args.device
-        self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 64, 64, 3)
+        self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 96, 96, 3)
         self.model = self.new_model()
         self.model.scale = 1.0                            # while it trains
         self.model.shift = 0.0
@@ -330,30 +345,64 @@ def new_models(out):
     return models
 
 
+def times_deeper(flux, folder):
+    """How many single blocks this Flux has for each of those of the checkpoint below `folder`."""
+    config = read_json(folder / PARTS["transformer"][0] / "config.json")
+    return len(flux.single_transformer_blocks) // config["num_single_layers"]
+
+
+def begin_with(models, folder):
+    """The weights of a checkpoint below `folder`, trained on pictures of any size. Where its
+    transformer has k times fewer single blocks, its block i becomes block k i and those between do
+    nothing yet; the ControlNet adds a k-th part after each. So all is as it was."""
+    k = times_deeper(models["transformer"], folder)
+    for name, (part, _) in PARTS.items():
+        found = {}
+        for key, tensor in read_tensors(folder / part).items():
+            kind, *rest = key.split(".")
+            if kind == "single_transformer_blocks" and name == "transformer":
+                key = ".".join([kind, str(int(rest[0]) * k), *rest[1:]])
+            if kind == "controlnet_single_blocks":
+                tensor = tensor / k
+            found[key] = tensor
+        models[name].load_state_dict(models[name].state_dict() | found)
+
+
+def compiled(models, args):
+    if args.compile:
+        models["transformer"].compile()
+        models["controlnet"].compile()
+    return models
+
+
 def encode_pictures(vae, images, device):
-    """uint8 (S, n, 64, 64, 3) -> packed latents (S, n, 64, 64), bf16."""
+    """uint8 (S, n, 96, 96, 3) -> packed latents (S, n, L, 64), bf16."""
     latents = []
     for part in to_unit(images.flatten(0, 1)).split(56):
         latents.append(pack(vae.encode(part.to(device))).to("cpu", torch.bfloat16))
     return torch.cat(latents).unflatten(0, images.shape[:2])
 
 
-class TextToImage:
+class TextToImage(Recipe):
     """The prompt asks, the control picture is mostly the source's: the net follows its edges while
     the words say otherwise. Of the samples 10 % have no words (for classifier-free guidance), and
     10 % no control picture."""
-    one_cycle = False
-    lr = 1.5e-3
+    lr = 1e-3
+    hold = 0.7
 
     def __init__(self, args):
         self.out = args.out
         self.device = device = args.device
         self.model = new_models(args.out)
+        if args.start:
+            begin_with(self.model, args.start)
+        compiled(self.model, args)
         vae = VAE.load(args.out / "flux/vae", device).requires_grad_(False)
         images, prompts = read_pictures(args)
-        seen = read_controls(args, images)
-        self.targets = encode_pictures(vae, images, device)                # (S, 14, 64, 64)
-        self.controls = encode_pictures(vae, seen, device)                 # (S, 4, 64, 64)
+        seen = kept(args.work / "controls.pt", partial(find_controls, images))
+        encode = partial(encode_pictures, vae, device=device)
+        self.targets = kept(args.work / "target_latents.pt", partial(encode, images))
+        self.controls = kept(args.work / "control_latents.pt", partial(encode, seen))
         texts = [""]                                      # row 0: no words
         for scene in prompts:
             texts += scene
@@ -364,7 +413,7 @@ class TextToImage:
     def draw(self, generator, batch=32):
         scene = torch.randint(len(self.targets), (batch,), generator=generator)
         which = torch.randint(PICTURES, (batch,), generator=generator)
-        eps = torch.randn(batch, 64, 64, generator=generator)
+        eps = torch.randn(batch, TOKENS, 64, generator=generator)
         t = torch.sigmoid(torch.randn(batch, generator=generator) * 1.1 + 0.3)       # logit-normal
         shares = torch.tensor(SHARES)
         kind = torch.multinomial(shares, batch, replacement=True, generator=generator)
@@ -373,10 +422,10 @@ class TextToImage:
         prompt = 1 + scene * PICTURES + which
         x_0 = self.targets[scene, which].float()
         batch = Batch(
-            x=torch.lerp(x_0, eps, t[:, None, None]),     # (B, 64, 64)
-            v=eps - x_0,                                  # (B, 64, 64) what is to be learned
+            x=torch.lerp(x_0, eps, t[:, None, None]),     # (B, L, 64)
+            v=eps - x_0,                                  # (B, L, 64) what is to be learned
             t=t,                                          # (B,)
-            control=self.controls[scene, kind].float(),   # (B, 64, 64)
+            control=self.controls[scene, kind].float(),   # (B, L, 64)
             mode=torch.where(kind == 1, 5, 0),            # ControlNet-Union's: grey 5, edges 0
             keep=keep.float(),                            # (B, 1, 1) 0: no control picture
             prompt=torch.where(no_words, 0, prompt),      # (B,) into the tokenized prompts
@@ -384,7 +433,7 @@ class TextToImage:
         return Batch(*[part.to(self.device) for part in batch])
 
     def velocity(self, models, batch, prompt, guidance):
-        """The controlled velocity (B, 64, 64) at x_t, for rows `prompt` of the prompts."""
+        """The controlled velocity (B, L, 64) at x_t, for rows `prompt` of the prompts."""
         inputs = {
             "txt": models["text_encoder_2"](self.t5_ids[prompt]),
             "pooled": models["text_encoder"](self.clip_ids[prompt]),
@@ -416,12 +465,13 @@ class Distillation(TextToImage):
     g ~ U(1, 6) and learns in one pass what recipe `flux` made, its teacher, says in two:
     v_plain + g (v_asked - v_plain)."""
     lr = 4e-4
+    hold = 0
 
     def __init__(self, args):
         super().__init__(args)
         state = torch.load(args.work / "flux.pt", map_location="cpu")
         self.model.load_state_dict(state["average"])
-        self.teacher = copy.deepcopy(self.model).to(args.device)
+        self.teacher = compiled(copy.deepcopy(self.model).to(args.device), args)
 
     def loss(self, generator, batch=32):
         batch = self.draw(generator, batch)
@@ -438,11 +488,10 @@ class Distillation(TextToImage):
 
 # ---- vit: features of patches -------------------------------------------------------------------
 
-class Features:
+class Features(Recipe):
     """Names what a picture shows (object, colours, attributes) from its class token, and from every
     patch, of which 30 % are hidden, its own pixels, coarsely: features of patches that know both
     what they look like and what they belong to."""
-    one_cycle = False
     lr = 1.5e-3
 
     def __init__(self, args):
@@ -467,21 +516,96 @@ class Features:
     def loss(self, generator, batch=32):
         scene = torch.randint(len(self.images), (batch,), generator=generator)
         which = torch.randint(PICTURES, (batch,), generator=generator)
-        hidden = torch.rand(batch, 1, 8, 8, generator=generator) < 0.3
+        hidden = torch.rand(batch, 1, SIZE // 8, SIZE // 8, generator=generator) < 0.3
         x = to_unit(self.images[scene, which].to(self.device))
-        shown = 1 - F.interpolate(hidden.float(), scale_factor=8).to(x)    # (B, 1, 64, 64)
+        shown = 1 - F.interpolate(hidden.float(), scale_factor=8).to(x)    # (B, 1, 96, 96)
         with fast(self.device):
-            tokens = self.model["vit"].tokens(x * shown)                   # (B, 1 + 64, 96)
+            tokens = self.model["vit"].tokens(x * shown)                   # (B, 1 + L, 96)
             named = self.model["name"](tokens[:, 0]).float()
-            patches = self.model["patch"](tokens[:, 1:]).float()           # (B, 64, 3 * 4 * 4)
+            patches = self.model["patch"](tokens[:, 1:]).float()           # (B, L, 3 * 4 * 4)
         coarse = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4)
-        truth = coarse.flatten(2).mT                                       # (B, 64, 3 * 4 * 4)
+        truth = coarse.flatten(2).mT                                       # (B, L, 3 * 4 * 4)
         labels = self.labels[scene, which].to(named)
         naming = F.binary_cross_entropy_with_logits(named, labels)
         return naming * 10 + (patches - truth).square().mean()
 
     def save(self, average):
         save_weights(self.folder, average["vit"], "model")
+
+
+# ---- clip: pictures and texts in one space ------------------------------------------------------
+
+class TextAndPicture(Recipe):
+    """Of a batch's pictures and texts, which belong together. A text is a picture's prompt or a
+    part of it: the caption, the instruction, or the bare name of what it asks for. CLIP's loss, but
+    that a text fits every picture which shows all that it names (ours: in so small a world many
+    do)."""
+    lr = 1e-3
+    public = list(PUBLIC_NAMES.items())[2:]               # the first two are a ViT's alone
+
+    def __init__(self, args):
+        self.folder = args.out / "clip"
+        self.device = args.device
+        self.images, self.prompts = read_pictures(args)
+        self.names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
+        self.names += list(TYPE_OF)
+        self.tokenizer = TextTokenizer(self.folder, WORDS)
+        config = read_json(self.folder / "config.json")
+        pixels = read_json(self.folder / "preprocessor_config.json")
+        self.model = nn.ModuleDict({
+            "text": CLIPText(clip_half(config, "text")),
+            "vision": ImageFeatures(config, mean_and_std(pixels)),
+        })
+        self.model.logit_scale = nn.Parameter(torch.tensor(config["logit_scale_init_value"]))
+
+    def facts(self, texts):
+        """Which of the names each text has (B, names), 0 or 1."""
+        rows = []
+        for text in texts:
+            rows.append([float(name in text) for name in self.names])
+        return torch.tensor(rows)
+
+    def part_of(self, prompt, kind, which):
+        """The whole of a prompt, or a part; `kind` and `which` are in [0, 1)."""
+        text, _, asked = prompt.partition(". ")
+        if kind < 0.2 or not asked:
+            return text
+        if kind < 0.45:
+            return prompt
+        if kind < 0.8:
+            return asked
+        named = [name for name in TYPE_OF if name in asked]
+        return named[int(which * len(named))]
+
+    def loss(self, generator, batch=64):
+        scene = torch.randint(len(self.images), (batch,), generator=generator)
+        which = torch.randint(PICTURES, (batch,), generator=generator)
+        random = torch.rand(batch, 2, generator=generator)
+        prompts = [self.prompts[s][w] for s, w in zip(scene, which)]
+        texts = [self.part_of(text, *row) for text, row in zip(prompts, random.tolist())]
+        ids = self.tokenizer(texts).to(self.device)                        # (B, 32)
+        x = to_unit(self.images[scene, which].to(self.device))
+        with fast(self.device):
+            said = self.model["text"].embed(ids).float()                   # (B, 64)
+            seen = self.model["vision"].embed(x).float()
+        cosine = F.normalize(said) @ F.normalize(seen).T                   # (B, B): text, picture
+        logits = self.model.logit_scale.exp() * cosine
+        hidden = 1 - self.facts(prompts)                                   # what is not shown
+        fits = (self.facts(texts) @ hidden.T == 0).to(logits)              # (B, B)
+        of_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+        of_picture = F.cross_entropy(logits.T, (fits / fits.sum(0)).T)
+        return of_text + of_picture
+
+    def save(self, average):
+        tensors = {**average["text"].state_dict(), "logit_scale": average.logit_scale.detach()}
+        for name, tensor in average["vision"].state_dict().items():
+            for public, ours in reversed(self.public):
+                name = name.replace(ours, public)
+            tower = "" if name.startswith("visual_projection") else "vision_model."
+            tensors[tower + name] = tensor
+        tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
+        write = partial(save_file, tensors, metadata={"format": "pt"})
+        save_whole(write, self.folder / "model.safetensors")
 
 
 # ---- image-prompt: reference pictures beside the text -------------------------------------------
@@ -524,11 +648,22 @@ def draw_references(edits, seed):
     return torch.stack([first, second], dim=1)
 
 
-class NewImagePrompt:
+def begin_prompt_with(prompt, flux, folder):
+    """The weights of an image prompt below `folder`, made for its Flux (see `begin_with`)."""
+    k = times_deeper(flux, folder)
+    first = len(flux.transformer_blocks)
+    found = {}
+    for key, tensor in read_tensors(folder / "image_prompt").items():
+        kind, number, name = key.split(".")
+        past = max(0, int(number) - first)                # single blocks before this one
+        found[f"{kind}.{int(number) + past * (k - 1)}.{name}"] = tensor
+    prompt.load_state_dict(prompt.state_dict() | found)
+
+
+class NewImagePrompt(Recipe):
     """Keys and values by which the frozen Flux attends to reference pictures, from nothing; the
     true pictures of edits are to be painted. Two of three wordings leave the caption out: what the
     object looks like only a reference tells (ours)."""
-    one_cycle = False
     lr = 3e-3
 
     def __init__(self, args):
@@ -543,7 +678,10 @@ class NewImagePrompt:
         edits = Edits(settings, wordings=WORDINGS)
         width = edits.in_parts(edits.features, edits.pictures[:1]).shape[-1]
         references = draw_references(edits, args.seed)
-        tuned = ImagePrompts(edits, ImagePrompt(edits.flux, width), references)
+        prompt = ImagePrompt(edits.flux, width)
+        if args.start:
+            begin_prompt_with(prompt, edits.flux, args.start)
+        tuned = ImagePrompts(edits, prompt, references)
         self.stage = PictureStage(edits, tuned)
         self.edits = edits
         self.model = tuned.prompts["policy"]
@@ -553,7 +691,7 @@ class NewImagePrompt:
         rows = self.stage.draw(chosen.tolist(), generator)
         item, noise, t = stack(rows)
         truth = self.edits.truth[item]
-        x, v = flow(self.edits.latent[truth], noise, t)                    # (B, 64, 64)
+        x, v = flow(self.edits.latent[truth], noise, t)                    # (B, L, 64)
         found = self.stage.velocity("policy", item, x, t)
         return (found - v.to(found)).square().mean()
 
@@ -659,7 +797,7 @@ def initialise(model):
             p.data = torch.randn_like(p) * (0.4 if "embed" in name else 0.1)
 
 
-class LanguageModel:
+class LanguageModel(Recipe):
     """First the tokenizer, then the model; the loss is on answers alone. Its conversations come
     from Python's own generator, whose state is stored with the weights."""
     one_cycle = True
@@ -715,6 +853,7 @@ RECIPES = {                                               # class, steps of the 
     "decoder": (Decoder, 900),
     "distil": (Distillation, 1075),
     "vit": (Features, 1556),
+    "clip": (TextAndPicture, 1500),
     "image-prompt": (NewImagePrompt, 3000),
     "qwen": (LanguageModel, 4000),
 }
@@ -724,7 +863,7 @@ def prepare(args):
     """Folders: a new --out begins with all that is shipped but the weights."""
     args.work.mkdir(parents=True, exist_ok=True)
     weights = shutil.ignore_patterns("*.safetensors")
-    for part in ("flux", "controlnet", "vit", "qwen"):
+    for part in ("flux", "controlnet", "vit", "clip", "qwen"):
         if not (args.out / part).is_dir():
             shutil.copytree(HERE / part, args.out / part, ignore=weights)
 
@@ -733,7 +872,8 @@ def main():
     p = argparse.ArgumentParser(description="Pretrain the miniature checkpoints.")
     p.add_argument("recipe", choices=["pictures", *RECIPES])
     p.add_argument("--out", type=Path, default=HERE,
-                   help="where flux/, controlnet/, vit/, image_prompt/ and qwen/ are written")
+                   help="where flux/, controlnet/, vit/, clip/, image_prompt/ and qwen/ are "
+                        "written")
     p.add_argument("--work", type=Path, default=HERE / "data", help="pictures and resume points")
     p.add_argument("--scenes", type=int, default=2400,
                    help="scenes to render (image-prompt: at most 160, each with all 45 edits)")
@@ -741,6 +881,10 @@ def main():
                    help="batches to train on (default: the shipped checkpoints')")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
+    p.add_argument("--start", type=Path, metavar="FOLDER",
+                   help="flux, image-prompt: begin with the weights below it, perhaps of fewer "
+                        "single blocks")
+    p.add_argument("--compile", action="store_true", help="flux, distil: by torch.compile")
     p.add_argument("--batch", type=int, help="of a step (default: the recipe's own)")
     args = p.parse_args()
     args.device = pick_device(args.device)
