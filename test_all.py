@@ -8306,6 +8306,196 @@ def test_eval_hps_in_open_clips_names_is_a_clip(tmp_path):
     assert_close(f.embed(x), vision.embed(x), 1e-6)
 
 
+class Stub:
+    """Writes for make_data as a good model would, in JSON, but for every fifth answer, which is
+    cut; dies after `calls` batches."""
+
+    def __init__(self, calls=10 ** 9):
+        self.calls = calls
+        self.asked = []
+
+    def __call__(self, conversations, start, tokens, seed):
+        if not self.calls:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        self.asked.append(len(conversations))
+        answers = []
+        for i, messages in enumerate(conversations):
+            answer = json.dumps(self.answer(messages[-1]["content"], seed % 1000 + i))
+            assert answer.startswith(start)
+            answers.append(answer[:-9] if i % 5 == 4 else answer + " and so on")
+        return answers
+
+    def answer(self, question, n):
+        if question.startswith("Write"):
+            return {"captions": [f"a thing {n}", f"a thing {n} on a table"]}
+        if question.startswith("Imagine"):
+            fields = dict.fromkeys(["themes", "tones", "overlays"], ["calm"])
+            likes = ["Stripe", "stripes", "gold", f"look {n % 4}"]
+            dislikes = ["neon", "glass", f"look {n % 3}x"]
+            return {**fields, "likes": likes, "dislikes": dislikes, "prompts": []}
+        rows = [{"chosen": f"Make it {word} {n}", "rejected": f"Paint it {word} {n}"}
+                for word in ("red", "blue")]
+        return {"pairs": rows}
+
+
+def data_flags(folder, *more):
+    return ["--users=7", "--test-users=2", "--batch=6", "--categories=9", "--same=0.97",
+            f"--out={folder}", *more]
+
+
+def of_letters(names):
+    """Vectors of names: alike where their letters are."""
+    rows = torch.zeros(len(names), 128)
+    for row, name in zip(rows, names):
+        for letter in name:
+            row[ord(letter)] += 1
+    return nn.functional.normalize(rows, dim=-1)
+
+
+def test_eval_data_is_made_whole_and_asked_again(tmp_path):
+    """Bad answers are asked again and counted; the files are section 6's, 48 lines a user over four
+    captions and six edit types, the last users held out; likes bear one name."""
+    data = bench("make_data")
+    args = data.parse(data_flags(tmp_path))
+    stub = Stub()
+    report = data.make(stub, of_letters, args)
+    assert max(stub.asked) == 6
+    users = graph.read_users(tmp_path / "users.jsonl")
+    tested = graph.read_users(tmp_path / "users_test.jsonl")
+    assert [user.name for user in users] == [f"user-{i:04d}" for i in range(5)]
+    assert [user.name for user in tested] == ["user-0005", "user-0006"]
+    for user in users:
+        assert user.likes[:2] == ["Stripe", "gold"] and "stripes" not in user.likes
+    rows = graph.read_jsonl(tmp_path / "pairs.jsonl", user=str, caption=str, edit_type=str,
+                            chosen=str, rejected=str)
+    for user in users:
+        own = [row for row in rows if row["user"] == user.name]
+        assert len(own) == 48 and len({row["caption"] for row in own}) == 4
+        kinds = [row["edit_type"] for row in own]
+        assert all(kinds.count(name) == 8 for name in data.EDIT_TYPES)
+    asked = report["pairs"]
+    assert asked["questions"] == asked["usable"] == 7 * 24 and asked["given up"] == 0
+    assert asked["answers"] > asked["usable"]
+    assert set(asked["why answers were bad"]) == {"not JSON, or cut off"}
+    assert report["attributes"]["merged"]["stripes"] == "Stripe"
+    text = data.in_words(report)
+    assert "7 users kept" in text and "names merged" in text
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["pairs"] == report["pairs"]
+
+
+def test_eval_data_goes_on_where_it_stopped(tmp_path):
+    """Killed after any batch, and in the middle of a line, it asks the rest and no more, and writes
+    the same files; a finished one asks nothing."""
+    data = bench("make_data")
+    whole = data.parse(data_flags(tmp_path / "whole"))
+    stub = Stub()
+    data.make(stub, of_letters, whole)
+    names = ["users.jsonl", "pairs.jsonl", "pairs_test.jsonl"]
+    want = [(tmp_path / "whole" / name).read_bytes() for name in names]
+    for calls in (1, 3, 4, 20):
+        args = data.parse(data_flags(tmp_path / str(calls)))
+        with contextlib.suppress(KeyboardInterrupt):
+            data.make(Stub(calls), of_letters, args)
+        last = max(args.out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        with open(last, "a") as file:
+            file.write('{"key": "half a li')
+        rest = Stub()
+        data.make(rest, of_letters, args)
+        assert len(rest.asked) == len(stub.asked) - calls
+        assert [(args.out / name).read_bytes() for name in names] == want
+    again = Stub()
+    data.make(again, of_letters, whole)
+    assert again.asked == []
+
+
+def test_eval_data_gives_up_what_stays_bad(tmp_path):
+    """After --tries a question is left out, and the report says why; a user who then likes and
+    dislikes the same is lost; without anything usable one sentence says so."""
+    data = bench("make_data")
+
+    class Worse(Stub):
+        def answer(self, question, n):
+            found = super().answer(question, n)
+            if "the colour of" in question:
+                found["pairs"].pop()
+            return found
+
+    args = data.parse(data_flags(tmp_path / "worse", "--tries=2"))
+    report = data.make(Worse(), of_letters, args)
+    lost = report["pairs"]["given up"]
+    assert lost >= 7 * 4 and report["pairs"]["why answers were bad"]["not two pairs"] >= 7 * 4
+    users = {"a": {"likes": ["gold", "wood"], "dislikes": ["glass", "Gold", "chrome"]}}
+    args.same = 2.0
+    kept, _, lost = data.people_of(users, of_letters, args)
+    assert kept == {} and sum(lost.values()) == 2
+    raises("0 captions and 0 profiles are usable", data.main, [
+        f"--qwen={MINI / 'qwen'}", *data_flags(tmp_path / "mini", "--users=2", "--test-users=0",
+                                               "--categories=2", "--tries=1", "--device=cpu")])
+    lines = (tmp_path / "mini/profiles.answers.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["answer"].startswith('{"themes": ["')
+
+
+def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
+    """Plural and case, then whatever the embedder puts closer than --same; the commoner name
+    stays."""
+    data = bench("make_data")
+    counts = {"stripe": 3, "Stripes": 5, "gold": 2, "glod": 1, "wood": 9, "berries": 1, "berry": 4}
+    merged = data.merge_names(counts, of_letters, same=0.99)
+    assert merged == {
+        "Stripes": "Stripes", "stripe": "Stripes", "gold": "gold", "glod": "gold", "wood": "wood",
+        "berry": "berry", "berries": "berry"}
+    assert data.merge_names({"gold": 1, "glod": 1}, of_letters, same=2.0)["gold"] == "gold"
+
+
+def test_eval_data_answers_are_checked_by_name():
+    """What is no JSON, too little, too long, twice the same, or the example's own words."""
+    data = bench("make_data")
+    profile = {name: ["a"] for name in data.FIELDS}
+    tastes = {"likes": ["a", "b", "c", "d"], "dislikes": ["e", "f", "g"]}
+    good = {**profile, **tastes}
+    assert data.check_profile(json.dumps(good) + "\nSure!")["likes"] == tastes["likes"]
+    pair = {"chosen": "Make it red", "rejected": "Make it blue"}
+    other = {"chosen": "Make it wide", "rejected": "Make it tall"}
+    found = data.check_pairs(json.dumps({"pairs": [pair, other]}))
+    assert found == [["Make it red", "Make it blue"], ["Make it wide", "Make it tall"]]
+    example = data.ASK["profiles"].answer["likes"]
+    for part, check, value in (
+        ("not JSON, or cut off", data.check_profile, '{"likes": ["a", '),
+        ("not JSON", data.check_profile, '{"likes": ["a"}'),
+        ("no list of texts under tones", data.check_profile, {**good, "tones": "a"}),
+        ("too few of likes", data.check_profile, {**good, "likes": ["a", "a", "b", "c"]}),
+        ("too few of likes", data.check_profile, {**good, "likes": ["a b c d", "a", "b", "c"]}),
+        ("likes and dislikes the same", data.check_profile, {**good, "dislikes": ["A", "f", "g"]}),
+        ("copied from the example", data.check_profile, {**good, "likes": example}),
+        ("not two pairs", data.check_pairs, {"pairs": [pair]}),
+        ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
+        ("the same sentence twice", data.check_pairs, {"pairs": [pair, pair]}),
+        ("copied from the example", data.check_pairs, data.ASK["pairs"].answer),
+        ("too few of captions", data.check_captions, {"captions": ["one"]}),
+        ("a | in a caption", data.check_captions, {"captions": ["a | b", "c"]}),
+    ):
+        raises(part, check, value if isinstance(value, str) else json.dumps(value))
+
+
+def test_eval_data_estimate_is_arithmetic(tmp_path):
+    """Twice the users are twice the hours of profiles and pairs; twice the rates half of them."""
+    data = bench("make_data")
+    tokenizer = Tokenizer.load(MINI / "qwen")
+
+    def hours(*flags):
+        text = data.estimate(tokenizer, data.parse([f"--out={tmp_path}", *flags]))
+        return float(re.search(r"([\d.]+) hours in all", text)[1])
+
+    once = hours("--users=30000")
+    assert abs(hours("--users=60000") / once - 2) < 0.02
+    fast = hours("--users=30000", "--decode-rate=4000", "--prefill-rate=20000")
+    assert abs(once / fast - 2) < 0.02
+    assert hours() < 24                                               # 3,000 users in a day
+    raises("--test-users is 9; it must lie in 0 .. 2", data.parse, ["--users=2", "--test-users=9"])
+
+
 # ---- the house -----------------------------------------------------------------------------------
 
 TOP = ["cdpo", "controlnet", "edit", "flux", "graph", "lora", "patch_dpo", "qwen", "train"]
