@@ -32,6 +32,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -179,15 +180,19 @@ def strings(value, name, least, longest):
     return found
 
 
-def check_captions(text):
+def check_captions(text, fields):
+    """[caption], those of the answer that name the category."""
     found = strings(first_object(text), "captions", least=2, longest=12)
+    found = [caption for caption in found if names_one(caption, [fields["category"]])]
+    if not found:
+        raise ValueError("no caption names its category")
     refuse_copies("captions", found, ASK["captions"].answer["captions"])
     if any("|" in caption for caption in found):
         raise ValueError("a | in a caption, which keys are made with")
     return found
 
 
-def check_profile(text):
+def check_profile(text, fields):
     """{field: [text]}; what is both liked and disliked is an error here, not a taste."""
     value = first_object(text)
     profile = {}
@@ -202,7 +207,7 @@ def check_profile(text):
     return profile
 
 
-def check_pairs(text):
+def check_pairs(text, fields):
     """[[chosen, rejected]] of two pairs, four sentences that differ."""
     rows = first_object(text).get("pairs")
     if not isinstance(rows, list) or len(rows) < 2:
@@ -219,6 +224,11 @@ def check_pairs(text):
     shown = [one for row in ASK["pairs"].answer["pairs"] for one in row.values()]
     refuse_copies("pairs", said, shown)
     return [said[:2], said[2:]]
+
+
+def names_one(text, names):
+    """Whether a word of the text begins with one of the names, in either case: so do plurals."""
+    return any(re.search(rf"\b{re.escape(name)}", text, re.IGNORECASE) for name in names)
 
 
 def refuse_copies(name, found, example):
@@ -300,7 +310,8 @@ def ask_all(kind, questions, writer, args):
             asked = [question.messages(questions[key], args.example) for key in keys]
             seed = seed_for(args.seed, kind, attempt, keys[0])
             answers = writer(asked, question.start, question.tokens, seed)
-            lines = [judged(kind, key, answer) for key, answer in zip(keys, answers)]
+            lines = [judged(kind, key, questions[key], answer)
+                     for key, answer in zip(keys, answers)]
             with open(file, "a", encoding="utf-8") as out:
                 out.write("".join(lines))
             done = at + len(keys)
@@ -309,10 +320,10 @@ def ask_all(kind, questions, writer, args):
     return {key: good[key] for key in questions if key in good}
 
 
-def judged(kind, key, answer):
+def judged(kind, key, fields, answer):
     """The line of a file of answers."""
     try:
-        line = {"key": key, "fault": "", "value": CHECKS[kind](answer)}
+        line = {"key": key, "fault": "", "value": CHECKS[kind](answer, fields)}
     except ValueError as error:
         line = {"key": key, "fault": str(error), "answer": answer[:500]}
     return json.dumps(line, ensure_ascii=False) + "\n"
@@ -452,6 +463,19 @@ def faults(kind, questions, args):
     }
 
 
+def sense(pairs, users):
+    """The shares of chosen and of rejected sentences that name something the user likes."""
+    count = Counter()
+    for key, value in pairs.items():
+        likes, _ = users[key.split("|")[0]]
+        for chosen, rejected in value:
+            count["pairs"] += 1
+            count["chosen"] += names_one(chosen, likes)
+            count["rejected"] += names_one(rejected, likes)
+    total = max(1, count["pairs"])
+    return {side: round(count[side] / total, 3) for side in ("chosen", "rejected")}
+
+
 def make(writer, embed, args):
     """All stages, with writer(conversations, start, tokens, seed) and embed(names) -> report."""
     args.out.mkdir(parents=True, exist_ok=True)
@@ -476,6 +500,7 @@ def make(writer, embed, args):
         "of one user alone": sum(count == 1 for count in names.values()),
         "merged": merged,
     }
+    report["name a like"] = sense(pairs, users)
     report["seconds of this run"] = round(time.time() - began)
     (args.out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return report
@@ -495,7 +520,9 @@ def in_words(report):
     return table(columns, rows) + (
         f"\n{report['users']['kept']:,} users kept; {names['kept']:,} attributes, "
         f"{len(names['merged']):,} names merged into others, {names['of one user alone']:,} of one "
-        "user alone (the graph learns nothing of them)")
+        "user alone (the graph learns nothing of them); of chosen sentences "
+        f"{report['name a like']['chosen']:.2f} name a like, of rejected "
+        f"{report['name a like']['rejected']:.2f}")
 
 
 # ---- how long it takes ---------------------------------------------------------------------------
