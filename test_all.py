@@ -8519,7 +8519,7 @@ def test_eval_data_answers_are_checked_by_name():
         ("no list of texts under tones", data.check_profile, {**good, "tones": "a"}),
         ("too few of likes", data.check_profile, {**good, "likes": ["a", "a", "b", "c"]}),
         ("too few of likes", data.check_profile, {**good, "likes": ["a b c d", "a", "b", "c"]}),
-        ("likes and dislikes the same", data.check_profile, {**good, "dislikes": ["A", "f", "g"]}),
+        ("much the same", data.check_profile, {**good, "dislikes": ["A", "f", "g"]}),
         ("copied from the example", data.check_profile, {**good, "likes": example}),
         ("not two pairs", data.check_pairs, {"pairs": [pair]}),
         ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
@@ -8530,6 +8530,9 @@ def test_eval_data_answers_are_checked_by_name():
         ("no caption names", data.check_captions, {"captions": ["a dog", "a bobcat"]}),
     ):
         raises(part, check, value if isinstance(value, str) else json.dumps(value), fields)
+    clash = {"likes": ["A", *"bcdxe"], "dislikes": [*"aefgh"]}
+    found = data.check_profile(json.dumps({**profile, **clash}), fields)
+    assert (found["likes"], found["dislikes"]) == ([*"bcdx"], [*"fgh"])
     some = json.dumps({"captions": ["Two cats", "a dog"]})
     assert data.check_captions(some, fields) == ["Two cats"]
 

@@ -193,16 +193,16 @@ def check_captions(text, fields):
 
 
 def check_profile(text, fields):
-    """{field: [text]}; what is both liked and disliked is an error here, not a taste."""
+    """{field: [text]}; what is both liked and disliked is dropped from both."""
     value = first_object(text)
-    profile = {}
-    for name in FIELDS:
-        taste = name in ("likes", "dislikes")
-        least = {"likes": 4, "dislikes": 3}.get(name, 0)
-        profile[name] = strings(value, name, least, longest=3 if taste else 30)
-    likes = {name.casefold() for name in profile["likes"]}
-    if any(name.casefold() in likes for name in profile["dislikes"]):
-        raise ValueError("likes and dislikes the same")
+    profile = {name: strings(value, name, least=0, longest=30) for name in FIELDS}
+    both = {name.casefold() for name in profile["likes"]}
+    both &= {name.casefold() for name in profile["dislikes"]}
+    for name, least in (("likes", 4), ("dislikes", 3)):
+        profile[name] = strings(value, name, least, longest=3)
+        profile[name] = [text for text in profile[name] if text.casefold() not in both]
+        if len(profile[name]) < least:
+            raise ValueError("likes and dislikes much the same")
     refuse_copies("likes", profile["likes"], ASK["profiles"].answer["likes"])
     return profile
 
@@ -250,7 +250,10 @@ class Writer:
         self.device = pick_device(args.device)
         self.model, self.tokenizer = load_language_model(
             args.qwen, self.device, DTYPES[args.dtype])
-        self.how = {"temperature": args.temperature, "top_p": args.top_p}
+        self.how = {**self.model.config.sampling}
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if getattr(args, name) is not None:
+                self.how[name] = getattr(args, name)
 
     def __call__(self, conversations, start, tokens, seed):
         rows = [prompt_ids(self.tokenizer, messages, start) for messages in conversations]
@@ -581,8 +584,8 @@ def parse(argv=None):
     p.add_argument("--batch", type=int, default=16, help="questions at a time")
     p.add_argument("--example", action="store_true",
                    help="show one answered question first: small models need it, all copy from it")
-    p.add_argument("--temperature", type=float, default=0.8, help="of sampling")
-    p.add_argument("--top-p", type=float, default=0.95, help="of sampling")
+    for name in ("--temperature", "--top-p", "--repetition-penalty"):
+        p.add_argument(name, type=float, help="of sampling (default: as the model asks)")
     p.add_argument("--dtype", default="fp32", choices=DTYPES)
     p.add_argument("--device", default="", help="cpu, cuda ... (the best there is)")
     p.add_argument("--seed", type=int, default=0)
