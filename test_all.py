@@ -8379,11 +8379,14 @@ class Stub:
             category = re.search(r"subject is: (.*?)\.", question)[1]
             captions = [f"a {category} {n}", f"a {category} {n} on a table"]
             return {"captions": [*captions, "a bear of another kind"]}
+        if "four lists" in question:
+            return dict.fromkeys(["themes", "tones", "overlays", "prompts"], ["calm"])
+        if "not like" in question:
+            assert "like Stripe, stripes, gold, look" in question
+            return {"dislikes": ["neon", "glass", "gold", f"look {n % 3}x"]}
         if question.startswith("Imagine"):
-            fields = dict.fromkeys(["themes", "tones", "overlays"], ["calm"])
-            likes = ["Stripe", "stripes", "gold", f"look {n % 4}"]
-            dislikes = ["neon", "glass", f"look {n % 3}x"]
-            return {**fields, "likes": likes, "dislikes": dislikes, "prompts": []}
+            assert "calm" in question
+            return {"likes": ["Stripe", "stripes", "gold", f"look {n % 4}"]}
         rows = [{"chosen": f"Make it {word} {n}", "rejected": f"Paint it {word} {n}"}
                 for word in ("gold", "blue")]
         return {"pairs": rows}
@@ -8427,6 +8430,8 @@ def test_eval_data_is_made_whole_and_asked_again(tmp_path):
     asked = report["pairs"]
     assert asked["questions"] == asked["usable"] == 7 * 24 and asked["given up"] == 0
     assert asked["answers"] > asked["usable"]
+    profiles = graph.read_jsonl(tmp_path / "profiles.jsonl", user=str, age=str, themes=list)
+    assert len(profiles) == 7
     assert set(asked["why answers were bad"]) == {"not JSON, or cut off"}
     assert report["attributes"]["merged"]["stripes"] == "Stripe"
     text = data.in_words(report)
@@ -8484,8 +8489,8 @@ def test_eval_data_gives_up_what_stays_bad(tmp_path):
     raises("0 captions and 0 profiles are usable", data.main, [
         f"--qwen={MINI / 'qwen'}", *data_flags(tmp_path / "mini", "--users=2", "--test-users=0",
                                                "--categories=2", "--tries=1", "--device=cpu")])
-    lines = (tmp_path / "mini/profiles.answers.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and json.loads(lines[0])["answer"].startswith('{"themes": ["')
+    lines = (tmp_path / "mini/likes.answers.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["answer"].startswith('{"likes": ["')
 
 
 def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
@@ -8503,24 +8508,21 @@ def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
 def test_eval_data_answers_are_checked_by_name():
     """What is no JSON, too little, too long, twice the same, or the example's own words."""
     data = bench("make_data")
-    profile = {name: ["a"] for name in data.FIELDS}
-    tastes = {"likes": ["a", "b", "c", "d"], "dislikes": ["e", "f", "g"]}
-    good = {**profile, **tastes}
-    fields = {"category": "cat"}
-    assert data.check_profile(json.dumps(good) + "\nSure!", fields)["likes"] == tastes["likes"]
+    fields = {"category": "cat", "likes": "a, b"}
     pair = {"chosen": "Make it red", "rejected": "Make it blue"}
     other = {"chosen": "Make it wide", "rejected": "Make it tall"}
     found = data.check_pairs(json.dumps({"pairs": [pair, other]}), fields)
     assert found == [["Make it red", "Make it blue"], ["Make it wide", "Make it tall"]]
-    example = data.ASK["profiles"].answer["likes"]
+    looks = {name: ["a"] for name in ("themes", "tones", "overlays", "prompts")}
+    assert data.check_looks(json.dumps(looks) + "\nSure!", fields) == looks
     for part, check, value in (
-        ("not JSON, or cut off", data.check_profile, '{"likes": ["a", '),
-        ("not JSON", data.check_profile, '{"likes": ["a"}'),
-        ("no list of texts under tones", data.check_profile, {**good, "tones": "a"}),
-        ("too few of likes", data.check_profile, {**good, "likes": ["a", "a", "b", "c"]}),
-        ("too few of likes", data.check_profile, {**good, "likes": ["a b c d", "a", "b", "c"]}),
-        ("much the same", data.check_profile, {**good, "dislikes": ["A", "f", "g"]}),
-        ("copied from the example", data.check_profile, {**good, "likes": example}),
+        ("not JSON, or cut off", data.check_likes, '{"likes": ["a'),
+        ("not JSON", data.check_likes, '{"likes": ["a"}'),
+        ("no list of texts under tones", data.check_looks, {**looks, "tones": "a"}),
+        ("too few of likes", data.check_likes, {"likes": ["a", "a", "b", "c"]}),
+        ("too few of likes", data.check_likes, {"likes": ["a b c d", "a", "b", "c"]}),
+        ("dislikes are the likes", data.check_dislikes, {"dislikes": ["A", "f", "g"]}),
+        ("copied from the example", data.check_likes, data.ASK["likes"].answer),
         ("not two pairs", data.check_pairs, {"pairs": [pair]}),
         ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
         ("the same sentence twice", data.check_pairs, {"pairs": [pair, pair]}),
@@ -8530,9 +8532,10 @@ def test_eval_data_answers_are_checked_by_name():
         ("no caption names", data.check_captions, {"captions": ["a dog", "a bobcat"]}),
     ):
         raises(part, check, value if isinstance(value, str) else json.dumps(value), fields)
-    clash = {"likes": ["A", *"bcdxe"], "dislikes": [*"aefgh"]}
-    found = data.check_profile(json.dumps({**profile, **clash}), fields)
-    assert (found["likes"], found["dislikes"]) == ([*"bcdx"], [*"fgh"])
+    runs_on = '{"likes": ["a", "b", "c", "d", "d", "d", "d'
+    assert data.check_likes(runs_on, fields) == [*"abcd"]
+    clash = json.dumps({"dislikes": [*"Abcde"]})
+    assert data.check_dislikes(clash, fields) == [*"cde"]
     some = json.dumps({"captions": ["Two cats", "a dog"]})
     assert data.check_captions(some, fields) == ["Two cats"]
 

@@ -12,23 +12,27 @@ prints no prompt, names no edit type and no demographic value: those below are o
 the model writes the captions, a few for each category. 4 x 6 x 2 pairs are 48 lines a user, where
 the paper counts 48 instructions.
 
-Three questions are asked, each answered in JSON that is checked; who answers badly is asked again
-(--tries), with another seed, and then left out:
+Five questions are asked in turn, each answered in JSON that is checked; what is answered badly is
+asked again (--tries), with another seed, and then left out:
 
-    captions  of a category     -> OUT/captions.answers.jsonl
-    profile   of a user         -> OUT/profiles.answers.jsonl
-    pairs     of a user, a caption and an edit type -> OUT/pairs.answers.jsonl
+    captions   of a category: short captions
+    looks      of a user, by demographics: themes, tones, overlays, prompt examples
+    likes      of a user, by demographics and looks (without those where they failed)
+    dislikes   of a user, by demographics and likes
+    pairs      of a user, a caption and an edit type, by likes and dislikes
 
-Every answer is a line of these files, appended when its batch is done, also a bad one, with what
-was wrong; the same command goes on where it was stopped, and writes the same. When all are asked,
-OUT gets users.jsonl, users_test.jsonl (the last --test-users), pairs.jsonl, pairs_test.jsonl and
-report.json: what was asked, what was thrown away and why, which attributes were merged. Before
-pairs are asked for, likes and dislikes that are one word but for case or plural, or that
-`embed_texts` puts closer than --same (after the mean is taken off, as in the graph), get the name
-that most people use; what one user then both likes and dislikes is dropped. Look at "merged" in the
-report: the best --same depends on the embedder.
+Every answer is a line of OUT/KIND.answers.jsonl, appended when its batch is done, also a bad one,
+with what was wrong; the same command goes on where it was stopped, and writes the same. When all
+are asked, OUT gets users.jsonl, users_test.jsonl (the last --test-users), pairs.jsonl,
+pairs_test.jsonl, profiles.jsonl (all that is known of each user) and report.json: what was asked,
+what was thrown away and why, which attributes were merged. Before pairs are asked for, likes and
+dislikes that are one word but for case or plural, or that `embed_texts` puts closer than --same
+(after the mean is taken off, as in the graph), get the name that most people use; what one user
+then both likes and dislikes is dropped. Look at "merged" in the report: the best --same depends on
+the embedder.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -76,7 +80,6 @@ COCO = (
     "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, "
     "toothbrush"
 ).split(", ")
-FIELDS = ["themes", "tones", "overlays", "likes", "dislikes", "prompts"]    # the paper's six
 
 
 @dataclass
@@ -110,24 +113,44 @@ ASK = {
         answer={"captions": ["an open window with white curtains", "a round church window",
                              "a small window in a brick wall"]},
     ),
-    "profiles": Question(
+    "looks": Question(
         words="Imagine a person: {age}, living in {place}, {means}. How would this person like "
-              'photographs to be edited? Answer with a JSON object that has six lists: "themes" '
-              '(3), "tones" (3) and "overlays" (2) that suit them; "likes" (8) and "dislikes" (6): '
-              "colours, materials, patterns, things, places and lights that can be seen in a "
-              'picture, each of one to three words; "prompts" (2): edits they would ask for.',
+              'photographs to be edited? Answer with a JSON object that has four lists: "themes" '
+              '(3), "tones" (3) and "overlays" (2) that suit them, each of one to four words; '
+              '"prompts" (2): edits they would ask for.',
         start='{"themes": ["',
-        tokens=280,
+        tokens=120,
         example={"age": "aged 50", "place": "Reykjavik", "means": "well off"},
         answer={
             "themes": ["sea and stone", "quiet design", "long winters"],
             "tones": ["cool", "calm", "soft"],
             "overlays": ["fine grain", "mist"],
-            "likes": ["slate grey", "wool", "northern lights", "driftwood", "snow", "silver",
-                      "lighthouse", "candlelight"],
-            "dislikes": ["neon signs", "plastic", "palm trees", "hot pink", "glitter", "crowds"],
             "prompts": ["Put it on a beach of black sand", "Make the light that of a long dusk"],
         },
+    ),
+    "likes": Question(
+        words="Imagine a person: {age}, living in {place}, {means}.{looks} What does this person "
+              "like to see in pictures? Answer with a JSON object that has one list, \"likes\", of "
+              "8 colours, materials, patterns, things, places and lights, each of one to three "
+              "words.",
+        start='{"likes": ["',
+        tokens=80,
+        example={"age": "aged 50", "place": "Reykjavik", "means": "well off",
+                 "looks": " Their themes: sea and stone, long winters. Their tones: cool, calm."},
+        answer={"likes": ["slate grey", "wool", "northern lights", "driftwood", "snow", "silver",
+                          "lighthouse", "candlelight"]},
+    ),
+    "dislikes": Question(
+        words="Imagine a person: {age}, living in {place}, {means}. In pictures they like {likes}. "
+              "What would this person not like to see in pictures? Answer with a JSON object that "
+              'has one list, "dislikes", of 6 colours, materials, patterns, things, places and '
+              "lights, each of one to three words.",
+        start='{"dislikes": ["',
+        tokens=80,
+        example={"age": "aged 50", "place": "Reykjavik", "means": "well off",
+                 "likes": "slate grey, wool, northern lights, driftwood"},
+        answer={"dislikes": ["neon signs", "plastic", "palm trees", "hot pink", "glitter",
+                             "crowds"]},
     ),
     "pairs": Question(
         words="A person likes {likes}; and dislikes {dislikes}. They edit a photograph: "
@@ -156,14 +179,15 @@ ASK = {
 # ---- what may be answered ------------------------------------------------------------------------
 
 def first_object(text):
-    """The JSON object that a text begins with; what follows it does not count. ValueError."""
-    try:
-        value, _ = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as error:
-        raise ValueError("not JSON, or cut off") from error
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
+    """The JSON object that a text begins with; what follows it does not count. A list that runs on
+    until the answer is cut (small models repeat themselves) ends with its last whole text.
+    ValueError."""
+    whole = text.rpartition('", ')[0] + '"]}'
+    for attempt in (text, whole):
+        with contextlib.suppress(json.JSONDecodeError):
+            value, _ = json.JSONDecoder().raw_decode(attempt)
+            return value
+    raise ValueError("not JSON, or cut off")
 
 
 def strings(value, name, least, longest):
@@ -192,19 +216,27 @@ def check_captions(text, fields):
     return found
 
 
-def check_profile(text, fields):
-    """{field: [text]}; what is both liked and disliked is dropped from both."""
+def check_looks(text, fields):
+    """{"themes": [text], ...}"""
     value = first_object(text)
-    profile = {name: strings(value, name, least=0, longest=30) for name in FIELDS}
-    both = {name.casefold() for name in profile["likes"]}
-    both &= {name.casefold() for name in profile["dislikes"]}
-    for name, least in (("likes", 4), ("dislikes", 3)):
-        profile[name] = strings(value, name, least, longest=3)
-        profile[name] = [text for text in profile[name] if text.casefold() not in both]
-        if len(profile[name]) < least:
-            raise ValueError("likes and dislikes much the same")
-    refuse_copies("likes", profile["likes"], ASK["profiles"].answer["likes"])
-    return profile
+    return {name: strings(value, name, least=1, longest=30) for name in ASK["looks"].answer}
+
+
+def check_likes(text, fields):
+    found = strings(first_object(text), "likes", least=4, longest=3)[:8]
+    refuse_copies("likes", found, ASK["likes"].answer["likes"])
+    return found
+
+
+def check_dislikes(text, fields):
+    """[name], those that are not among the likes."""
+    likes = fields["likes"].casefold().split(", ")
+    found = strings(first_object(text), "dislikes", least=3, longest=3)
+    found = [name for name in found if name.casefold() not in likes][:6]
+    if len(found) < 3:
+        raise ValueError("dislikes are the likes")
+    refuse_copies("dislikes", found, ASK["dislikes"].answer["dislikes"])
+    return found
 
 
 def check_pairs(text, fields):
@@ -238,7 +270,13 @@ def refuse_copies(name, found, example):
         raise ValueError(f"{name} copied from the example")
 
 
-CHECKS = {"captions": check_captions, "profiles": check_profile, "pairs": check_pairs}
+CHECKS = {
+    "captions": check_captions,
+    "looks": check_looks,
+    "likes": check_likes,
+    "dislikes": check_dislikes,
+    "pairs": check_pairs,
+}
 
 
 # ---- asking --------------------------------------------------------------------------------------
@@ -332,7 +370,7 @@ def judged(kind, key, fields, answer):
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-# ---- the three questions -------------------------------------------------------------------------
+# ---- the questions -------------------------------------------------------------------------------
 
 def caption_questions(args):
     step = len(COCO) // args.categories
@@ -340,17 +378,43 @@ def caption_questions(args):
     return {category: {"n": args.captions, "category": category} for category in chosen}
 
 
-def profile_questions(args):
-    """Of "user-0000" and so on: demographics drawn from (seed, number)."""
-    questions = {}
+def demographics(args):
+    """{"user-0000": {"age", "place", "means"}, ...}, drawn from (seed, number)."""
+    people = {}
     for i in range(args.users):
         rng = random.Random(f"{args.seed} {i}")
-        questions[f"user-{i:04d}"] = {
+        people[f"user-{i:04d}"] = {
             "age": rng.choice(AGES),
             "place": rng.choice(PLACES),
             "means": rng.choice(MEANS),
         }
-    return questions
+    return people
+
+
+def in_a_sentence(looks):
+    """What is known of somebody's looks, for the question after their likes."""
+    if not looks:
+        return ""
+    return (f" Their themes: {', '.join(looks['themes'][:3])}. "
+            f"Their tones: {', '.join(looks['tones'][:3])}.")
+
+
+def ask_profiles(writer, args, asked):
+    """{user: all that is known of a user whose likes and dislikes are usable}; what was asked is
+    added to `asked`."""
+    people = demographics(args)
+    asked["looks"] = people
+    looks = ask_all("looks", people, writer, args)
+    asked["likes"] = {name: {**fields, "looks": in_a_sentence(looks.get(name))}
+                      for name, fields in people.items()}
+    likes = ask_all("likes", asked["likes"], writer, args)
+    asked["dislikes"] = {name: {**people[name], "likes": ", ".join(likes[name])} for name in likes}
+    dislikes = ask_all("dislikes", asked["dislikes"], writer, args)
+    profiles = {}
+    for name in dislikes:
+        own = {"likes": likes[name], "dislikes": dislikes[name]}
+        profiles[name] = {"user": name, **people[name], **looks.get(name, {}), **own}
+    return profiles
 
 
 def pair_questions(users, captions, args):
@@ -483,15 +547,16 @@ def make(writer, embed, args):
     """All stages, with writer(conversations, start, tokens, seed) and embed(names) -> report."""
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.time()
-    asked = {"captions": caption_questions(args), "profiles": profile_questions(args)}
+    asked = {"captions": caption_questions(args)}
     captions = ask_all("captions", asked["captions"], writer, args)
-    profiles = ask_all("profiles", asked["profiles"], writer, args)
+    profiles = ask_profiles(writer, args, asked)
     if not captions or not profiles:
         raise ValueError(f"{len(captions)} captions and {len(profiles)} profiles are usable: this "
                          f"model writes no such JSON; {args.out}/*.answers.jsonl has its answers")
     users, merged, lost = people_of(profiles, embed, args)
     asked["pairs"] = pair_questions(users, captions, args)
     pairs = ask_all("pairs", asked["pairs"], writer, args)
+    write_jsonl(args.out / "profiles.jsonl", profiles.values())
     write_files(users, pairs, args)
     report = {kind: faults(kind, questions, args) for kind, questions in asked.items()}
     names = Counter()
@@ -533,21 +598,24 @@ def in_words(report):
 def estimate(tokenizer, args):
     """Markdown: tokens of each question, and hours at the rates of --decode-rate and
     --prefill-rate."""
-    likes = ["a soft pastel colour"] * 8
-    pair = {
-        "likes": ", ".join(likes),
-        "dislikes": ", ".join(likes[:6]),
+    fields = {                                            # of all kinds, as long as they get
+        "n": args.captions,
+        "category": "traffic light",
+        "age": AGES[1],
+        "place": PLACES[1],
+        "means": MEANS[1],
+        "looks": ASK["likes"].example["looks"],
+        "likes": ", ".join(["soft pastel colours"] * 8),
+        "dislikes": ", ".join(["soft pastel colours"] * 6),
         "caption": "a white cup on a wooden table",
         "what": EDIT_TYPES["material"],
     }
-    sample = {                                            # how many, and the fields of one
-        "captions": (args.categories, {"n": args.captions, "category": "traffic light"}),
-        "profiles": (args.users, {"age": AGES[1], "place": PLACES[1], "means": MEANS[1]}),
-        "pairs": (4 * len(EDIT_TYPES) * args.users, pair),
-    }
+    count = dict.fromkeys(ASK, args.users)
+    count["captions"] = args.categories
+    count["pairs"] = 4 * len(EDIT_TYPES) * args.users
     rows = []
     hours = 0
-    for kind, (questions, fields) in sample.items():
+    for kind, questions in count.items():
         messages = ASK[kind].messages(fields, args.example)
         read = len(prompt_ids(tokenizer, messages, ASK[kind].start))
         answers = questions * (1 + args.again)

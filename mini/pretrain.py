@@ -548,7 +548,7 @@ class TextAndPicture(Recipe):
     part of it: the caption, the instruction, or the bare name of what it asks for. CLIP's loss, but
     that a text fits every picture which shows all that it names (ours: in so small a world many
     do)."""
-    lr = 1e-3
+    lr = 2e-3
     public = list(PUBLIC_NAMES.items())[2:]               # the first two are a ViT's alone
 
     def __init__(self, args):
@@ -591,7 +591,9 @@ class TextAndPicture(Recipe):
         random = torch.rand(batch, 2, generator=generator)
         prompts = [self.prompts[s][w] for s, w in zip(scene, which)]
         texts = [self.part_of(text, *row) for text, row in zip(prompts, random.tolist())]
-        ids = self.tokenizer(texts).to(self.device)                        # (B, 32)
+        ids = self.tokenizer(texts)                                        # (B, 32)
+        longest = (ids != ids[:, -1:]).sum(1).max() + 1                    # with one end
+        ids = ids[:, :longest].to(self.device)
         x = to_unit(self.images[scene, which].to(self.device))
         with fast(self.device):
             said = self.model["text"].embed(ids).float()                   # (B, 64)
@@ -861,7 +863,7 @@ RECIPES = {                                               # class, steps of the 
     "decoder": (Decoder, 900),
     "distil": (Distillation, 1075),
     "vit": (Features, 1556),
-    "clip": (TextAndPicture, 1300),
+    "clip": (TextAndPicture, 1200),
     "image-prompt": (NewImagePrompt, 3000),
     "qwen": (LanguageModel, 4000),
 }
