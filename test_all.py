@@ -8329,8 +8329,9 @@ def test_eval_miniatures_clip_equals_transformers():
 
 
 def test_eval_judge_of_the_miniature_knows_what_is_liked(tmp_path):
-    """The true pictures of edits, judged by mini/clip and mini/vit: for most people one of their
-    likes is above another's, and above the original, in every column of Table 4."""
+    """The true pictures of what nine people like, judged by mini/clip and mini/vit: most are nearer
+    to their own user's likes than to others', by pictures and by words, and nearer than the
+    original by words (to pictures of its own scene the original is near by itself)."""
     judge = bench_judge()
     scene = json.loads((SAMPLE / "scenes.jsonl").read_text().splitlines()[0])
     files = {edit["attribute"]: SAMPLE / edit["image"] for edit in scene["edits"]}
@@ -8347,11 +8348,15 @@ def test_eval_judge_of_the_miniature_knows_what_is_liked(tmp_path):
     likes, _ = judge.tastes(args, sorted(set(names)), encoders)
     own, others = judge.preference(names, encoders.see([e.picture for e in edits]), likes)
     before, _ = judge.preference(names, encoders.see([e.original for e in edits]), likes)
-    for what in judge.PREF:
-        for controls in (others, before):
-            wins = sum(a > b for a, b in zip(own[what], controls[what]))
-            share = 0.55 if what == "CLIP-T-Neighbor" else 0.7
-            assert wins >= share * len(edits) > 15, (what, wins, len(edits))
+    for what, controls in (
+        ("DINO-Pref", others),
+        ("CLIP-I-Pref", others),
+        ("CLIP-T-Pref", others),
+        ("CLIP-T-Pref", before),
+        ("CLIP-T-Neighbor", before),
+    ):
+        wins = sum(a > b for a, b in zip(own[what], controls[what]))
+        assert wins >= 0.7 * len(edits) > 15, (what, wins, len(edits))
 
 
 class Stub:

@@ -24,8 +24,8 @@ resized and cropped as each preprocessor_config.json says, as transformers does 
 
 Beside each folder stand its controls: the same pictures judged for the other people in the folder,
 and the originals, unedited, judged for theirs. A method that personalises is above both where it
-says "Pref" or "Neighbor", and its pictures stay below 1 where they say "Ref": only the original is
-itself.
+says "Pref" or "Neighbor" (but an original is near to all liked pictures of its own scene: take
+--scenes of others), and below 1 where it says "Ref": only the original is itself.
 
 CLIP must be a safetensors file in a folder with its config.json, preprocessor_config.json and
 tokenizer. Where the hub has but a pickle (openai/clip-vit-base-patch32), once:

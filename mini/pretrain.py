@@ -863,7 +863,7 @@ RECIPES = {                                               # class, steps of the 
     "decoder": (Decoder, 900),
     "distil": (Distillation, 1075),
     "vit": (Features, 1556),
-    "clip": (TextAndPicture, 1200),
+    "clip": (TextAndPicture, 900),
     "image-prompt": (NewImagePrompt, 3000),
     "qwen": (LanguageModel, 4000),
 }
