@@ -215,13 +215,13 @@ def read_people(files):
     return people
 
 
-def neighbours(people):
-    """{name: [User]} the ten most similar of `people`, fewer where fewer have anything in
-    common."""
+def neighbours(people, kind):
+    """{name: [User]} the ten most similar of `people`, fewer where fewer have anything in common;
+    `kind`: of similar_users."""
     users = list(people.values())
     names = attribute_names(users)
     graph = PreferenceGraph.build(users, names, torch.zeros(len(names), 0))
-    index, score = similar_users(graph.signs(), NEIGHBOURS)                 # (U, 10)
+    index, score = similar_users(graph.signs(), NEIGHBOURS, kind)           # (U, 10)
     found = {}
     for user, near, alike in zip(users, index.tolist(), score.tolist()):
         found[user.name] = [users[i] for i, s in zip(near, alike) if s > 0]
@@ -241,7 +241,7 @@ def tastes(args, names, encoders):
         chosen.setdefault(pair["user"], []).append(pair["chosen"])
     edits = edited_scenes(args.scenes)
     shown = encoders.see([read_image(edit["image"]) for edit in edits])
-    near = neighbours(people)
+    near = neighbours(people, args.similar)
     found = {}
     for name in names:
         likes = people[name].likes
@@ -389,6 +389,9 @@ def parse(argv=None):
                    help="whose chosen instructions are what a user likes")
     p.add_argument("--scenes", default=shipped("mini/sample/scenes.jsonl"),
                    help='whose pictures a user likes; "" for none')
+    p.add_argument("--similar", default="shared", choices=("shared", "signed", "likes"),
+                   help="what makes users similar: what both speak of (Eq. 6's letter), less "
+                   "clashes, or what both like (ours)")
     p.add_argument("--clip", default=shipped("mini/clip"), help="a whole CLIP: folder or hub name")
     p.add_argument("--dino", default=shipped("mini/vit"), help="DINO or DINOv2: the same")
     p.add_argument("--hps", default="", help="HPS, converted: a folder as CLIP's")
