@@ -51,7 +51,7 @@ class Pretrained(nn.Module):
         config.json says anything else than `only`, or `also`, in the same form."""
         file = f"{path}/config.json"
         with reading(file):
-            config = read_json(file)
+            config = cls.own(read_json(file))
             check_settings(config, cls.only | also)
         return config
 
@@ -63,6 +63,11 @@ class Pretrained(nn.Module):
             model = cls(config)
         load_checkpoint(model, path, cls.rename)
         return model.to(device, dtype).eval()
+
+    @staticmethod
+    def own(config):
+        """The dict of a config.json -> what it says of this module."""
+        return config
 
     @staticmethod
     def rename(name):
@@ -106,6 +111,9 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 class CLIPMLP(nn.Sequential):
     def __init__(self, width, hidden, activation):
         super().__init__()
@@ -118,11 +126,7 @@ class CLIPLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
-        activation = choose(
-            "hidden_act",
-            config["hidden_act"],
-            {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-        )
+        activation = choose("hidden_act", config["hidden_act"], ACTIVATIONS)
         eps = config.get("layer_norm_eps", 1e-5)
         self.self_attn = CLIPAttention(width, config["num_attention_heads"])
         self.layer_norm1 = nn.LayerNorm(width, eps)
@@ -152,14 +156,33 @@ class CLIPTransformer(nn.Module):
         return self.final_layer_norm(self.encoder.layers(x))
 
 
+def clip_half(config, half):
+    """What config.json says of CLIP's "text" or "vision" tower, alone or in a whole CLIP."""
+    if config.get("model_type") != "clip":
+        return config
+    return {
+        **config[f"{half}_config"],
+        "architectures": "WithProjection",
+        "projection_dim": config["projection_dim"]
+    }
+
+
 class CLIPText(Pretrained):
-    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text."""
+    """CLIP's text tower; clip(ids (B, T)) -> pooled (B, D): the last layer at the end-of-text.
+    CLIPTextModelWithProjection and a whole CLIP can compare texts, too, by `embed`."""
     only = {"model_type": "clip_text_model"}
 
     def __init__(self, config):
         super().__init__()
         self.end = config["eos_token_id"]
         self.text_model = CLIPTransformer(config)
+        self.text_projection = None
+        if "WithProjection" in str(config.get("architectures")):
+            self.text_projection = nn.Linear(
+                config["hidden_size"],
+                config["projection_dim"],
+                bias=False
+            )
 
     def forward(self, ids):
         x = self.text_model(ids)                                            # (B, T, D)
@@ -168,11 +191,24 @@ class CLIPText(Pretrained):
         is_end = ids if self.end == 2 else (ids == self.end).int()
         return x[torch.arange(len(ids)), is_end.argmax(1)]                  # (B, D)
 
+    def embed(self, ids):
+        """Ids (B, T) -> (B, P), not normalised: texts, and pictures, that mean the same point the
+        same way. ValueError where the checkpoint has no projection."""
+        if self.text_projection is None:
+            raise ValueError("CLIP's config.json knows no text projection: it compares no texts")
+        return self.text_projection(self(ids))
+
+    @staticmethod
+    def own(config):
+        return clip_half(config, "text")
+
     @staticmethod
     def rename(name):
-        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too."""
-        if not name.endswith("position_ids"):
-            return "text_model." + name.removeprefix("text_model.")
+        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too. A whole
+        CLIP's other half stays where it is."""
+        if name.startswith(("vis", "logit_scale")) or name.endswith("position_ids"):
+            return None
+        return name if name.startswith("text_") else f"text_model.{name}"
 
 
 # ---- the prompt: T5 ----------------------------------------------------------------------------

@@ -17,7 +17,6 @@ Try it: python patch_dpo.py
 """
 import copy
 import math
-import re
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -32,8 +31,8 @@ from torch import nn
 
 import lora
 from controlnet import FLUX_PARTS
-from flux import (VAE, CLIPMLP, Flux, attend, check_parts, check_settings, denoise, encode_prompt,
-                  image_ids, pack, rope_table, rotate, sigmas, unpack,
+from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, attend, check_parts, check_settings, clip_half,
+                  denoise, encode_prompt, image_ids, pack, rope_table, rotate, sigmas, unpack,
                   read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
@@ -129,18 +128,19 @@ class LayerScale(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """One pre-norm transformer layer, with DINOv2's names; a ViT has no layer scale."""
+    """One pre-norm transformer layer, with DINOv2's names; ViT and CLIP have no layer scale."""
 
     def __init__(self, config, scale):
         super().__init__()
         width = config["hidden_size"]
         eps = float(config["layer_norm_eps"])
         hidden = config.get("intermediate_size") or int(width * config["mlp_ratio"])
+        activation = choose("hidden_act", config["hidden_act"], ACTIVATIONS)
         self.norm1 = nn.LayerNorm(width, eps)
         self.norm2 = nn.LayerNorm(width, eps)
         self.attention = ViTAttention(
             width, config["num_attention_heads"], config.get("qkv_bias", True))
-        self.mlp = CLIPMLP(width, hidden, nn.GELU())
+        self.mlp = CLIPMLP(width, hidden, activation())
         self.layer_scale1 = scale(width)
         self.layer_scale2 = scale(width)
 
@@ -151,20 +151,22 @@ class ViTLayer(nn.Module):
 
 class ViTEmbeddings(nn.Module):
     """Patches as vectors, each with its position, behind the class token. `side`: patches along
-    an edge of the pictures that it was trained on."""
+    an edge of the pictures that it was trained on. `clip`: as CLIP stores them, without leading
+    ones in the shapes, and without a bias."""
 
-    def __init__(self, width, patch, side):
+    def __init__(self, width, patch, side, clip=False):
         super().__init__()
         self.side = side
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.position_embeddings = nn.Parameter(0.02 * torch.randn(1, 1 + side ** 2, width))
+        ones = () if clip else (1, 1)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(*ones, width))
+        self.position_embeddings = nn.Parameter(0.02 * torch.randn(*ones[1:], 1 + side ** 2, width))
         self.patch_embeddings = nn.ModuleDict({
-            "projection": nn.Conv2d(3, width, patch, patch)
+            "projection": nn.Conv2d(3, width, patch, patch, bias=not clip)
         })
 
     def forward(self, pixels):
         x = self.patch_embeddings.projection(pixels)                        # (B, D, H, W)
-        position = self.position_embeddings                                 # (1, 1+side*side, D)
+        position = self.position_embeddings.view(1, -1, x.shape[1])         # (1, 1+side*side, D)
         places = position[:, 1:].mT.unflatten(2, (self.side, -1))           # (1, D, side, side)
         places = F.interpolate(places, x.shape[2:], mode="bicubic")         # (1, D, H, W)
         patches = (x + places).flatten(2).mT                                # (B, S, D)
@@ -172,40 +174,55 @@ class ViTEmbeddings(nn.Module):
         return torch.cat([first.expand_as(patches[:, :1]), patches], 1) # (B, 1+S, D)
 
 
-# A public checkpoint's names -> ours, which are DINOv2's
-VIT_NAMES = {
-    r"^(dinov2|vit)\.": "",
-    r"(layer\.\d+)\.intermediate\.dense": r"\1.mlp.fc1",
-    r"(layer\.\d+)\.output\.dense": r"\1.mlp.fc2",
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2"
-}
-
 # What preprocessor_config.json must say beside mean and std. Its sizes and crops are not followed:
 # f reads pictures of any size.
 PROCESSOR = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
 
 
+PUBLIC_NAMES = {                # a ViT's and CLIP's -> DINOv2's, which are ours
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layer_norm1": "norm1",
+    "layer_norm2": "norm2",
+    "class_embedding": "cls_token",
+    "position_embedding.weight": "position_embeddings",
+    "patch_embedding.": "patch_embeddings.projection.",
+    "encoder.layers": "encoder.layer",
+    "self_attn.q_proj": "attention.attention.query",
+    "self_attn.k_proj": "attention.attention.key",
+    "self_attn.v_proj": "attention.attention.value",
+    "self_attn.out_proj": "attention.output.dense",
+    "post_layernorm": "layernorm"
+}
+
+
 class ImageFeatures(nn.Module):
-    """DINOv2 or ViT: features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last
-    feature map. Built from config.json's values, and mean and std (2, 3) of pixels in [0, 1]."""
+    """DINOv2, ViT (DINO's, too) or CLIP's vision tower (with its projection, or in a whole CLIP):
+    features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map, after
+    the last norm. Built from config.json's values, and mean and std (2, 3) of pixels in [0, 1]."""
 
     def __init__(self, config, mean_std):
         super().__init__()
+        config = clip_half(config, "vision")
         scale = choose(
             "model_type",
             config["model_type"],
-            {"dinov2": LayerScale, "vit": nn.Identity}
+            {"dinov2": LayerScale, "vit": nn.Identity, "clip_vision_model": nn.Identity}
         )
-        choose("hidden_act", config["hidden_act"], {"gelu": F.gelu})
+        clip = config["model_type"] == "clip_vision_model"
         self.mean_std = mean_std
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
         width = config["hidden_size"]
-        self.embeddings = ViTEmbeddings(width, self.patch, self.side // self.patch)
+        eps = config["layer_norm_eps"]
+        self.embeddings = ViTEmbeddings(width, self.patch, self.side // self.patch, clip)
         layers = [ViTLayer(config, scale) for _ in range(config["num_hidden_layers"])]
         self.encoder = nn.ModuleDict({"layer": nn.Sequential(*layers)})
-        self.layernorm = nn.LayerNorm(width, config["layer_norm_eps"])
+        self.layernorm = nn.LayerNorm(width, eps)
+        self.pre_layrnorm = self.visual_projection = nn.Identity()
+        if clip:                                            # whose files spell it so
+            self.pre_layrnorm = nn.LayerNorm(width, eps)
+            self.visual_projection = nn.Linear(width, config["projection_dim"], bias=False)
 
     def tokens(self, image):
         """(B, 3, height, width) in [-1, 1] -> (B, 1+S, D): the class token, then the patches row by
@@ -215,7 +232,8 @@ class ImageFeatures(nn.Module):
         image = F.interpolate(image, size, mode="bicubic", antialias=True)
         mean, std = self.mean_std.to(image)[..., None, None]                # (3, 1, 1)
         pixels = ((image + 1) / 2 - mean) / std
-        return self.layernorm(self.encoder.layer(self.embeddings(pixels)))
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        return self.layernorm(self.encoder.layer(x))
 
     def cells(self, image):
         """H, W: into how many patches a picture is cut."""
@@ -225,18 +243,19 @@ class ImageFeatures(nn.Module):
         return self.tokens(image)[:, 1:].unflatten(1, self.cells(image))    # (B, H, W, D)
 
     def embed(self, image):
-        """What the whole picture shows: the class token (B, D), not normalised."""
-        return self.tokens(image)[:, 0]
+        """What the whole picture shows: CLIP's projection (B, P), else the class token (B, D), not
+        normalised."""
+        return self.visual_projection(self.tokens(image)[:, 0])
 
     @classmethod
     def load(cls, path, device="cpu"):
-        """`path`: folder or hub name (facebook/dinov2-base, google/vit-base-patch16-224).
+        """`path`: folder or hub name (facebook/dinov2-base, openai/clip-vit-base-patch32).
         ValueError for other model types or steps, or when a tensor does not fit."""
         path = resolve(path, ["*.json", "model*.safetensors"])
         config = read_json(path / "config.json")
         file = path / "preprocessor_config.json"
-        processor = read_json(file)
         with reading(file):
+            processor = read_json(file)
             check_settings(processor, PROCESSOR)
             rows = [processor["image_mean"], processor["image_std"]]
             mean_std = torch.tensor(rows).view(2, 3)
@@ -248,10 +267,15 @@ class ImageFeatures(nn.Module):
     @staticmethod
     def rename(name):
         """A public checkpoint's name -> ours (DINOv2's); None: it plays no role in features."""
-        if re.search(r"pooler\.|classifier\.|mask_token$", name):
+        name = name.removeprefix("dinov2.").removeprefix("vit.").removeprefix("vision_model.")
+        unused = name.startswith(("pooler.", "classifier.", "text_", "logit_scale"))
+        if unused or name.endswith(("mask_token", "position_ids")):
             return None
-        for theirs, ours in VIT_NAMES.items():
-            name = re.sub(theirs, ours, name)
+        if ".attention." not in name:
+            name = name.replace(".intermediate.dense", ".mlp.fc1")
+            name = name.replace(".output.dense", ".mlp.fc2")
+        for public, ours in PUBLIC_NAMES.items():
+            name = name.replace(public, ours)
         return name
 
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import importlib.util
 import io
 import json
 import math
@@ -7994,6 +7995,623 @@ def test_study_page_works_in_a_browser(tmp_path):
     votes = study.read_votes([file], {key["sheet"]: key})
     assert [v["method"] for v in votes if v["answer"] == "left"] == [
         key["trials"][0]["shown"][0], key["trials"][2]["shown"][0]]
+
+
+# ---- evaluation beside the paper's tables --------------------------------------------------------
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+WHOLE_CLIP = {
+    "model_type": "clip",
+    "projection_dim": 12,
+    "text_config": clip_config(model_type="clip_text_model"),
+    "vision_config": {**VISION, "model_type": "clip_vision_model", "projection_dim": 9},
+}
+CLIP_IDS = torch.tensor([[1, 5, 9, 40, 59, 7], [1, 40, 59, 40, 2, 3]])
+
+
+def test_eval_clip_compares_texts_as_transformers(tmp_path):
+    """The text tower with its projection, alone and as half of a whole CLIP, to 1e-5."""
+    tf = peer("transformers")
+    config = tf.CLIPTextConfig(**clip_config(projection_dim=12))
+    theirs = loud(tf.CLIPTextModelWithProjection(config))
+    clip = reload(theirs, flux.CLIPText)
+    assert_close(clip.embed(CLIP_IDS), theirs(CLIP_IDS).text_embeds, 1e-5)
+    pooled = theirs.text_model(CLIP_IDS).pooler_output
+    assert_close(clip(CLIP_IDS), pooled, 1e-5)
+    theirs = whole_clip(tf)
+    clip = reload(theirs, flux.CLIPText)
+    pooled = theirs.text_model(CLIP_IDS).pooler_output
+    assert_close(clip.embed(CLIP_IDS), theirs.text_projection(pooled), 1e-5)
+
+
+def whole_clip(tf):
+    """transformers' CLIPModel of WHOLE_CLIP's sizes, with loud weights."""
+    config = tf.CLIPConfig(
+        text_config=WHOLE_CLIP["text_config"],
+        vision_config=WHOLE_CLIP["vision_config"],
+        projection_dim=12,
+    )
+    return loud(tf.CLIPModel(config))
+
+
+def test_eval_clip_sees_pictures_as_transformers(tmp_path):
+    """The vision tower with its projection, alone and as half of a whole CLIP, at its own size and
+    at another: the picture's embedding, and the map after the last norm, to 1e-5."""
+    tf = peer("transformers")
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    alone = tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**VISION, projection_dim=12))
+    mean = torch.tensor(MEAN)[:, None, None]
+    std = torch.tensor(STD)[:, None, None]
+    for theirs in (loud(alone), whole_clip(tf)):
+        theirs.save_pretrained(tmp_path)
+        f = patch_dpo.ImageFeatures.load(tmp_path)
+        for size in ((32, 32), (48, 24)):
+            x = torch.rand(2, 3, *size, generator=seeded())
+            tower = theirs.vision_model((x - mean) / std, interpolate_pos_encoding=True)
+            embedded = theirs.visual_projection(tower.pooler_output)
+            assert embedded.shape == (2, 12)
+            assert_close(f.embed(2 * x - 1), embedded, 1e-5)
+            states = theirs.vision_model.post_layernorm(tower.last_hidden_state)
+            assert_close(f.tokens(2 * x - 1), states, 1e-5)
+
+
+def test_eval_dino_of_its_own_layout_equals_transformers(tmp_path):
+    """facebook/dino-vits16's: a ViT of 6 heads with a pooler that plays no role, to 1e-5."""
+    tf = peer("transformers")
+    config = tf.ViTConfig(
+        hidden_size=48,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        image_size=32,
+        patch_size=16,
+        layer_norm_eps=1e-12,
+    )
+    theirs = loud(tf.ViTModel(config, add_pooling_layer=True))
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "vit"
+    write_lines(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    x = torch.rand(2, 3, 32, 32, generator=seeded())
+    pixels = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    f = patch_dpo.ImageFeatures.load(tmp_path)
+    assert_close(f.embed(2 * x - 1), theirs(pixels).last_hidden_state[:, 0], 1e-5)
+
+
+def write_clip(folder, **changes):
+    """A whole CLIP with random weights, in the public layout, written without any peer."""
+    config = {**WHOLE_CLIP, **changes}
+    text = loud(flux.CLIPText(flux.CLIPText.own(config)))
+    vision = loud(patch_dpo.ImageFeatures(config, torch.full((2, 3), 0.5)))
+    tensors = {**text.state_dict(), "logit_scale": torch.tensor(4.6)}
+    for name, p in vision.state_dict().items():
+        tensors[public_vision_name(name)] = p
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    write_lines(folder / "config.json", config)
+    write_lines(folder / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
+    return text, vision
+
+
+def public_vision_name(name):
+    """Ours -> that of CLIP's files."""
+    if name.startswith("layernorm"):
+        name = f"post_{name}"
+    for public, ours in reversed(patch_dpo.PUBLIC_NAMES.items()):
+        if not public.startswith(("layernorm", "post")):
+            name = name.replace(ours, public)
+    return name if name.startswith("visual") else f"vision_model.{name}"
+
+
+def test_eval_clip_halves_are_read_from_one_checkpoint(tmp_path):
+    """Each takes its own tensors and leaves the other's; the projection's size is the whole's, not
+    the half's."""
+    text, vision = write_clip(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name in (
+        "vision_model.embeddings.class_embedding",
+        "vision_model.embeddings.patch_embedding.weight",
+        "vision_model.embeddings.position_embedding.weight",
+        "vision_model.pre_layrnorm.bias",
+        "vision_model.encoder.layers.1.self_attn.out_proj.weight",
+        "vision_model.encoder.layers.1.layer_norm2.weight",
+        "vision_model.encoder.layers.1.mlp.fc2.bias",
+        "vision_model.post_layernorm.weight",
+        "visual_projection.weight",
+        "text_projection.weight",
+    ):
+        assert name in stored, name
+    clip = flux.CLIPText.load(tmp_path)
+    assert same(clip.embed(CLIP_IDS), text.embed(CLIP_IDS))
+    f = patch_dpo.ImageFeatures.load(tmp_path)
+    x = noise(2, 3, 32, 32)
+    vision.mean_std = torch.tensor([MEAN, STD])
+    assert same(f.embed(x), vision.embed(x))
+    assert f.embed(x).shape == clip.embed(CLIP_IDS).shape == (2, 12)
+
+
+def test_eval_clip_files_that_do_not_fit_are_named(tmp_path):
+    """A text tower without projection compares nothing; a vision tower without one, another
+    activation, a lacking half are refused by name."""
+    plain = flux.CLIPText(clip_config(architectures=["CLIPTextModel"], projection_dim=12))
+    assert not any("projection" in name for name in plain.state_dict())
+    raises("no text projection", plain.embed, CLIP_IDS)
+    write_clip(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("visual_projection.weight")
+    tensors.pop("text_projection.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    raises("missing visual_projection.weight", patch_dpo.ImageFeatures.load, tmp_path)
+    raises("missing text_projection.weight", flux.CLIPText.load, tmp_path)
+    halved = {name: value for name, value in WHOLE_CLIP.items() if name != "vision_config"}
+    write_lines(tmp_path / "config.json", halved)
+    raises("has no 'vision_config'", patch_dpo.ImageFeatures.load, tmp_path)
+    odd = {**WHOLE_CLIP, "vision_config": {**WHOLE_CLIP["vision_config"], "hidden_act": "relu"}}
+    write_lines(tmp_path / "config.json", odd)
+    raises("hidden_act is 'relu'", patch_dpo.ImageFeatures.load, tmp_path)
+    write_lines(tmp_path / "config.json", {**WHOLE_CLIP, "model_type": "siglip"})
+    raises("model_type is 'siglip'", flux.CLIPText.load, tmp_path)
+
+
+def bench_judge():
+    """bench/judge.py, beside mini/judge.py, which has its name."""
+    bench("clock")
+    spec = importlib.util.spec_from_file_location("bench_judge", ROOT / "bench/judge.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_judge"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_eval_judge_prepares_pictures_as_transformers():
+    """CLIP's, DINO's and DINOv2's preprocessor_config.json, old and new, upright and lying
+    pictures: the very pixels."""
+    tf = peer("transformers")
+    judge = bench_judge()
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    assert tf.__version__
+    clip = {"image_processor_type": "CLIPImageProcessor"}
+    edge = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    wide = {"size": {"shortest_edge": 32}, "crop_size": {"height": 24, "width": 24}}
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24}
+    vit = {"feature_extractor_type": "ViTFeatureExtractor", "size": 24, "resample": 3}
+    for kind, processor in (
+        (CLIPImageProcessorPil, {**clip, **edge, "resample": 3, "do_center_crop": True}),
+        (CLIPImageProcessorPil, {**old, "resample": 3, "do_center_crop": True}),
+        (BitImageProcessorPil, {**wide, "resample": 3, "do_center_crop": True}),
+        (ViTImageProcessorPil, vit),
+        (ViTImageProcessorPil, {"size": {"height": 24, "width": 30}}),
+    ):
+        theirs = kind(**processor, do_rescale=False, do_normalize=False)
+        for shape in ((50, 41), (31, 60), (40, 40)):
+            picture = Image.fromarray((noise(*shape, 3) * 60 + 128).clamp(0, 255).byte().numpy())
+            want = theirs(picture, return_tensors="pt").pixel_values[0]
+            found = np.array(judge.prepare(picture, processor))
+            assert same(torch.from_numpy(found).permute(2, 0, 1).float(), want.float())
+
+
+def write_edit(folder, name, user, picture, source=None):
+    """As edit.py writes it: a PNG and its JSON."""
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(picture).save(folder / f"{name}.png")
+    settings = {"image": source and str(source), "caption": "a mug"}
+    edit = {"user": user, "likes": [], "dislikes": [], "instruction": "", "prompt": ""}
+    write_lines(folder / f"{name}.json", {**edit, "settings": settings})
+
+
+def flat(red, green, blue, size=32):
+    return np.full((size, size, 3), (red, green, blue), np.uint8)
+
+
+def judged_world(folder):
+    """Two people, one for red, one for blue, the pictures they like, a CLIP -> judge's flags."""
+    write_clip(folder / "clip", text_config={
+        **WHOLE_CLIP["text_config"], "vocab_size": 816, "max_position_embeddings": 32})
+    processor = {"image_mean": MEAN, "image_std": STD, "do_resize": False}
+    write_lines(folder / "clip/preprocessor_config.json", processor)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(MINI / "flux/tokenizer" / name, folder / "clip")
+    write_lines(
+        folder / "users.jsonl",
+        {"user": "rose", "likes": ["red", "gold"], "dislikes": ["blue"]},
+        {"user": "azur", "likes": ["blue"], "dislikes": ["gold"]},
+    )
+    write_lines(folder / "pairs.jsonl", {"user": "rose", "chosen": "Paint the mug red"})
+    colors = {"red": flat(200, 20, 20), "blue": flat(20, 20, 200), "plain": flat(90, 90, 90)}
+    for name, picture in colors.items():
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    edits = [{"attribute": name, "image": f"{name}.png"} for name in ("red", "blue")]
+    edits.append({"attribute": "gold"})                   # without a picture: nobody's liked one
+    scene = {"image": "plain.png", "caption": "a mug", "edits": edits}
+    write_lines(folder / "scenes.jsonl", scene)
+    flags = []
+    for flag, name in (("users", "users.jsonl"), ("pairs", "pairs.jsonl"),
+                       ("scenes", "scenes.jsonl"), ("clip", "clip")):
+        flags += [f"--{flag}", str(folder / name)]
+    return flags, colors
+
+
+def test_eval_judge_moves_as_it_must(tmp_path):
+    """Who likes red has a higher number for a red picture than others, by both encoders; the same
+    picture judged for another is lower; an unedited picture is its own reference, an edited one is
+    below it; another method's folder with exchanged pictures comes out worse."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    plain = tmp_path / "plain.png"
+    for folder, first, second in (("good", "red", "blue"), ("bad", "blue", "red")):
+        write_edit(tmp_path / folder, "a", "rose", colors[first] + 5, plain)
+        write_edit(tmp_path / folder, "b", "azur", colors[second] + 5, plain)
+    write_lines(tmp_path / "good/both.json", {"edits": []})           # the grid is no edit
+    folders = [str(tmp_path / "good"), str(tmp_path / "bad")]
+    text = judge.report(judge.parse([*folders, *flags]))
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            title, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+            rows.setdefault(title, []).append(cells)
+    good, = rows[folders[0]]
+    bad, = rows[folders[1]]
+    others = rows["its pictures, for the other people"]
+    assert judge.REF[2] == "HPS" and good[2] == "-"
+    for column in (4, 5):                                             # DINO- and CLIP-I-Pref
+        assert float(good[column][:5]) > float(bad[column][:5])
+        assert good[column][:5] == others[1][column][:5]              # exchanged people
+        assert float(good[column][:5]) > float(others[0][column][:5])
+    for originals in rows["its originals, unedited"]:
+        assert originals[:2] == ["1.000 ± 0.000"] * 2
+    for column in (0, 1):                                             # DINO- and CLIP-Ref
+        assert float(good[column][:5]) < 1
+    assert "DINO-Pref 2 of 2, CLIP-I-Pref 2 of 2" in text
+    assert "1 of the people have no line" in text and "published as a pickle" in text
+    assert rows["the paper's C-DPO"][0][0] == "0.782 ± 0.182"
+
+
+def test_eval_judge_numbers_are_cosines(tmp_path):
+    """By hand, for one edit: each measure is the mean cosine that its name says."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    write_edit(tmp_path / "one", "a", "rose", colors["red"] + 9, tmp_path / "plain.png")
+    args = judge.parse([str(tmp_path / "one"), *flags])
+    edit, = judge.read_edits(tmp_path / "one")
+    encoders = judge.Encoders(args)
+    likes, without = judge.tastes(args, ["rose"], encoders)
+    assert without == []
+    seen = encoders.see([edit.picture])
+    own, others = judge.preference(["rose"], seen, likes)
+    assert others["DINO-Pref"] == []
+
+    def cosine(text):
+        clip = flux.CLIPText.load(tmp_path / "clip")
+        tokenizer = flux.TextTokenizer(tmp_path / "clip", 32)
+        with torch.no_grad():
+            vector = clip.embed(tokenizer([text]))
+        return nn.functional.cosine_similarity(vector, seen["CLIP"]).item()
+
+    assert_close(own["CLIP-T-Pref"][0], cosine("Paint the mug red"), 1e-5)
+    assert_close(own["CLIP-T-Neighbor"][0], cosine("blue"), 1e-5)     # azur, by blue and gold
+    liked = encoders.see([Image.open(tmp_path / "red.png")])
+    assert_close(own["DINO-Pref"][0], (liked["DINO"] @ seen["DINO"].T).item(), 1e-5)
+    found = judge.reference(seen, encoders.see([edit.original]), encoders.read([edit.caption]))
+    assert_close(found["CLIP-T"][0], cosine("a mug"), 1e-5)
+    assert set(found) == {"DINO-Ref", "CLIP-Ref", "CLIP-T"}
+    assert found["DINO-Ref"][0] < 1 and judge.row("x", found)[3] == "-"
+
+
+def test_eval_judge_refuses_by_name(tmp_path):
+    """An empty folder, somebody unknown, one who stands in two files, a pickle."""
+    judge = bench_judge()
+    flags, colors = judged_world(tmp_path)
+    (tmp_path / "none").mkdir()
+    raises("none holds no edit", judge.report, judge.parse([str(tmp_path / "none"), *flags]))
+    write_edit(tmp_path / "one", "a", "zoe", colors["red"])
+    asked = [str(tmp_path / "one"), *flags]
+    raises("'zoe', who is not in --users", judge.report, judge.parse(asked))
+    raises("hps.pt is a pickle", judge.report, judge.parse([*asked, "--hps", "hps.pt"]))
+    twice = [str(tmp_path / "users.jsonl")] * 2
+    raises("stands in another of --users", judge.read_people, twice)
+    write_lines(tmp_path / "one/a.json", {"user": "zoe"})
+    raises("a.json has no instruction", judge.read_edits, tmp_path / "one")
+
+
+def test_eval_hps_in_open_clips_names_is_a_clip(tmp_path):
+    """Names, q, k and v in one tensor, projections the other way round: bench/hps.py makes of them
+    the CLIP that they were made of."""
+    hps = bench("hps")
+    sizes = {"hidden_size": 32, "num_attention_heads": 16, "hidden_act": "gelu"}
+    text_config = {**WHOLE_CLIP["text_config"], **sizes, "eos_token_id": 59}
+    vision_config = {**WHOLE_CLIP["vision_config"], **sizes}
+    text, vision = write_clip(
+        tmp_path / "clip", text_config=text_config, vision_config=vision_config)
+    stored = {}
+    for name, tensor in load_file(tmp_path / "clip/model.safetensors").items():
+        for theirs, public in reversed(hps.NAMES.items()):
+            name = name.replace(public, theirs)
+        if "projection" in name or name == "visual.proj":
+            name = name.removesuffix(".weight")
+            tensor = tensor.T
+        stored[name] = tensor
+    for name in list(stored):
+        if "q_proj" in name:
+            parts = [stored.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+            stored[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    assert "visual.transformer.resblocks.0.attn.in_proj_weight" in stored
+    assert "transformer.resblocks.1.mlp.c_proj.bias" in stored and "positional_embedding" in stored
+    torch.save({"state_dict": stored}, tmp_path / "hps.pt")
+    shutil.copy(MINI / "flux/tokenizer/vocab.json", tmp_path / "clip")
+    out = tmp_path / "hps"
+    hps.main([str(tmp_path / "hps.pt"), "--clip", str(tmp_path / "clip"), "--out", str(out)])
+    assert (out / "vocab.json").is_file()
+    assert_close(flux.CLIPText.load(out).embed(CLIP_IDS), text.embed(CLIP_IDS), 1e-6)
+    f = patch_dpo.ImageFeatures.load(out)
+    f.mean_std = vision.mean_std
+    x = noise(2, 3, 32, 32)
+    assert_close(f.embed(x), vision.embed(x), 1e-6)
+
+
+def test_eval_miniatures_clip_equals_transformers():
+    """mini/clip is read whole by both: texts, and pictures as its processor prepares them."""
+    tf = peer("transformers")
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    folder = MINI / "clip"
+    theirs = tf.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    clip = flux.CLIPText.load(folder)
+    f = patch_dpo.ImageFeatures.load(folder)
+    judge = bench_judge()
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    picture = Image.open(SAMPLE / "scenes/00_apple_gold.png").convert("RGB")
+    ids = flux.TextTokenizer(folder, 32)(["Paint the apple red", "gold"])
+    with torch.no_grad():
+        pixels = processor(picture, return_tensors="pt").pixel_values
+        seen = theirs.vision_model(pixels).pooler_output
+        said = theirs.text_model(ids).pooler_output
+        prepared = judge.prepare(picture, qwen.read_json(folder / "preprocessor_config.json"))
+        image = flux.to_tensor(prepared)
+        assert_close(f.embed(image[None]), theirs.visual_projection(seen), 1e-5)
+        assert_close(clip.embed(ids), theirs.text_projection(said), 1e-5)
+
+
+def test_eval_judge_of_the_miniature_knows_what_is_liked(tmp_path):
+    """The true pictures of what nine people like, judged by mini/clip and mini/vit: most are nearer
+    to their own user's likes than to others', by pictures and by words, and nearer than the
+    original by words (to pictures of its own scene the original is near by itself)."""
+    judge = bench_judge()
+    scene = json.loads((SAMPLE / "scenes.jsonl").read_text().splitlines()[0])
+    files = {edit["attribute"]: SAMPLE / edit["image"] for edit in scene["edits"]}
+    source = SAMPLE / scene["image"]
+    users = graph.read_users(SAMPLE / "users_test.jsonl")[:9]
+    for user in users:
+        for name in user.likes[:3]:
+            picture = np.array(Image.open(files[name]).convert("RGB"))
+            write_edit(tmp_path / "true", f"{user.name}_{name}", user.name, picture, source)
+    args = judge.parse([str(tmp_path / "true")])
+    edits = judge.read_edits(tmp_path / "true")
+    encoders = judge.Encoders(args)
+    names = [edit.user for edit in edits]
+    likes, _ = judge.tastes(args, sorted(set(names)), encoders)
+    own, others = judge.preference(names, encoders.see([e.picture for e in edits]), likes)
+    before, _ = judge.preference(names, encoders.see([e.original for e in edits]), likes)
+    for what, controls in (
+        ("DINO-Pref", others),
+        ("CLIP-I-Pref", others),
+        ("CLIP-T-Pref", others),
+        ("CLIP-T-Pref", before),
+        ("CLIP-T-Neighbor", before),
+    ):
+        wins = sum(a > b for a, b in zip(own[what], controls[what]))
+        assert wins >= 0.7 * len(edits) > 15, (what, wins, len(edits))
+
+
+class Stub:
+    """Writes for make_data as a good model would, in JSON, but for every fifth answer, which is
+    cut; dies after `calls` batches."""
+
+    def __init__(self, calls=10 ** 9):
+        self.calls = calls
+        self.asked = []
+
+    def __call__(self, conversations, start, tokens, seed):
+        if not self.calls:
+            raise KeyboardInterrupt
+        self.calls -= 1
+        self.asked.append(len(conversations))
+        answers = []
+        for i, messages in enumerate(conversations):
+            answer = json.dumps(self.answer(messages[-1]["content"], seed % 1000 + i))
+            assert answer.startswith(start)
+            answers.append(answer[:-9] if i % 5 == 4 else answer + " and so on")
+        return answers
+
+    def answer(self, question, n):
+        if question.startswith("Write"):
+            category = re.search(r"subject is: (.*?)\.", question)[1]
+            captions = [f"a {category} {n}", f"a {category} {n} on a table"]
+            return {"captions": [*captions, "a bear of another kind"]}
+        if "four lists" in question:
+            return dict.fromkeys(["themes", "tones", "overlays", "prompts"], ["calm"])
+        if "not like" in question:
+            assert "like Stripe, stripes, gold, look" in question
+            return {"dislikes": ["neon", "glass", "gold", f"look {n % 3}x"]}
+        if question.startswith("Imagine"):
+            assert "calm" in question
+            return {"likes": ["Stripe", "stripes", "gold", f"look {n % 4}"]}
+        rows = [{"chosen": f"Make it {word} {n}", "rejected": f"Paint it {word} {n}"}
+                for word in ("gold", "blue")]
+        return {"pairs": rows}
+
+
+def data_flags(folder, *more):
+    return ["--users=7", "--test-users=2", "--batch=6", "--categories=9", "--same=0.97",
+            f"--out={folder}", *more]
+
+
+def of_letters(names):
+    """Vectors of names: alike where their letters are."""
+    rows = torch.zeros(len(names), 128)
+    for row, name in zip(rows, names):
+        for letter in name:
+            row[ord(letter)] += 1
+    return nn.functional.normalize(rows, dim=-1)
+
+
+def test_eval_data_is_made_whole_and_asked_again(tmp_path):
+    """Bad answers are asked again and counted; the files are section 6's, 48 lines a user over four
+    captions and six edit types, the last users held out; likes bear one name."""
+    data = bench("make_data")
+    args = data.parse(data_flags(tmp_path))
+    stub = Stub()
+    report = data.make(stub, of_letters, args)
+    assert max(stub.asked) == 6
+    users = graph.read_users(tmp_path / "users.jsonl")
+    tested = graph.read_users(tmp_path / "users_test.jsonl")
+    assert [user.name for user in users] == [f"user-{i:04d}" for i in range(5)]
+    assert [user.name for user in tested] == ["user-0005", "user-0006"]
+    for user in users:
+        assert user.likes[:2] == ["Stripe", "gold"] and "stripes" not in user.likes
+    rows = graph.read_jsonl(tmp_path / "pairs.jsonl", user=str, caption=str, edit_type=str,
+                            chosen=str, rejected=str)
+    for user in users:
+        own = [row for row in rows if row["user"] == user.name]
+        assert len(own) == 48 and len({row["caption"] for row in own}) == 4
+        kinds = [row["edit_type"] for row in own]
+        assert all(kinds.count(name) == 8 for name in data.EDIT_TYPES)
+    asked = report["pairs"]
+    assert asked["questions"] == asked["usable"] == 7 * 24 and asked["given up"] == 0
+    assert asked["answers"] > asked["usable"]
+    profiles = graph.read_jsonl(tmp_path / "profiles.jsonl", user=str, age=str, themes=list)
+    assert len(profiles) == 7
+    assert set(asked["why answers were bad"]) == {"not JSON, or cut off"}
+    assert report["attributes"]["merged"]["stripes"] == "Stripe"
+    text = data.in_words(report)
+    assert "7 users kept" in text and "names merged" in text
+    assert report["name a like"] == {"chosen": 0.5, "rejected": 0.5}
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["pairs"] == report["pairs"]
+
+
+def test_eval_data_goes_on_where_it_stopped(tmp_path):
+    """Killed after any batch, and in the middle of a line, it asks the rest and no more, and writes
+    the same files; a finished one asks nothing."""
+    data = bench("make_data")
+    whole = data.parse(data_flags(tmp_path / "whole"))
+    stub = Stub()
+    data.make(stub, of_letters, whole)
+    names = ["users.jsonl", "pairs.jsonl", "pairs_test.jsonl"]
+    want = [(tmp_path / "whole" / name).read_bytes() for name in names]
+    for calls in (1, 3, 4, 20):
+        args = data.parse(data_flags(tmp_path / str(calls)))
+        with contextlib.suppress(KeyboardInterrupt):
+            data.make(Stub(calls), of_letters, args)
+        last = max(args.out.glob("*.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        with open(last, "a") as file:
+            file.write('{"key": "half a li')
+        rest = Stub()
+        data.make(rest, of_letters, args)
+        assert len(rest.asked) == len(stub.asked) - calls
+        assert [(args.out / name).read_bytes() for name in names] == want
+    again = Stub()
+    data.make(again, of_letters, whole)
+    assert again.asked == []
+
+
+def test_eval_data_gives_up_what_stays_bad(tmp_path):
+    """After --tries a question is left out, and the report says why; a user who then likes and
+    dislikes the same is lost; without anything usable one sentence says so."""
+    data = bench("make_data")
+
+    class Worse(Stub):
+        def answer(self, question, n):
+            found = super().answer(question, n)
+            if "the colour of" in question:
+                found["pairs"].pop()
+            return found
+
+    args = data.parse(data_flags(tmp_path / "worse", "--tries=2"))
+    report = data.make(Worse(), of_letters, args)
+    lost = report["pairs"]["given up"]
+    assert lost >= 7 * 4 and report["pairs"]["why answers were bad"]["not two pairs"] >= 7 * 4
+    users = {"a": {"likes": ["gold", "wood"], "dislikes": ["glass", "Gold", "chrome"]}}
+    args.same = 2.0
+    kept, _, lost = data.people_of(users, of_letters, args)
+    assert kept == {} and sum(lost.values()) == 2
+    raises("0 captions and 0 profiles are usable", data.main, [
+        f"--qwen={MINI / 'qwen'}", *data_flags(tmp_path / "mini", "--users=2", "--test-users=0",
+                                               "--categories=2", "--tries=1", "--device=cpu")])
+    lines = (tmp_path / "mini/likes.answers.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[0])["answer"].startswith('{"likes": ["')
+
+
+def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
+    """Plural and case, then whatever the embedder puts closer than --same; the commoner name
+    stays."""
+    data = bench("make_data")
+    counts = {"stripe": 3, "Stripes": 5, "gold": 2, "glod": 1, "wood": 9, "berries": 1, "berry": 4}
+    merged = data.merge_names(counts, of_letters, same=0.99)
+    assert merged == {
+        "Stripes": "Stripes", "stripe": "Stripes", "gold": "gold", "glod": "gold", "wood": "wood",
+        "berry": "berry", "berries": "berry"}
+    assert data.merge_names({"gold": 1, "glod": 1}, of_letters, same=2.0)["gold"] == "gold"
+
+
+def test_eval_data_answers_are_checked_by_name():
+    """What is no JSON, too little, too long, twice the same, or the example's own words."""
+    data = bench("make_data")
+    fields = {"category": "cat", "likes": "a, b"}
+    pair = {"chosen": "Make it red", "rejected": "Make it blue"}
+    other = {"chosen": "Make it wide", "rejected": "Make it tall"}
+    found = data.check_pairs(json.dumps({"pairs": [pair, other]}), fields)
+    assert found == [["Make it red", "Make it blue"], ["Make it wide", "Make it tall"]]
+    looks = {name: ["a"] for name in ("themes", "tones", "overlays", "prompts")}
+    assert data.check_looks(json.dumps(looks) + "\nSure!", fields) == looks
+    for part, check, value in (
+        ("not JSON, or cut off", data.check_likes, '{"likes": ["a'),
+        ("not JSON", data.check_likes, '{"likes": ["a"}'),
+        ("no list of texts under tones", data.check_looks, {**looks, "tones": "a"}),
+        ("too few of likes", data.check_likes, {"likes": ["a", "a", "b", "c"]}),
+        ("too few of likes", data.check_likes, {"likes": ["a b c d", "a", "b", "c"]}),
+        ("dislikes are the likes", data.check_dislikes, {"dislikes": ["A", "f", "g"]}),
+        ("copied from the example", data.check_likes, data.ASK["likes"].answer),
+        ("not two pairs", data.check_pairs, {"pairs": [pair]}),
+        ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
+        ("the same sentence twice", data.check_pairs, {"pairs": [pair, pair]}),
+        ("copied from the example", data.check_pairs, data.ASK["pairs"].answer),
+        ("too few of captions", data.check_captions, {"captions": ["one"]}),
+        ("a | in a caption", data.check_captions, {"captions": ["a | cat", "a cat"]}),
+        ("no caption names", data.check_captions, {"captions": ["a dog", "a bobcat"]}),
+    ):
+        raises(part, check, value if isinstance(value, str) else json.dumps(value), fields)
+    runs_on = '{"likes": ["a", "b", "c", "d", "d", "d", "d'
+    assert data.check_likes(runs_on, fields) == [*"abcd"]
+    clash = json.dumps({"dislikes": [*"Abcde"]})
+    assert data.check_dislikes(clash, fields) == [*"cde"]
+    some = json.dumps({"captions": ["Two cats", "a dog"]})
+    assert data.check_captions(some, fields) == ["Two cats"]
+
+
+def test_eval_data_estimate_is_arithmetic(tmp_path):
+    """Twice the users are twice the hours of profiles and pairs; twice the rates half of them."""
+    data = bench("make_data")
+    tokenizer = Tokenizer.load(MINI / "qwen")
+
+    def hours(*flags):
+        text = data.estimate(tokenizer, data.parse([f"--out={tmp_path}", *flags]))
+        return float(re.search(r"([\d.]+) hours in all", text)[1])
+
+    once = hours("--users=30000")
+    assert abs(hours("--users=60000") / once - 2) < 0.02
+    fast = hours("--users=30000", "--decode-rate=4000", "--prefill-rate=20000")
+    assert abs(once / fast - 2) < 0.02
+    assert hours() < 24                                               # 3,000 users in a day
+    raises("--test-users is 9; it must lie in 0 .. 2", data.parse, ["--users=2", "--test-users=9"])
 
 
 # ---- the house -----------------------------------------------------------------------------------

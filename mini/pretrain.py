@@ -9,6 +9,7 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py decoder      # mini/flux/vae: its decoder goes on; may run beside flux
     python mini/pretrain.py distil       # the guidance embedding, as FLUX.1-dev has it
     python mini/pretrain.py vit          # mini/vit: patch features, in DINOv2's layout
+    python mini/pretrain.py clip         # mini/clip: what pictures and texts have in common
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
@@ -63,9 +64,9 @@ from world import make_scenes, wish, wish_for_nothing, wish_for_type, write_json
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt
 from controlnet import ControlNet, control_picture
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, image_ids, pack
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack
 from graph import User
-from patch_dpo import (ALONE, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
+from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, stack)
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
                   read_tensors, set_precision)
@@ -541,6 +542,84 @@ class Features(Recipe):
         save_weights(self.folder, average["vit"], "model")
 
 
+# ---- clip: pictures and texts in one space ------------------------------------------------------
+
+class TextAndPicture(Recipe):
+    """Of a batch's pictures and texts, which belong together. A text is a picture's prompt or a
+    part of it: the caption, the instruction, or the bare name of what it asks for. CLIP's loss, but
+    that a text fits every picture which shows all that it names (ours: in so small a world many
+    do)."""
+    lr = 2e-3
+    public = list(PUBLIC_NAMES.items())[2:]               # the first two are a ViT's alone
+
+    def __init__(self, args):
+        self.folder = args.out / "clip"
+        self.device = args.device
+        self.images, self.prompts = read_pictures(args)
+        self.names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
+        self.names += list(TYPE_OF)
+        self.tokenizer = TextTokenizer(self.folder, WORDS)
+        config = read_json(self.folder / "config.json")
+        pixels = read_json(self.folder / "preprocessor_config.json")
+        mean_std = torch.tensor([pixels["image_mean"], pixels["image_std"]])
+        self.model = nn.ModuleDict({
+            "text": CLIPText(clip_half(config, "text")),
+            "vision": ImageFeatures(config, mean_std),
+        })
+        self.model.logit_scale = nn.Parameter(torch.tensor(config["logit_scale_init_value"]))
+
+    def facts(self, texts):
+        """Which of the names each text has (B, names), 0 or 1."""
+        rows = []
+        for text in texts:
+            rows.append([float(name in text) for name in self.names])
+        return torch.tensor(rows)
+
+    def part_of(self, prompt, kind, which):
+        """The whole of a prompt, or a part; `kind` and `which` are in [0, 1)."""
+        text, _, asked = prompt.partition(". ")
+        if kind < 0.2 or not asked:
+            return text
+        if kind < 0.45:
+            return prompt
+        if kind < 0.8:
+            return asked
+        named = [name for name in TYPE_OF if name in asked]
+        return named[int(which * len(named))]
+
+    def loss(self, generator, batch=64):
+        scene = torch.randint(len(self.images), (batch,), generator=generator)
+        which = torch.randint(PICTURES, (batch,), generator=generator)
+        random = torch.rand(batch, 2, generator=generator)
+        prompts = [self.prompts[s][w] for s, w in zip(scene, which)]
+        texts = [self.part_of(text, *row) for text, row in zip(prompts, random.tolist())]
+        ids = self.tokenizer(texts)                                        # (B, 32)
+        longest = (ids != ids[:, -1:]).sum(1).max() + 1                    # with one end
+        ids = ids[:, :longest].to(self.device)
+        x = to_unit(self.images[scene, which].to(self.device))
+        with fast(self.device):
+            said = self.model["text"].embed(ids).float()                   # (B, 64)
+            seen = self.model["vision"].embed(x).float()
+        cosine = F.normalize(said) @ F.normalize(seen).T                   # (B, B): text, picture
+        logits = self.model.logit_scale.exp() * cosine
+        hidden = 1 - self.facts(prompts)                                   # what is not shown
+        fits = (self.facts(texts) @ hidden.T == 0).to(logits)              # (B, B)
+        of_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+        of_picture = F.cross_entropy(logits.T, (fits / fits.sum(0)).T)
+        return of_text + of_picture
+
+    def save(self, average):
+        tensors = {**average["text"].state_dict(), "logit_scale": average.logit_scale.detach()}
+        for name, tensor in average["vision"].state_dict().items():
+            for public, ours in reversed(self.public):
+                name = name.replace(ours, public)
+            tower = "" if name.startswith("visual_projection") else "vision_model."
+            tensors[tower + name] = tensor
+        tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
+        write = partial(save_file, tensors, metadata={"format": "pt"})
+        save_whole(write, self.folder / "model.safetensors")
+
+
 # ---- image-prompt: reference pictures beside the text -------------------------------------------
 
 WORDINGS = [WHOLE, ALONE, ALONE]
@@ -792,6 +871,7 @@ RECIPES = {                                               # class, steps of the 
     "decoder": (Decoder, 900),
     "distil": (Distillation, 1075),
     "vit": (Features, 1556),
+    "clip": (TextAndPicture, 900),
     "image-prompt": (NewImagePrompt, 3000),
     "qwen": (LanguageModel, 4000),
 }
@@ -801,7 +881,7 @@ def prepare(args):
     """Folders: a new --out begins with all that is shipped but the weights."""
     args.work.mkdir(parents=True, exist_ok=True)
     weights = shutil.ignore_patterns("*.safetensors")
-    for part in ("flux", "controlnet", "vit", "qwen"):
+    for part in ("flux", "controlnet", "vit", "clip", "qwen"):
         if not (args.out / part).is_dir():
             shutil.copytree(HERE / part, args.out / part, ignore=weights)
 
@@ -810,7 +890,8 @@ def main():
     p = argparse.ArgumentParser(description="Pretrain the miniature checkpoints.")
     p.add_argument("recipe", choices=["pictures", *RECIPES])
     p.add_argument("--out", type=Path, default=HERE,
-                   help="where flux/, controlnet/, vit/, image_prompt/ and qwen/ are written")
+                   help="where flux/, controlnet/, vit/, clip/, image_prompt/ and qwen/ are "
+                        "written")
     p.add_argument("--work", type=Path, default=HERE / "data", help="pictures and resume points")
     p.add_argument("--scenes", type=int, default=2400,
                    help="scenes to render (image-prompt: at most 160, each with all 45 edits)")
