@@ -21,6 +21,7 @@ SFT and C-DPO as train.py trains them, evaluation on held-out users.  Try it: py
 import re
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
-                   in_words_of, read_jsonl, read_users, save_graph, similar_users, tastes)
+from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, find_attribute,
+                   in_words_of, load_graph, read_jsonl, read_users, save_graph, similar_users,
+                   spellings, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
                   moved, pick_device, reading, seed_for)
 
@@ -289,6 +291,24 @@ def answer_logprobs(model, rows, soft=None):
     return token_logprobs(hidden, head, labels).view(-1, n)
 
 
+def encode_pair(tokenizer, pair):
+    """A line of pairs.jsonl -> as `encode`: the chosen answer, then the rejected one."""
+    asked = prompt(pair["caption"], pair["guidance"])
+    return encode(tokenizer, asked, pair["chosen"], pair["rejected"])
+
+
+@torch.no_grad()
+def margins(model, tokenizer, pairs, readers, soft):
+    """log pi(chosen) - log pi(rejected) (N,) of N pairs; readers (N,) says whose tokens of soft
+    (U, S, D) read each of them."""
+    found = []
+    for part in torch.arange(len(pairs)).split(16):
+        texts = [encode_pair(tokenizer, pairs[i]) for i in part]
+        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]]).T
+        found.append(chosen - rejected)
+    return torch.cat(found).cpu()
+
+
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
     ended by itself)]; soft (N, S, D) or None."""
@@ -337,6 +357,18 @@ def read_answers(file, *keys, **fields):
         raise ValueError(f"{lines_of(file, wrong[:9])} ({len(wrong)} in all): {' and '.join(keys)} "
                          f"must differ, and hold no <|im_start|> nor, but at the end, {END}")
     return rows
+
+
+def read_pairs(users_file, pairs_file):
+    """-> (list[User], pairs, (N,) whose each is: a number). ValueError for a pair of nobody."""
+    users = read_users(users_file)
+    index = {user.name: i for i, user in enumerate(users)}
+    pairs = read_answers(pairs_file, "chosen", "rejected", user=str, caption=str)
+    for pair in pairs:
+        if pair["user"] not in index:
+            raise ValueError(
+                f"{pairs_file}:{pair['line']}: user {pair['user']!r} is not in {users_file}")
+    return users, pairs, torch.tensor([index[pair["user"]] for pair in pairs])
 
 
 def trainable(module, prefix=""):
@@ -454,28 +486,17 @@ class CDPO:
 
     def __init__(self, settings):
         self.settings = settings
-        self.users = read_users(settings.users)
-        self.pairs = read_answers(settings.pairs, "chosen", "rejected", user=str, caption=str)
+        self.users, self.pairs, owner = read_pairs(settings.users, settings.pairs)
         self.items = len(self.pairs)
-        self.owner, self.pairs_of = self.owners()
+        self.owner = owner.tolist()
+        self.pairs_of = defaultdict(list)
+        for pair, user in enumerate(self.owner):
+            self.pairs_of[user].append(pair)
         # In eval mode: DPO has no dropout, as in TRL.
         self.model, self.tokenizer = load_policy(settings, settings.sft)
         self.model.model.checkpointing = settings.checkpointing
         self.tokens = self.user_tokens() if settings.user != "none" else None
         self.neighbours, self.similarity = self.similar()
-
-    def owners(self):
-        """[user of each pair], {user: [pairs]}."""
-        index = {user.name: i for i, user in enumerate(self.users)}
-        owner = []
-        pairs_of = defaultdict(list)
-        for i, pair in enumerate(self.pairs):
-            if pair["user"] not in index:
-                raise ValueError(f"{self.settings.pairs}:{pair['line']}: user {pair['user']!r} "
-                                 f"is not in {self.settings.users}")
-            owner.append(index[pair["user"]])
-            pairs_of[owner[i]].append(i)
-        return owner, pairs_of
 
     def user_tokens(self):
         """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
@@ -564,7 +585,7 @@ class CDPO:
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
         times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes (4, N)."""
-        texts = [self.encode(self.pairs[pair]) for pair in pairs]
+        texts = [encode_pair(self.tokenizer, self.pairs[pair]) for pair in pairs]
         soft = None
         if self.tokens:
             # Here the gradient reaches GraphSAGE and the node vectors.
@@ -583,10 +604,6 @@ class CDPO:
         losses = losses - self.settings.nll * policy[0] / length
         return losses, torch.stack([*policy.detach(), *rewards])
 
-    def encode(self, pair):
-        asked = prompt(pair["caption"], pair["guidance"])
-        return encode(self.tokenizer, asked, pair["chosen"], pair["rejected"])
-
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
 
@@ -604,100 +621,151 @@ class EvalSettings:
     policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
     users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl", "held-out users")
-    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl",
-                           "their pairs; only the captions are read")
+    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                            "language model: folder or hub repository")
     dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
+    temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")
+    top_p:      float = flag(1.0, 1.0, "sampled from the likeliest words that together reach it",
+                             bounds=(0, 1))
+    max_new_tokens: int = flag(48, 48, "after which an instruction is cut off")
+    out:        str = flag("", "", "file of all answers, for a reader; POLICY_answers.txt when not"
+                           " given")
     seed:       int = flag(0, 0, "of sampling")
     device:     str = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
-CONDITIONS = {                                                  # what the history shows (Table 2)
+CONDITIONS = {                                    # what of their history the policy knows (Table 2)
     "likes + dislikes": {},
     "likes only": {"dislikes": []},
     "dislikes only": {"likes": []},
+    "nothing": {"likes": [], "dislikes": []},
 }
 RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
 
 
 class Evaluation:
-    """A policy's instructions for the captions of held-out users, and which of their likes and
-    dislikes are found in them by name."""
+    """What held-out users get from a policy: which of their likes and dislikes are found by name in
+    its instructions, and how far it finds what they chose likelier than what they rejected."""
 
     def __init__(self, settings):
         self.settings = settings
-        self.users = read_users(settings.users_test)
-        captions = defaultdict(dict)                            # each once, in the file's order
-        for pair in read_jsonl(settings.pairs_test, user=str, caption=str):
-            captions[pair["user"]][pair["caption"]] = None
-        self.captions = [list(captions[user.name]) for user in self.users]
-        if not any(self.captions):
-            raise ValueError(
-                f"{settings.pairs_test} has no caption for anybody in {settings.users_test}")
+        self.users, pairs, owner = read_pairs(settings.users_test, settings.pairs_test)
+        captions = [{} for _ in self.users]                     # each once, in the file's order
+        for pair, user in zip(pairs, owner):
+            captions[user][pair["caption"]] = None
+        self.captions = [list(texts) for texts in captions]
+        some = slice(None, None, len(pairs) // 1000 + 1)        # more say little more
+        self.pairs = pairs[some]
+        self.owner = owner[some]
         self.names = find_names([*self.users, *read_users(settings.users)])
         self.model, self.tokenizer = load_policy(settings, settings.policy)
+
+    def soft_tokens(self, users, policy, unknown="mean"):
+        """(N, S, D), S = 0 where the policy has none, or nobody says anything. The policy's adapter
+        goes into the model."""
+        lora.load_adapter(self.model, policy)
+        table = self.model.model.embed_tokens.weight
+        file = Path(policy) / "collaborative.safetensors"
+        if not file.exists() or not attribute_names(users):
+            return table.new_empty(len(users), 0, table.shape[1])
+        tokens = UserTokens.load(file, table.device)
+        return tokens.soft(tokens.new(users, unknown))
 
     @torch.no_grad()
     def answers(self, users, captions, policy, seed=0, with_profile=False, unknown="mean"):
         """Instructions of the policy in a folder for each user's captions -> [(user's number,
         caption, text, ended)]; `users` say all that it may know. with_profile: the prompt tells
         the user in words; unknown: as in UserTokens.new."""
-        device = self.model.lm_head.weight.device
-        generator = torch.Generator(device).manual_seed(seed_for("answers", seed))
-        lora.load_adapter(self.model, policy)
-        file = Path(policy) / "collaborative.safetensors"
-        soft = None
-        if file.exists():
-            tokens = UserTokens.load(file, device)
-            soft = tokens.soft(tokens.new(users, unknown))                  # (N, S, D)
-        words = [profile(user) if with_profile else "" for user in users]
-        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
+        settings = self.settings
+        generator = torch.Generator(self.model.lm_head.weight.device)
+        generator.manual_seed(seed_for("answers", seed))
+        soft = self.soft_tokens(users, policy, unknown)
         found = []
-        for start in range(0, len(asked), 400):
-            part = asked[start:start + 400]
-            prompts = [prompt(text, profile=words[i]) for i, text in part]
-            theirs = None if soft is None else soft[[i for i, _ in part]]
-            found += suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
-                             generator=generator)
-        return [(*question, *answer) for question, answer in zip(asked, found)]
+        for i, texts in enumerate(captions):
+            if not texts:
+                continue
+            words = profile(users[i]) if with_profile else ""
+            prompts = [prompt(text, profile=words) for text in texts]
+            said = suggest(self.model, self.tokenizer, prompts, soft[[i] * len(texts)],
+                           settings.max_new_tokens, temperature=settings.temperature,
+                           top_p=settings.top_p, generator=generator)
+            found += [(i, text, *answer) for text, answer in zip(texts, said)]
+        return found
 
-    def rates(self, shown):
-        """RATES, shares of the answers, where of each user's history only what `shown`, a value of
-        CONDITIONS, leaves is known."""
+    def known(self):
+        """{condition: what the policy knows of each user, list[User]}; "another's" is the history
+        of the held-out person who agrees least with them."""
+        known = {}
+        for name, shown in CONDITIONS.items():
+            known[name] = [replace(user, **shown) for user in self.users]
+        graph = PreferenceGraph.build(self.users, attribute_names(self.users), None)
+        signs = graph.signs().to_dense()                                    # (U, A)
+        known["another's"] = [self.users[i] for i in (signs @ signs.T).argmin(1)]
+        return known
+
+    def table(self):
+        """A row a condition: RATES of sampled instructions; and, of the held-out pairs, how often
+        the chosen answer is the likelier one, by how many nats, and by how many fewer than with all
+        of the history, which is the personalisation: mean and standard error over people. Below:
+        what the RATES of the held-out answers themselves are."""
         settings = self.settings
         captions = [texts * settings.answers for texts in self.captions]
-        known = [replace(user, **shown) for user in self.users]
-        answers = self.answers(known, captions, settings.policy, seed=settings.seed)
-        verdicts = [self.verdict(self.users[i], text, ended) for i, _, text, ended in answers]
-        return torch.tensor(verdicts).double().mean(0).tolist()
+        rows = []
+        with open(settings.out or f"{Path(settings.policy)}_answers.txt", "w") as file:
+            for name, known in self.known().items():
+                answers = self.answers(known, captions, settings.policy, seed=settings.seed)
+                soft = self.soft_tokens(known, settings.policy)
+                margin = margins(self.model, self.tokenizer, self.pairs, self.owner, soft)
+                if not rows:
+                    own = margin
+                values = ((margin > 0).float(), margin, own - margin)
+                cells = [self.over_people(value) for value in values]
+                rows.append([name, *self.rates(name, answers, file), *cells])
+            for key in ("chosen", "rejected"):
+                answers = [(i, pair["caption"], pair[key], True)
+                           for i, pair in zip(self.owner, self.pairs)]
+                rows.append([f"({key})", *self.rates(key, answers, file), "", "", ""])
+        columns = ["the policy knows", *RATES, "accuracy", "margin", "less than with all"]
+        return markdown_table(columns, rows)
+
+    def rates(self, name, answers, file):
+        """RATES, shares of the answers, which are written to an open file, for a reader."""
+        verdicts = []
+        print(f"\n{name}\n", file=file)
+        for i, caption, text, ended in answers:
+            user = self.users[i]
+            verdicts.append(self.verdict(user, text, ended))
+            counts = ", ".join(compress(RATES, verdicts[-1]))
+            print(f"{user.name} | {caption} | {text} | {counts}", file=file)
+        return [f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0)]
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""
-        found = lower(self.names.findall(text))
-        likes = bool(found & lower(user.likes))
-        hidden = bool(found & lower(user.hidden))
-        dislikes = bool(found & lower(user.dislikes))
-        return likes, hidden, likes or hidden, dislikes, not found, not ended
+        found = self.names.findall(text)
 
-    def table(self):
-        rows = []
-        for name, shown in CONDITIONS.items():
-            rows.append([name, *(f"{rate:.3f}" for rate in self.rates(shown))])
-        return markdown_table(["what the history shows", *RATES], rows)
+        def named(attributes):
+            return any(find_attribute(word, attributes) for word in found)
 
+        likes = named(user.likes)
+        hidden = named(user.hidden)
+        return likes, hidden, likes or hidden, named(user.dislikes), not found, not ended
 
-def lower(names):
-    return {name.lower() for name in names}
+    def over_people(self, values):
+        """Mean and standard error, over people, of each one's mean of the pairs' values (N,)."""
+        means = [values[self.owner == user].mean() for user in self.owner.unique()]
+        means = torch.stack(means)
+        return f"{means.mean():.3f} +- {means.std() / len(means) ** 0.5:.3f}"
 
 
 def find_names(users):
     """A pattern for every attribute that somebody likes, would like or dislikes, as whole words
-    in either case; the longest first."""
-    names = set(attribute_names(users))
+    in either case, in singular and plural; the longest first."""
+    names = set()
     for user in users:
-        names.update(user.hidden)
+        for name in [*user.likes, *user.dislikes, *user.hidden]:
+            names |= spellings(name)
     longest = sorted(names, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, longest))})\b", re.IGNORECASE)
 

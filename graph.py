@@ -19,6 +19,7 @@ Try it: python graph.py
 import difflib
 import functools
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -138,13 +139,21 @@ def embed_names(names, embedder, norm, known=None, device="cpu"):
     return features
 
 
+@functools.cache
+def spellings(name):
+    """The name in small letters, its plurals, and what it may be the plural of."""
+    name = name.casefold()
+    several = {f"{name}s", f"{name}es", re.sub("y$", "ies", name)}
+    single = {name.removesuffix("s"), name.removesuffix("es"), re.sub("ies$", "y", name)}
+    return {name} | several | single
+
+
 def find_attribute(name, attributes):
     """The attribute that is the same word, else the same but for case and plural, else None."""
     if name in attributes:
         return name
     for known in attributes:
-        short, long = sorted([name.casefold(), known.casefold()], key=len)
-        if long in (short, f"{short}s", f"{short}es", f"{short[:-1]}ies"):
+        if name.casefold() in spellings(known):
             return known
     return None
 

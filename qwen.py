@@ -537,7 +537,8 @@ class Tokenizer:
 
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in
-        ChatML, as Qwen2.5's template. ValueError for another role, and for a tokenizer of another template."""
+        ChatML, as Qwen2.5's template. ValueError for another role, and for a tokenizer of another
+        template."""
         for token in ("<|im_start|>", "<|im_end|>"):
             if len(self.encode(token)) != 1:
                 raise ValueError(f"{self.file} lacks {token} of Qwen2.5's chat template")

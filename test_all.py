@@ -4602,7 +4602,7 @@ def test_cdpo_lambda_zero_is_dpo_of_the_users_own_pairs():
     rows = draw_batch(stage, settings)
     own = [row.pairs for row in rows]
     assert len(rows) == 8 and all(len(pairs) == 1 for pairs in own)
-    texts = [stage.encode(stage.pairs[pair]) for (pair,) in own]
+    texts = [cdpo.encode_pair(stage.tokenizer, stage.pairs[pair]) for (pair,) in own]
     readers = [stage.owner[pair] for (pair,) in own]
     lora.use(stage.model, "reference")
     ref = cdpo.answer_logprobs(stage.model, texts)
@@ -4651,7 +4651,7 @@ def test_cdpo_neighbours_are_read_with_the_tokens_that_the_flag_says():
 @torch.no_grad()
 def pair_loss(stage, pair, reader):
     """L_DPO of one pair, and nll times the chosen answer's mean token loss."""
-    text = stage.encode(stage.pairs[pair])
+    text = cdpo.encode_pair(stage.tokenizer, stage.pairs[pair])
     lora.use(stage.model, "reference")
     ref = cdpo.answer_logprobs(stage.model, [text])[0]
     lora.use(stage.model, "policy")
@@ -4915,8 +4915,8 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
 
     with mock.patch.object(found, "answers", answers):
         rows = found.table().splitlines()
-    assert len(rows) == 5 and rows[0].count("|") == 8
-    both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:])
+    assert len(rows) == 9 and rows[0].count("|") == 11
+    both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:5])
     assert both[0] == both[2] == dislikes[0] == "1.000" and likes[0] == "0.000"
     assert likes[4] == "1.000" and both[3] == both[5] == "0.000"
     assert all(not user.dislikes for user in asked[1]) and all(not u.likes for u in asked[2])
