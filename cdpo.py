@@ -323,20 +323,23 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
 
 # ---- supervised fine-tuning: where the policy starts, and what the reference stays ---------------
 
+SMALL = "Qwen/Qwen2.5-0.5B-Instruct"          # what --preset small names; measured on 135 M
+
+
 @dataclass
 class SFTSettings(TrainSettings):
     """Supervised fine-tuning.    miniature, paper (Table 12), what it is"""
     edits:         str   = flag("mini/data/edits.jsonl", "gpt-generated-prompts.jsonl",
                                 "generic edits, InstructPix2Pix's format")
     qwen:          str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                                "language model: folder or hub repository")
+                                "language model: folder or hub repository", small=SMALL)
     rank:          int   = flag(16, 16, "LoRA rank")
     alpha:         int   = flag(32, 32, "LoRA alpha: the adapter's output times alpha / rank")
     dropout:       float = flag(0.05, 0.05, "LoRA dropout", bounds=(0, 1))
-    steps:         int   = flag(400, 9375, "optimiser steps")
-    batch:         int   = flag(32, 16, "global batch, whatever the number of processes")
+    steps:         int   = flag(400, 9375, "optimiser steps", small=60)
+    batch:         int   = flag(32, 16, "global batch, whatever the number of processes", small=8)
     micro:         int   = flag(16, 4, "rows of one forward pass (ours)")
-    lr:            float = flag(5e-3, 2e-6, "peak learning rate")
+    lr:            float = flag(5e-3, 2e-6, "peak learning rate", small=1e-3)
 
 
 def lines_of(file, items):
@@ -377,9 +380,17 @@ def trainable(module, prefix=""):
 
 
 def language_model(settings):
-    """(Qwen, Tokenizer) that a stage names."""
+    """(Qwen, Tokenizer) that a stage names, and a line where its learning rate is that of much
+    wider or narrower models (ours): times the width, what has worked is .6 in the miniature and
+    with 135 M parameters, .0007 in the paper."""
     device = pick_device(settings.device)
-    return load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    model, tokenizer = load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    usual = 0.6 / model.config.width
+    lr = getattr(settings, "lr", usual)
+    if not usual / 1000 < lr < 4 * usual:
+        print(f"--lr {lr} was not made for a model of width {model.config.width} ({usual:.0e} was): "
+              "--preset small is for 0.1 to 1 B parameters, paper for 7 B")
+    return model, tokenizer
 
 
 class SFT:
@@ -425,11 +436,14 @@ class CDPOSettings(TrainSettings):
     """C-DPO and its baselines.    miniature, paper (Table 12), what it is"""
     users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
+    users_test:     str   = flag("mini/data/users_test.jsonl", "users_test.jsonl",
+                                 "held-out users, for --check-every")
+    pairs_test:     str   = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     sft:            str   = flag("runs/sft", "runs/sft", "adapter to start from; the reference")
     graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage"
                                  " (--user graph or id only)")
     qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                                 "language model: folder or hub repository")
+                                 "language model: folder or hub repository", small=SMALL)
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
@@ -437,27 +451,28 @@ class CDPOSettings(TrainSettings):
     k:              int   = flag(3, 3, "similar users (--user graph only)")
     similarity:     str   = flag("likes", "shared", "what they share: anything named (Eq. 6 to the"
                                  " letter), agreements less clashes, likes (both ours)"
-                                 " (--user graph only)",
+                                 " (--user graph only)", small="likes",
                                  choices=["shared", "signed", "likes"])
     neighbour_user: str   = flag("target", "target", "whose soft tokens read a neighbour's pair"
                                  " (the paper leaves it open) (--user graph only)",
                                  choices=["target", "neighbour"])
     neighbours:     str   = flag("sampled", "exact", "all k a step, or (ours) one drawn in"
                                  " proportion to similarity (--user graph only)",
-                                 choices=["exact", "sampled"])
+                                 small="sampled", choices=["exact", "sampled"])
     beta:           float = flag(0.2, 0.1, "DPO's temperature (not in the paper; TRL: 0.1)")
     nll:            float = flag(8.0, 0.0, "weight of the chosen answer's mean token loss, added to"
-                                 " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr")
+                                 " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr",
+                                 small=1.0)
     drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)"
                                  " (--user graph only)",
                                  bounds=(0, 1))
-    tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)")
+    tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
     soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
                                  " (--user graph or id only)")
-    steps:          int   = flag(1200, 3000, "optimiser steps")
-    batch:          int   = flag(32, 12, "global batch, whatever the number of processes")
+    steps:          int   = flag(1200, 3000, "optimiser steps", small=100)
+    batch:          int   = flag(32, 12, "global batch, whatever the number of processes", small=8)
     micro:          int   = flag(16, 2, "rows of one forward pass (ours)")
-    lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP")
+    lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP", small=1e-3)
     gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder"
                                  " (--user graph only)")
     warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
@@ -576,15 +591,19 @@ class CDPO:
             readers += row.readers
             similarity.append(torch.tensor(row.similarity))
         similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
-        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (4, N)
+        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (6, N)
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
         similarity = moved(similarity, losses.device)
-        losses = cdpo_loss(losses[:, 0], losses[:, 1:], similarity, self.settings.lam)     # (7)
-        return losses.sum(), dpo_metrics(*found[:, moved(first, losses.device)])
+        own = losses[:, 0]
+        losses = cdpo_loss(own, losses[:, 1:], similarity, self.settings.lam)              # (7)
+        *found, dpo, nll = found[:, moved(first, losses.device)]
+        terms = {"dpo": dpo.sum(), "nll": nll.sum(), "neighbours": (losses - own).detach().sum()}
+        return losses.sum(), dpo_metrics(*found) | terms
 
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
-        times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes (4, N)."""
+        times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes, and the two
+        terms (6, N)."""
         texts = [encode_pair(self.tokenizer, self.pairs[pair]) for pair in pairs]
         soft = None
         if self.tokens:
@@ -601,8 +620,22 @@ class CDPO:
         policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
-        losses = losses - self.settings.nll * policy[0] / length
-        return losses, torch.stack([*policy.detach(), *rewards])
+        nll = -self.settings.nll * policy[0] / length
+        found = torch.stack([*policy, *rewards, losses, nll]).detach()      # (6, N)
+        return losses + nll, found
+
+    @torch.no_grad()
+    def check(self):
+        """By how many nats the chosen answers of held-out people come out likelier than the
+        rejected ones, of 50 pairs or so, with their own soft tokens and with none."""
+        users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
+        soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
+        some = slice(None, None, len(pairs) // 50 + 1)
+        found = {}
+        for name, theirs in (("own", soft), ("no", soft[:, :0])):
+            margin = margins(self.model, self.tokenizer, pairs[some], readers[some], theirs)
+            found[f"held-out margin, {name} tokens"] = margin.mean().item()
+        return found
 
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
@@ -623,7 +656,7 @@ class EvalSettings:
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl", "held-out users")
     pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                           "language model: folder or hub repository")
+                           "language model: folder or hub repository", small=SMALL)
     dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
     temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")

@@ -5,6 +5,7 @@
     python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset"
     python edit.py --caption "A white vase" --user desert-host                  # a new picture
     python edit.py --reference mug.png --caption "A mug in front of forest"     # of that very mug
+    python edit.py --words-only --samples 3             # instructions alone: needs no FLUX
     python edit.py --attributes                         # the words that --likes can best be made of
     python edit.py --lora runs/dro                      # with a Flux that `train.py dro` tuned
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg \\
@@ -34,6 +35,7 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 # Read when torch is loaded: threads that spin while they wait make a busy laptop 50 times slower.
@@ -107,8 +109,9 @@ class EditSettings:
     attributes: bool       = flag(False, False, "list what the policy's graph knows, and end")
     # models: each a folder or a hub repository
     preset: str            = flag("mini", "paper", "which column the flags not given take",
-                                              choices=("mini", "paper"))
-    qwen: str              = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct", "language model")
+                                              choices=("mini", "small", "paper"))
+    qwen: str              = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct", "language model",
+                                              small=cdpo.SMALL)
     policy: str            = flag("mini/policy", "runs/cdpo", "folder that `train.py cdpo` wrote")
     flux: str              = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
     controlnet: str        = flag("mini/controlnet", "InstantX/FLUX.1-dev-Controlnet-Union",
@@ -130,6 +133,11 @@ class EditSettings:
     # words and picture
     temperature: float     = flag(None, None, "of sampling the instruction, 0: likeliest words; as "
                                               "the language model asks when not given")
+    max_new_tokens: int    = flag(48,   48,   "after which an instruction is cut off")
+    words_only: bool       = flag(False, False, "the instructions alone: nothing is painted, no "
+                                              "FLUX needed")
+    samples: int           = flag(1,    1,    "instructions for each person, with --words-only: as "
+                                              "of --seed SEED, SEED + 1 ...")
     size: int              = flag(None, None, "about size x size pixels, the photograph's shape "
                                               "kept; the autoencoder's own when not given",
                                               bounds=(16, 8192))
@@ -219,6 +227,7 @@ def check_together(settings, given):
     need(settings.true_cfg != 1, "--true-cfg", "--negative")
     need(settings.reference, "--reference", "--reference-scale --image-prompt --features")
     need(settings.lora, "--lora", "--lora-scale")
+    need(settings.words_only, "--words-only", "--samples")
     need(settings.user, "--user, --likes or --dislikes", "--temperature")
     need(settings.user and not new, "--user", "--users")
 
@@ -291,10 +300,11 @@ def write_instructions(settings):
             settings.temperature = model.config.sampling["temperature"]
         how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
         message = cdpo.prompt(settings.caption, settings.instruction)
-        for user, (soft, note) in zip(people, softs):
-            seed = seed_for(settings.seed, user.name, settings.caption)
+        for (user, (soft, note)), more in product(zip(people, softs), range(settings.samples)):
+            seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
-            answers = cdpo.suggest(model, tokenizer, [message], soft, generator=generator, **how)
+            answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
+                                   generator=generator, **how)
             text = answers[0][0]
             if settings.instruction:
                 note += heeded(settings, model, tokenizer, soft, text)
@@ -625,6 +635,9 @@ def main(argv=None):
     if settings.attributes:
         graph, *_ = load_graph(resolve(settings.policy) / "collaborative.safetensors")
         print(*graph.attributes, sep="\n")
+        return
+    if settings.words_only:
+        plan_edits(settings)
         return
     check_files(settings)
     flux = resolve(settings.flux, FLUX_PARTS)

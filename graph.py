@@ -452,6 +452,9 @@ class GraphPretraining:
     def loss(self, rows):
         return self.model.loss(*rows[0]), {}
 
+    def check(self):
+        return self.model.evaluate("val")
+
     def describe(self, rows):
         return f"{self.settings.users}, lines 1 to {len(self.model.graph.users)}"
 

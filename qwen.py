@@ -730,12 +730,16 @@ def load_checkpoint(module, path, rename=lambda name: name):
 
 # ---- what every stage of training and every script shares --------------------------------------
 
-def flag(mini, paper, about, bounds=None, **how):
+def flag(mini, paper, about, bounds=None, small=None, **how):
     """A row of a table of settings, as the field of a dataclass: the miniature's value, the
-    paper's, and what it is. `bounds`: (low, high) of a number, see `settings_from`; `how`: of
-    argparse's add_argument (choices, nargs, ...)."""
+    paper's, and what it is. `small`: the value for real models of 0.1 to 1 B parameters; what is
+    not said is the paper's name (of a file, a model, a type), and the miniature's number.
+    `bounds`: (low, high) of a number, see `settings_from`; `how`: of argparse's add_argument
+    (choices, nargs, ...)."""
+    if small is None:
+        small = paper if isinstance(mini, str) else mini
     return field(default=mini, metadata={
-        "mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how})
+        "mini": mini, "small": small, "paper": paper, "about": about, "bounds": bounds, "how": how})
 
 
 def shipped(default):

@@ -18,6 +18,7 @@ its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device)
     loss(rows)                  -> (sum over these rows, {metric: sum}); reads nothing else
     save(folder)                the result, in public formats
     describe(rows)              which lines of which file, for an error
+    check()                     {metric: value} of held-out data, for --check-every
 
 What the loop promises:
 - The global batch is the same for any number of processes. Its rows and every random draw are
@@ -65,6 +66,8 @@ class LoopSettings:
     """The loop's own flags; steps, batch, learning rate ... belong to each stage's settings."""
     out:        str = flag("", "", "folder to write; runs/STAGE when not given")
     save_every: int = flag(50, 50, "steps between resume points")
+    check_every: int = flag(0, 0, "steps between looks at held-out data, of graph and cdpo; 0: none")
+    export: bool = flag(False, False, "end here: write what a stopped run has come to")
 
 
 # ---- batches and learning rate -------------------------------------------------------------------
@@ -152,21 +155,25 @@ def write_config(settings, loop, out):
     if owner != stage and (before or any(out.glob("*.safetensors"))):
         raise ValueError(f"{out} holds a run of {owner}, not of {stage}: give another --out")
     if not any(out.glob("step_*")):
-        config = json.dumps({**flags, **asdict(loop), "inputs": inputs}, indent=1)
-        write_whole(out, lambda folder: (folder / file.name).write_text(config + "\n"), file.name)
-        return
+        before = {**flags, **asdict(loop), "inputs": inputs}
     with reading(out):
         for key, now in flags.items():
             was = before.get(key, "unknown")
             if key in ("device", "checkpointing", "deterministic"):
                 continue
-            if was != now:
+            if key == "steps" and was != now:
+                print(f"--steps was {was} and is now {now}: the learning rate goes on along the new "
+                      "cosine")
+                before[key] = now
+            elif was != now:
                 raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
                                  "give another --out, or delete the folder")
             if before["inputs"].get(key) != inputs.get(key):
                 raise ValueError(f"{out} holds a run whose --{key}, {now}, or a file that it names "
                                  "or holds, has changed since: give another --out, or delete the "
                                  "folder")
+    config = json.dumps(before, indent=1) + "\n"
+    write_whole(out, lambda folder: (folder / file.name).write_text(config), file.name)
 
 
 def tensors_of(optimizer):
@@ -245,6 +252,8 @@ def train(stage, settings, loop):
         optimizer = torch.optim.AdamW(stage.parameter_groups(), lr=settings.lr,
                                       weight_decay=settings.weight_decay)
         step = load_state(optimizer, out)
+        if loop.export:
+            settings.steps = step
         if RANK == 0:
             shorten_log(out / "metrics.jsonl", step)
         stop = held.enter_context(stop_signals())
@@ -255,7 +264,7 @@ def train(stage, settings, loop):
             raise SystemExit(message if RANK == 0 else 1)
         if RANK == 0:
             write_whole(out, stage.save, "the result")
-            print("wrote", out)
+            print(f"wrote {out} after step {step}")
 
 
 def run_steps(stage, settings, loop, *, optimizer, step, stop):
@@ -264,6 +273,8 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
     peaks = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for p in named_parameters(optimizer).values() if p.requires_grad]
     stopping = False
+    history = []
+    said = set()
     with tqdm(total=settings.steps, initial=step, desc=out.name, disable=RANK > 0) as bar:
         while step < settings.steps and not stopping:
             factor = learning_rate(step, settings.steps, settings.warmup)
@@ -280,17 +291,40 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
                 raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
                                  f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
                                  "step was not taken")
+            history.append(metrics)
+            checked = {}
+            if RANK == 0 and loop.check_every and step % loop.check_every == 0:
+                checked = stage.check()
             optimizer.step()
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
-                line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
+                line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics, **checked}
                 with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:
                     save_state(optimizer, out, step)
+                if step % 50 == 0:
+                    for text in set(alarms(history, settings.clip)) - said:
+                        bar.write(text)
+                        said.add(text)
     return step
+
+
+def alarms(history, clip):
+    """What the metrics of the last 50 steps, and of the 50 before, give reason to say."""
+    late = history[-50:]
+    early = history[-100:-50]
+
+    def rise(name):
+        values = [metrics.get(name, 0) for metrics in early + late]
+        return sum(values[50:]) - sum(values[:50])
+
+    if clip and all(metrics["grad_norm"] > clip for metrics in late):
+        yield f"the gradients of 50 steps were all longer than --clip {clip}: a smaller --lr?"
+    if early and rise("loss") > 0 > rise("logps/chosen"):
+        yield "the loss rises and the chosen answers become less likely: a smaller --lr, more --nll?"
 
 
 def shorten_log(log, step):
@@ -324,8 +358,9 @@ STAGES = {
 def parse(argv=None):
     """-> (stage, its settings, LoopSettings). ValueError for a number that makes no sense."""
     early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", choices=["mini", "paper"], default="mini",
-                       help="values of the miniature, or of the paper's Table 12 (%(default)s)")
+    early.add_argument("--preset", choices=["mini", "small", "paper"], default="mini",
+                       help="values of the miniature, for language models of 0.1 to 1 B "
+                       "parameters, or of the paper's Table 12 (%(default)s)")
     preset = early.parse_known_args(argv)[0].preset
     top = argparse.ArgumentParser(description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
