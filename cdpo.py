@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, find_attribute,
-                   in_words_of, load_graph, read_jsonl, read_users, save_graph, similar_users,
-                   spellings, tastes)
+from graph import (SMALL, GraphSAGE, PreferenceGraph, attribute_names, embed_new_user,
+                   find_attribute, in_words_of, load_graph, read_jsonl, read_users, save_graph,
+                   similar_users, spellings, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
                   moved, pick_device, reading, seed_for)
 
@@ -323,9 +323,6 @@ def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling)
 
 # ---- supervised fine-tuning: where the policy starts, and what the reference stays ---------------
 
-SMALL = "Qwen/Qwen2.5-0.5B-Instruct"          # what --preset small names; measured on 135 M
-
-
 @dataclass
 class SFTSettings(TrainSettings):
     """Supervised fine-tuning.    miniature, paper (Table 12), what it is"""
@@ -388,7 +385,7 @@ def language_model(settings):
     usual = 0.6 / model.config.width
     lr = getattr(settings, "lr", usual)
     if not usual / 1000 < lr < 4 * usual:
-        print(f"--lr {lr} was not made for a model of width {model.config.width} ({usual:.0e} was): "
+        print(f"--lr {lr} was not made for a model of width {model.config.width}, {usual:.0e} was: "
               "--preset small is for 0.1 to 1 B parameters, paper for 7 B")
     return model, tokenizer
 

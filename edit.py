@@ -61,6 +61,7 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
 IMAGE = "mini/sample/scenes/04_bowl.png"
 CAPTION = "A beige bowl in front of a grey wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
+USERS = "mini/sample/users_test.jsonl"
 
 # What stands in every PNG and JSON that is written here, and hardly in another.
 MARK = b'"reference_scale": '
@@ -102,17 +103,16 @@ class EditSettings:
                                               "of several people a grid, and each one's picture")
     # who
     user: str              = flag(None, None, "one or several people, by name", nargs="+")
-    users: str             = flag("mini/sample/users_test.jsonl", "mini/sample/users_test.jsonl",
-                                              "what they like; needless for the policy's own users")
+    users: str             = flag(None, None, "what they like; when not given, people with whom "
+                                              "the policy was trained and checked are known")
     likes: list            = flag(None, None, "of somebody new, with commas between", type=words)
     dislikes: list         = flag(None, None, "and what they dislike", type=words)
     attributes: bool       = flag(False, False, "list what the policy's graph knows, and end")
     # models: each a folder or a hub repository
     preset: str            = flag("mini", "paper", "which column the flags not given take",
                                               choices=("mini", "small", "paper"))
-    qwen: str              = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct", "language model",
-                                              small=cdpo.SMALL)
     policy: str            = flag("mini/policy", "runs/cdpo", "folder that `train.py cdpo` wrote")
+    qwen: str              = flag(None, None, "language model; the policy's own when not given")
     flux: str              = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
     controlnet: str        = flag("mini/controlnet", "InstantX/FLUX.1-dev-Controlnet-Union",
                                               "ControlNet-Union")
@@ -239,13 +239,26 @@ def described(settings):
 
 # ---- who asks ------------------------------------------------------------------------------------
 
+def follow(settings, policy):
+    """Language model and people are those of the policy's own training where no flag says
+    otherwise; a line where a flag names another model."""
+    trained = read_json(policy / "config.json", {})
+    own = shipped(trained.get("qwen", "mini/qwen"))
+    settings.qwen = settings.qwen or own
+    if settings.qwen != own:
+        print(f"{settings.policy} was trained with {own}, not with {settings.qwen}")
+    people = shipped(trained.get("users_test", USERS))
+    if not settings.users and Path(people).exists():
+        settings.users = people
+
+
 def find_users(settings, graph):
     """The people asked for, list[User], in the graph's own words: from --likes and --dislikes, from
     the file --users, or as the policy was trained with them. ValueError for nobody's name."""
     if described(settings):
         people = [User("you", settings.likes or [], settings.dislikes or [])]
     else:
-        people = [*graph.people(), *read_users(settings.users)]
+        people = graph.people() + (read_users(settings.users) if settings.users else [])
     known = {user.name: user for user in people}
     for name in settings.user:
         if name not in known:
@@ -289,6 +302,7 @@ def write_instructions(settings):
     wishes = []
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy)
+        follow(settings, folder)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
         softs = [soft_tokens(user, tokens) for user in people]

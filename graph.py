@@ -128,11 +128,13 @@ def edges_of(users, attributes):
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
 
-def embed_names(names, embedder, norm, known=None, device="cpu"):
-    """Features (A, F) of attributes' names. Ours: the mean (of the first `known`) is taken off, and
-    they get length `norm`, since short texts are embedded much alike; norm 0: as is (paper)."""
+def embed_names(names, embedder, norm, wording="{a}", known=None, device="cpu"):
+    """Features (A, F) of attributes' names, as they stand in `wording`. Ours: the mean (of the
+    first `known`) is taken off, and they get length `norm`, since short texts are embedded much
+    alike; norm 0: as is (paper)."""
     model, tokenizer = load_language_model(shipped(embedder), device)
-    features = embed_texts(model, tokenizer, names).cpu()                   # (A, F)
+    texts = [wording.replace("{a}", name) for name in names]
+    features = embed_texts(model, tokenizer, texts).cpu()                   # (A, F)
     if norm:
         centred = features - features[:known].mean(0)
         features = F.normalize(centred, dim=-1) * norm
@@ -397,12 +399,19 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
     return model, model.evaluate("test")
 
 
+SMALL = "Qwen/Qwen2.5-0.5B-Instruct"          # what --preset small names; measured with 135 M
+
+
 @dataclass
 class GraphSettings:
     """Pretraining of the graph encoder.    miniature, paper (Table 12), what it is"""
     users:        str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
-    embedder:     str   = flag("mini/qwen", "Linq-AI-Research/Linq-Embed-Mistral",
-                               "Qwen or Mistral that embeds the attributes' names")
+    qwen:         str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                               "language model that embeds the attributes' names", small=SMALL)
+    embedder:     str   = flag("", "Linq-AI-Research/Linq-Embed-Mistral",
+                               "Qwen or Mistral that does so in its place", small="")
+    wording:      str   = flag("{a}", "{a}", "of the text that embeds an attribute {a} (ours)",
+                               small="A photo with {a} has, in one word, the style:")
     hidden:       int   = flag(64, 1024, "width of the first SAGE layer and of the edge decoder")
     out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
     continue_from: str  = flag("", "", "folder of an earlier graph; people whom it knows"
@@ -433,7 +442,10 @@ class GraphPretraining:
         names = attribute_names(users)
         if not names:
             raise ValueError(f"{settings.users} holds no user who likes or dislikes anything")
-        embedder = {"embedder": settings.embedder, "norm": settings.feature_norm}
+        if "{a}" not in settings.wording:
+            raise ValueError(f"--wording is {settings.wording!r}; it must contain {{a}}")
+        embedder = {"embedder": settings.embedder or settings.qwen, "norm": settings.feature_norm,
+                    "wording": settings.wording}
         features = embed_names(names, **embedder, device=device)            # (A, F)
         graph = PreferenceGraph.build(users, names, features).to(device)
         graph.embedder = embedder

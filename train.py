@@ -18,7 +18,7 @@ its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device)
     loss(rows)                  -> (sum over these rows, {metric: sum}); reads nothing else
     save(folder)                the result, in public formats
     describe(rows)              which lines of which file, for an error
-    check()                     {metric: value} of held-out data, for --check-every
+    check()                     {metric: value} on held-out data; only --check-every asks for it
 
 What the loop promises:
 - The global batch is the same for any number of processes. Its rows and every random draw are
@@ -66,7 +66,7 @@ class LoopSettings:
     """The loop's own flags; steps, batch, learning rate ... belong to each stage's settings."""
     out:        str = flag("", "", "folder to write; runs/STAGE when not given")
     save_every: int = flag(50, 50, "steps between resume points")
-    check_every: int = flag(0, 0, "steps between looks at held-out data, of graph and cdpo; 0: none")
+    check_every: int = flag(0, 0, "steps between looks at held-out data (graph, cdpo); 0: never")
     export: bool = flag(False, False, "end here: write what a stopped run has come to")
 
 
@@ -162,8 +162,8 @@ def write_config(settings, loop, out):
             if key in ("device", "checkpointing", "deterministic"):
                 continue
             if key == "steps" and was != now:
-                print(f"--steps was {was} and is now {now}: the learning rate goes on along the new "
-                      "cosine")
+                print(f"--steps was {was}, now it is {now}: the learning rate goes on along the "
+                      "new cosine")
                 before[key] = now
             elif was != now:
                 raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
@@ -254,6 +254,8 @@ def train(stage, settings, loop):
         step = load_state(optimizer, out)
         if loop.export:
             settings.steps = step
+            if not step:
+                raise ValueError(f"{out} holds no step_N to export")
         if RANK == 0:
             shorten_log(out / "metrics.jsonl", step)
         stop = held.enter_context(stop_signals())
@@ -273,8 +275,6 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
     peaks = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for p in named_parameters(optimizer).values() if p.requires_grad]
     stopping = False
-    history = []
-    said = set()
     with tqdm(total=settings.steps, initial=step, desc=out.name, disable=RANK > 0) as bar:
         while step < settings.steps and not stopping:
             factor = learning_rate(step, settings.steps, settings.warmup)
@@ -287,44 +287,47 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             values = torch.stack([*metrics.values()]).tolist()      # a step waits for the GPU once
             metrics = dict(zip(metrics, values))
             stopping = metrics.pop("stop") > 0
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
-                                 f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
-                                 "step was not taken")
-            history.append(metrics)
-            checked = {}
-            if RANK == 0 and loop.check_every and step % loop.check_every == 0:
-                checked = stage.check()
+            check_finite(metrics, f"step {step + 1} on {stage.describe(rows)}")
             optimizer.step()
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
-                line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics, **checked}
+                line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
+                if loop.check_every and (step - 1) % loop.check_every == 0:
+                    line |= stage.check()
                 with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:
                     save_state(optimizer, out, step)
                 if step % 50 == 0:
-                    for text in set(alarms(history, settings.clip)) - said:
+                    for text in alarms(out / "metrics.jsonl", settings.clip):
                         bar.write(text)
-                        said.add(text)
     return step
 
 
-def alarms(history, clip):
-    """What the metrics of the last 50 steps, and of the 50 before, give reason to say."""
-    late = history[-50:]
-    early = history[-100:-50]
+def check_finite(metrics, step):
+    if not all(map(math.isfinite, metrics.values())):
+        raise ValueError(f"{step} is not finite: loss {metrics['loss']}, gradient norm "
+                         f"{metrics['grad_norm']}; the step was not taken")
+
+
+def alarms(log, clip):
+    """What the last 50 steps in metrics.jsonl give reason to say, beside the 50 before."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()[-100:]]
+    late = lines[-50:]
+    early = lines[:-50]
+
+    def clipped(part):
+        return part and clip and all(line["grad_norm"] > clip for line in part)
 
     def rise(name):
-        values = [metrics.get(name, 0) for metrics in early + late]
-        return sum(values[50:]) - sum(values[:50])
+        return sum(line[name] for line in late) - sum(line[name] for line in early)
 
-    if clip and all(metrics["grad_norm"] > clip for metrics in late):
-        yield f"the gradients of 50 steps were all longer than --clip {clip}: a smaller --lr?"
-    if early and rise("loss") > 0 > rise("logps/chosen"):
-        yield "the loss rises and the chosen answers become less likely: a smaller --lr, more --nll?"
+    if clipped(late) and not clipped(early):
+        yield f"50 gradients in a row were longer than --clip {clip}: perhaps a smaller --lr"
+    if early and "logps/chosen" in lines[0] and rise("loss") > 0 > rise("logps/chosen"):
+        yield "the loss rises, the chosen answers become less likely: a smaller --lr, more --nll"
 
 
 def shorten_log(log, step):
