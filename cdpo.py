@@ -86,9 +86,10 @@ class SoftPrompt(nn.Module):
     it, GELU, and tokens about twice as long as ordinary embeddings, whose standard deviation is
     `std`, with the default bias: a small model then sees the user from the first step."""
 
-    def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
+    def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02, at=0):
         super().__init__()
         self.tokens = tokens
+        self.at = at                    # they stand before this token of the prompt
         self.norm = nn.LayerNorm(in_dim)
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * out_dim)
@@ -200,9 +201,21 @@ def encode(tokenizer, messages, *answers):
     return tokenizer.chat(messages), [tokenizer.encode(closed(text)) for text in answers]
 
 
-def behind(soft, embeds):
-    """The users' tokens (B, S, D), or None, and then the text (B, T, D)."""
-    return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
+ROOM = -2                                     # among a prompt's ids: a soft token's place
+
+
+def with_room(asked, soft, at):
+    """The prompt's ids with room for soft tokens (B, S, D), or None, before asked[at]."""
+    room = [] if soft is None else [ROOM] * soft.shape[1]
+    return asked[:at] + room + asked[at:]
+
+
+def embedded(model, ids, soft):
+    """ids (B, T) -> (B, T, D), the users' tokens (B, S, D), or None, in their room."""
+    embeds = model.model.embed_tokens(ids.clamp_min(0))
+    if soft is None:
+        return embeds
+    return embeds.masked_scatter((ids == ROOM)[:, :, None], soft.to(embeds))
 
 
 def padded(rows, value):
@@ -211,21 +224,20 @@ def padded(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def pack(rows, soft_tokens=0, device="cpu"):
+def pack(rows, device="cpu"):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
-    for all its answers. Each block is padded on the right:
+    for all its answers. Each block is padded on the right, with -1:
 
-        soft tokens | prompt without its last token | that token, answer 1 | that token, answer 2
+        prompt, room for soft tokens in it, without its last token | that token, answer 1 | ... 2
 
-    -> ids (B, P + n*L) without the soft tokens, labels (B*n, L) on the CPU, and the mask
-    (B, 1, T, T): a token sees the prompt and its own answer so far. Prompts take P places, answers
-    L each."""
+    -> ids (B, P + n*L), labels (B*n, L) on the CPU, and the mask (B, 1, T, T): a token sees the
+    prompt and its own answer so far. Prompts take P places, answers L each."""
     prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
     labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
     shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
     inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
     ids = moved(torch.cat([prompts, inputs], 1), device)
-    real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
+    real = ids != -1                                                        # (B, T)
     length = inputs.shape[1]
     place = torch.arange(length - real.shape[1], length, device=device)     # 0: answers begin
     block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
@@ -233,7 +245,7 @@ def pack(rows, soft_tokens=0, device="cpu"):
     itself = place == place[:, None]
     path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
-    return ids.clamp_min(0), labels, mask[:, None]
+    return ids, labels, mask[:, None]
 
 
 class AnswerLogprob(torch.autograd.Function):
@@ -276,14 +288,14 @@ def token_logprobs(hidden, head, labels, chunk=128):
     return each.view(labels.shape).sum(1)                                   # no sum by atomics
 
 
-def answer_logprobs(model, rows, soft=None):
+def answer_logprobs(model, rows, soft=None, at=0):
     """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
-    tokens, or None. Soft tokens and prompt are cut off before the head, padding is labelled -100:
-    none of them counts; <|im_end|> does."""
-    soft_tokens = 0 if soft is None else soft.shape[1]
+    tokens, or None, which stand before prompt[at]. Soft tokens and prompt are cut off before the
+    head, padding is labelled -100: none of them counts; <|im_end|> does."""
+    rows = [(with_room(asked, soft, at), answers) for asked, answers in rows]
     head = model.lm_head.weight
-    ids, labels, mask = pack(rows, soft_tokens, head.device)
-    embeds = behind(soft, model.model.embed_tokens(ids))                    # (4) (B, T, D)
+    ids, labels, mask = pack(rows, head.device)
+    embeds = embedded(model, ids, soft)                                     # (4) (B, T, D)
     hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
     answers, length = labels.shape
     n = answers // len(rows)
@@ -298,25 +310,24 @@ def encode_pair(tokenizer, pair):
 
 
 @torch.no_grad()
-def margins(model, tokenizer, pairs, readers, soft):
+def margins(model, tokenizer, pairs, readers, soft, at=0):
     """log pi(chosen) - log pi(rejected) (N,) of N pairs; readers (N,) says whose tokens of soft
-    (U, S, D) read each of them."""
+    (U, S, D) read each of them, before prompt[at]."""
     found = []
     for part in torch.arange(len(pairs)).split(16):
         texts = [encode_pair(tokenizer, pairs[i]) for i in part]
-        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]]).T
+        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]], at).T
         found.append(chosen - rejected)
     return torch.cat(found).cpu()
 
 
-def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
+def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, at=0, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
-    ended by itself)]; soft (N, S, D) or None."""
-    ids = padded([tokenizer.chat(messages) for messages in prompts], -1)            # (N, T)
-    ids = ids.to(model.lm_head.weight.device)
-    embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))               # (N, S+T, D)
-    mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
-    answers = generate(model, embeds=embeds, attention_mask=mask, stop=tokenizer.encode(END),
+    ended by itself)]; soft (N, S, D) or None, before prompt[at]."""
+    ids = padded([with_room(tokenizer.chat(messages), soft, at) for messages in prompts], -1)
+    ids = ids.to(model.lm_head.weight.device)                               # (N, T)
+    embeds = embedded(model, ids, soft)                                     # (N, T, D)
+    answers = generate(model, embeds=embeds, attention_mask=ids != -1, stop=tokenizer.encode(END),
                        max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(ids).strip(), len(ids) < max_new_tokens) for ids in answers]
 
@@ -464,6 +475,9 @@ class CDPOSettings(TrainSettings):
                                  " (--user graph only)",
                                  bounds=(0, 1))
     tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
+    place:          str   = flag("front", "front", "where they stand: before all text, or (ours)"
+                                 " before the assistant's turn (--user graph or id only)",
+                                 choices=["front", "turn"])
     soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
                                  " (--user graph or id only)")
     steps:          int   = flag(1200, 3000, "optimiser steps", small=100)
@@ -526,6 +540,9 @@ class CDPO:
         table = self.model.model.embed_tokens.weight
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
+        if settings.place == "turn":
+            whole = self.tokenizer.chat([])
+            soft["at"] = len(self.tokenizer.chat([], False)) - len(whole)   # -3
         torch.manual_seed(settings.seed)
         config = stored.config | {"kind": settings.user, "soft": soft}
         tokens = UserTokens(stored.graph, **config)
@@ -603,7 +620,9 @@ class CDPO:
         terms (6, N)."""
         texts = [encode_pair(self.tokenizer, self.pairs[pair]) for pair in pairs]
         soft = None
+        at = 0
         if self.tokens:
+            at = self.tokens.soft.at
             # Here the gradient reaches GraphSAGE and the node vectors.
             device = self.tokens.vectors.device
             readers = moved(readers, device)
@@ -614,7 +633,7 @@ class CDPO:
             lora.use(self.model, "reference")
             reference = answer_logprobs(self.model, texts).T                # (2, N), no user
             lora.use(self.model, "policy")
-        policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
+        policy = answer_logprobs(self.model, texts, soft, at).T             # (2, N)
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
         nll = -self.settings.nll * policy[0] / length
@@ -630,7 +649,8 @@ class CDPO:
         some = slice(None, None, len(pairs) // 50 + 1)
         found = {}
         for name, theirs in (("own", soft), ("no", soft[:, :0])):
-            margin = margins(self.model, self.tokenizer, pairs[some], readers[some], theirs)
+            margin = margins(self.model, self.tokenizer, pairs[some], readers[some], theirs,
+                             at=self.tokens.soft.at)
             found[f"held-out margin, {name} tokens"] = margin.mean().item()
         return found
 
@@ -693,15 +713,15 @@ class Evaluation:
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
     def soft_tokens(self, users, policy, unknown="mean"):
-        """(N, S, D), S = 0 where the policy has none, or nobody says anything. The policy's adapter
-        goes into the model."""
+        """(N, S, D), S = 0 where the policy has none, or nobody says anything; and where they
+        stand. The policy's adapter goes into the model."""
         lora.load_adapter(self.model, policy)
         table = self.model.model.embed_tokens.weight
         file = Path(policy) / "collaborative.safetensors"
         if not file.exists() or not attribute_names(users):
-            return table.new_empty(len(users), 0, table.shape[1])
+            return table.new_empty(len(users), 0, table.shape[1]), 0
         tokens = UserTokens.load(file, table.device)
-        return tokens.soft(tokens.new(users, unknown))
+        return tokens.soft(tokens.new(users, unknown)), tokens.soft.at
 
     @torch.no_grad()
     def answers(self, users, captions, policy, seed=0, with_profile=False, unknown="mean"):
@@ -711,7 +731,7 @@ class Evaluation:
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
         generator.manual_seed(seed_for("answers", seed))
-        soft = self.soft_tokens(users, policy, unknown)
+        soft, at = self.soft_tokens(users, policy, unknown)
         found = []
         for i, texts in enumerate(captions):
             if not texts:
@@ -719,7 +739,7 @@ class Evaluation:
             words = profile(users[i]) if with_profile else ""
             prompts = [prompt(text, profile=words) for text in texts]
             said = suggest(self.model, self.tokenizer, prompts, soft[[i] * len(texts)],
-                           settings.max_new_tokens, temperature=settings.temperature,
+                           settings.max_new_tokens, at=at, temperature=settings.temperature,
                            top_p=settings.top_p, generator=generator)
             found += [(i, text, *answer) for text, answer in zip(texts, said)]
         return found
@@ -746,8 +766,8 @@ class Evaluation:
         with open(settings.out or f"{Path(settings.policy)}_answers.txt", "w") as file:
             for name, known in self.known().items():
                 answers = self.answers(known, captions, settings.policy, seed=settings.seed)
-                soft = self.soft_tokens(known, settings.policy)
-                margin = margins(self.model, self.tokenizer, self.pairs, self.owner, soft)
+                soft, at = self.soft_tokens(known, settings.policy)
+                margin = margins(self.model, self.tokenizer, self.pairs, self.owner, soft, at=at)
                 if not rows:
                     own = margin
                 values = ((margin > 0).float(), margin, own - margin)

@@ -306,6 +306,7 @@ def write_instructions(settings):
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
         softs = [soft_tokens(user, tokens) for user in people]
+        at = tokens.soft.at
         model, tokenizer = load_language_model(
             settings.qwen, settings.device, DTYPES[settings.dtype])
         lora.load_adapter(model, folder)
@@ -318,20 +319,20 @@ def write_instructions(settings):
             seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
             answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
-                                   generator=generator, **how)
+                                   at=at, generator=generator, **how)
             text = answers[0][0]
             if settings.instruction:
-                note += heeded(settings, model, tokenizer, soft, text)
+                note += heeded(settings, model, tokenizer, soft, text, at=at)
             why = {} if soft is None else reasons(user, text, tokens.graph)
             wishes.append((user, note.strip("; "), text, why))
     return wishes
 
 
-def heeded(settings, model, tokenizer, soft, text):
+def heeded(settings, model, tokenizer, soft, text, at=0):
     """A note where --instruction hardly makes the policy's answer likelier, else an empty one."""
     def logprob(guidance):
         asked = cdpo.prompt(settings.caption, guidance)
-        return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft)
+        return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft, at)
 
     times = (logprob(settings.instruction) - logprob("")).exp().item()
     if times > CLEAR:

@@ -4444,10 +4444,11 @@ def test_cdpo_prompts_say_request_caption_guidance_and_profile():
 
 def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
     """Prompt but for its last token, then that token and each answer; labels are shifted; padding
-    is 0 and -100; a soft token, the prompt and the own answer are seen, the other answer is not."""
+    is -1 and -100; soft token, prompt and own answer are seen, the other answer is not."""
     rows = [([0, 4, 5], [[6, 7], [0]]), ([8], [[9], [3, 2]])]
-    ids, labels, mask = cdpo.pack(rows, soft_tokens=1)
-    assert ids.tolist() == [[0, 4, 5, 6, 5, 0], [0, 0, 8, 0, 8, 3]]
+    rows = [(cdpo.with_room(asked, torch.ones(2, 1, 4), 0), answers) for asked, answers in rows]
+    ids, labels, mask = cdpo.pack(rows)
+    assert ids.tolist() == [[-2, 0, 4, 5, 6, 5, -1], [-2, -1, -1, 8, -1, 8, 3]]
     assert labels.tolist() == [[6, 7], [0, -100], [9, -100], [3, 2]]
     first = mask[0, 0].int()
     assert first[4].tolist() == [1, 1, 1, 1, 1, 0, 0]                       # "6" in answer 1
