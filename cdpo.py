@@ -127,24 +127,19 @@ class UserTokens(nn.Module):
             return self.vectors
         return self.sage(self.vectors * stay, self.graph.features, self.graph.edges)[0]
 
-    def new(self, users, unknown="mean"):
+    def new(self, users):
         """h (N, out) of users who are not stored; attributes that the graph does not know take part
         by their text. Kind "id", a table, knows nothing about these users: they get the mean of
-        all h, or, with unknown="nearest", that of the stored user who agrees most often with them
-        and clashes least (ours)."""
+        all h."""
+        if not self.sage:
+            return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
         graph = self.graph
         users = [in_words_of(user, graph.attributes) for user in users]
         new = [name for name in attribute_names(users) if name not in graph.attributes]
         if new:
             graph = graph.widened(new)
-        if self.sage:
-            states = self.sage(self.vectors, graph.features, graph.edges)[2]
-            return embed_new_user(self.sage, states, users, graph.attributes)
-        if unknown == "mean":
-            return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
-        asked = PreferenceGraph.build(users, graph.attributes, None).signs().to_dense()    # (N, A)
-        agreement = graph.signs() @ asked.T                                 # (U, N)
-        return self.vectors[agreement.argmax(0)]
+        states = self.sage(self.vectors, graph.features, graph.edges)[2]
+        return embed_new_user(self.sage, states, users, graph.attributes)
 
     def save(self, file):
         save_graph(file, self.graph, self.state_dict(), self.config)
@@ -644,6 +639,8 @@ class CDPO:
     def check(self):
         """By how many nats the chosen answers of held-out people come out likelier than the
         rejected ones, of 50 pairs or so, with their own soft tokens and with none."""
+        if not self.tokens:
+            return {}
         users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
         soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
         some = slice(None, None, len(pairs) // 50 + 1)
@@ -712,7 +709,7 @@ class Evaluation:
         self.names = find_names([*self.users, *read_users(settings.users)])
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
-    def soft_tokens(self, users, policy, unknown="mean"):
+    def soft_tokens(self, users, policy):
         """(N, S, D), S = 0 where the policy has none, or nobody says anything; and where they
         stand. The policy's adapter goes into the model."""
         lora.load_adapter(self.model, policy)
@@ -721,17 +718,17 @@ class Evaluation:
         if not file.exists() or not attribute_names(users):
             return table.new_empty(len(users), 0, table.shape[1]), 0
         tokens = UserTokens.load(file, table.device)
-        return tokens.soft(tokens.new(users, unknown)), tokens.soft.at
+        return tokens.soft(tokens.new(users)), tokens.soft.at
 
     @torch.no_grad()
-    def answers(self, users, captions, policy, seed=0, with_profile=False, unknown="mean"):
+    def answers(self, users, captions, policy, seed=0, with_profile=False):
         """Instructions of the policy in a folder for each user's captions -> [(user's number,
         caption, text, ended)]; `users` say all that it may know. with_profile: the prompt tells
-        the user in words; unknown: as in UserTokens.new."""
+        the user in words."""
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
         generator.manual_seed(seed_for("answers", seed))
-        soft, at = self.soft_tokens(users, policy, unknown)
+        soft, at = self.soft_tokens(users, policy)
         found = []
         for i, texts in enumerate(captions):
             if not texts:

@@ -145,9 +145,10 @@ def embed_names(names, embedder, norm, wording="{a}", known=None, device="cpu"):
 def spellings(name):
     """The name in small letters, its plurals, and what it may be the plural of."""
     name = name.casefold()
-    several = {f"{name}s", f"{name}es", re.sub("y$", "ies", name)}
-    single = {name.removesuffix("s"), name.removesuffix("es"), re.sub("ies$", "y", name)}
-    return {name} | several | single
+    found = {name, f"{name}s", f"{name}es"}
+    for end, other in (("y$", "ies"), ("ies$", "y"), ("es$", ""), ("s$", "")):
+        found.add(re.sub(end, other, name))
+    return found
 
 
 def find_attribute(name, attributes):
@@ -463,9 +464,6 @@ class GraphPretraining:
 
     def loss(self, rows):
         return self.model.loss(*rows[0]), {}
-
-    def check(self):
-        return self.model.evaluate("val")
 
     def describe(self, rows):
         return f"{self.settings.users}, lines 1 to {len(self.model.graph.users)}"
