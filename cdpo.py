@@ -67,15 +67,15 @@ def cdpo_loss(own, neighbour, similarity, lam=0.15):
 
 
 def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
-    """Each (B,) -> sums over the batch, under TRL's names."""
+    """Each (B,) -> {name: (B,)}, under TRL's names."""
     margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
-        "rewards/margins": margins.sum(),
-        "rewards/accuracies": (margins > 0).float().sum(),
-        "logps/chosen": policy_chosen.sum(),
-        "logps/rejected": policy_rejected.sum(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float(),
+        "logps/chosen": policy_chosen,
+        "logps/rejected": policy_rejected,
     }
 
 
@@ -370,11 +370,13 @@ def read_pairs(users_file, pairs_file):
     users = read_users(users_file)
     index = {user.name: i for i, user in enumerate(users)}
     pairs = read_answers(pairs_file, "chosen", "rejected", user=str, caption=str)
+    owner = []
     for pair in pairs:
         if pair["user"] not in index:
             raise ValueError(
                 f"{pairs_file}:{pair['line']}: user {pair['user']!r} is not in {users_file}")
-    return users, pairs, torch.tensor([index[pair["user"]] for pair in pairs])
+        owner.append(index[pair["user"]])
+    return users, pairs, torch.tensor(owner)
 
 
 def trainable(module, prefix=""):
@@ -600,19 +602,18 @@ class CDPO:
             readers += row.readers
             similarity.append(torch.tensor(row.similarity))
         similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
-        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (6, N)
+        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), {name: (N,)}
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
         similarity = moved(similarity, losses.device)
         own = losses[:, 0]
         losses = cdpo_loss(own, losses[:, 1:], similarity, self.settings.lam)              # (7)
-        *found, dpo, nll = found[:, moved(first, losses.device)]
-        terms = {"dpo": dpo.sum(), "nll": nll.sum(), "neighbours": (losses - own).detach().sum()}
-        return losses.sum(), dpo_metrics(*found) | terms
+        first = moved(first, losses.device)
+        found = {name: values[first].detach().sum() for name, values in found.items()}
+        return losses.sum(), found | {"neighbours": (losses - own).detach().sum()}
 
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
-        times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes, and the two
-        terms (6, N)."""
+        times the chosen answer's mean token loss -> (N,); and dpo_metrics and both terms (N,)."""
         texts = [encode_pair(self.tokenizer, self.pairs[pair]) for pair in pairs]
         soft = None
         at = 0
@@ -632,8 +633,7 @@ class CDPO:
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
         nll = -self.settings.nll * policy[0] / length
-        found = torch.stack([*policy, *rewards, losses, nll]).detach()      # (6, N)
-        return losses + nll, found
+        return losses + nll, dpo_metrics(*policy, *rewards) | {"dpo": losses, "nll": nll}
 
     @torch.no_grad()
     def check(self):

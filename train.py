@@ -314,7 +314,7 @@ def check_finite(metrics, step):
 
 def alarms(log, clip):
     """What the last 50 steps in metrics.jsonl give reason to say, beside the 50 before."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()[-100:]]
+    lines = graph.read_jsonl(log)[-100:]
     late = lines[-50:]
     early = lines[:-50]
 
