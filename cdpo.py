@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from graph import (SMALL, GraphSAGE, PreferenceGraph, attribute_names, embed_new_user,
-                   find_attribute, in_words_of, load_graph, read_jsonl, read_users, save_graph,
-                   similar_users, spellings, tastes)
+from graph import (SMALL, GraphSAGE, attribute_names, embed_new_user, find_attribute, in_words_of,
+                   load_graph, read_jsonl, read_users, save_graph, signs_of, similar_users,
+                   spellings, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
                   moved, pick_device, reading, seed_for)
 
@@ -472,9 +472,8 @@ class CDPOSettings(TrainSettings):
                                  " (--user graph only)",
                                  bounds=(0, 1))
     tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
-    place:          str   = flag("front", "front", "where they stand: before all text, or (ours)"
-                                 " before the assistant's turn (--user graph or id only)",
-                                 choices=["front", "turn"])
+    before_turn:    bool  = flag(False, False, "they stand just before the assistant's turn (ours),"
+                                 " not in front of all text (--user graph or id only)")
     soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
                                  " (--user graph or id only)")
     steps:          int   = flag(1200, 3000, "optimiser steps", small=100)
@@ -537,9 +536,8 @@ class CDPO:
         table = self.model.model.embed_tokens.weight
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
-        if settings.place == "turn":
-            whole = self.tokenizer.chat([])
-            soft["at"] = len(self.tokenizer.chat([], False)) - len(whole)   # -3
+        if settings.before_turn:
+            soft["at"] = -len(self.tokenizer.encode("<|im_start|>assistant\n"))
         torch.manual_seed(settings.seed)
         config = stored.config | {"kind": settings.user, "soft": soft}
         tokens = UserTokens(stored.graph, **config)
@@ -552,9 +550,7 @@ class CDPO:
         A neighbour who has no pairs gets s = 0."""
         settings = self.settings
         k = settings.k if settings.user == "graph" and settings.lam else 0
-        names = attribute_names(self.users)
-        signs = PreferenceGraph.build(self.users, names, None).signs()
-        index, score = similar_users(signs, k, settings.similarity)
+        index, score = similar_users(signs_of(self.users), k, settings.similarity)
         speaks = torch.tensor([float(v in self.pairs_of) for v in range(len(self.users))])
         return index, score * speaks[index]
 
@@ -744,8 +740,7 @@ class Evaluation:
         known = {}
         for name, shown in CONDITIONS.items():
             known[name] = [replace(user, **shown) for user in self.users]
-        graph = PreferenceGraph.build(self.users, attribute_names(self.users), None)
-        signs = graph.signs().to_dense()                                    # (U, A)
+        signs = signs_of(self.users).to_dense()                             # (U, A)
         known["another's"] = [self.users[i] for i in (signs @ signs.T).argmin(1)]
         return known
 
@@ -766,16 +761,16 @@ class Evaluation:
                     own = margin
                 values = ((margin > 0).float(), margin, own - margin)
                 cells = [self.over_people(value) for value in values]
-                rows.append([name, *self.rates(name, answers, file), *cells])
+                rows.append(self.rates(name, answers, file) + cells)
             for key in ("chosen", "rejected"):
                 answers = [(i, pair["caption"], pair[key], True)
                            for i, pair in zip(self.owner, self.pairs)]
-                rows.append([f"({key})", *self.rates(key, answers, file), "", "", ""])
+                rows.append(self.rates(f"({key})", answers, file))
         columns = ["the policy knows", *RATES, "accuracy", "margin", "less than with all"]
         return markdown_table(columns, rows)
 
     def rates(self, name, answers, file):
-        """RATES, shares of the answers, which are written to an open file, for a reader."""
+        """The name and RATES, shares of the answers, which are written to an open file."""
         verdicts = []
         print(f"\n{name}\n", file=file)
         for i, caption, text, ended in answers:
@@ -783,7 +778,7 @@ class Evaluation:
             verdicts.append(self.verdict(user, text, ended))
             counts = ", ".join(compress(RATES, verdicts[-1]))
             print(f"{user.name} | {caption} | {text} | {counts}", file=file)
-        return [f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0)]
+        return [name, *(f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0))]
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""

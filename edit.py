@@ -245,7 +245,7 @@ def follow(settings, policy):
     trained = read_json(policy / "config.json", {})
     own = shipped(trained.get("qwen", "mini/qwen"))
     settings.qwen = settings.qwen or own
-    if settings.qwen != own:
+    if os.path.realpath(settings.qwen) != os.path.realpath(own):
         print(f"{settings.policy} was trained with {own}, not with {settings.qwen}")
     people = shipped(trained.get("users_test", USERS))
     if not settings.users and Path(people).exists():

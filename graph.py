@@ -114,6 +114,11 @@ def attribute_names(users):
     return sorted({name for user in users for name in user.likes + user.dislikes})
 
 
+def signs_of(users):
+    """(U, A) sparse, see `PreferenceGraph.signs`, over all that these users name."""
+    return PreferenceGraph.build(users, attribute_names(users), None).signs()
+
+
 def edges_of(users, attributes):
     """(3, E) int64: user, attribute, sign. ValueError for an attribute that is not among them."""
     index = {name: i for i, name in enumerate(attributes)}

@@ -4174,7 +4174,7 @@ def test_graph_defaults_are_those_of_the_stage():
     assert graph.pretrain.__defaults__ == (*sizes, *schedule, *how, *decay)
     assert graph.EdgeModel.__init__.__defaults__ == (*sizes, *how, stage.seed)
     assert cdpo.UserTokens.__init__.__defaults__ == ("graph", *sizes, True, None)
-    assert cdpo.SoftPrompt.__init__.__defaults__ == (8, 0.02)
+    assert cdpo.SoftPrompt.__init__.__defaults__ == (8, 0.02, 0)
     assert graph.GraphPretraining.items == 1
 
 
@@ -8229,9 +8229,9 @@ def test_soft_tokens_stand_in_front_or_before_the_assistants_turn():
 
 
 def test_cdpo_place_is_kept_and_read_again():
-    """--place turn trains with gradients to every soft token, and every reader of the policy finds
+    """--before-turn trains with gradients to every soft token, and every reader of the policy finds
     the place in its file."""
-    stage, settings, _ = cdpo_stage("--place turn --lam 0")
+    stage, settings, _ = cdpo_stage("--before-turn --lam 0")
     assert stage.tokens.soft.at == -len(stage.tokenizer.encode("<|im_start|>assistant\n"))
     rows = draw_batch(stage, settings)
     loss, _ = stage.loss(rows)
@@ -8240,7 +8240,7 @@ def test_cdpo_place_is_kept_and_read_again():
     front, _, _ = cdpo_stage("--lam 0")
     assert front.tokens.soft.at == 0 and abs(front.loss(rows)[0] - loss) > 1e-3
     command, d = prepared()
-    train_here(f"{command} --steps 1 --place turn --out {d}/turned")
+    train_here(f"{command} --steps 1 --before-turn --out {d}/turned")
     read = cdpo.UserTokens.load(d / "turned/collaborative.safetensors")
     assert read.soft.at == stage.tokens.soft.at
     asked = f"--policy {d}/turned --user imaginative-child --users {SAMPLE}/users_test.jsonl"

@@ -318,13 +318,13 @@ def alarms(log, clip):
     late = lines[-50:]
     early = lines[:-50]
 
-    def clipped(part):
-        return part and clip and all(line["grad_norm"] > clip for line in part)
+    def least(part):
+        return min([line["grad_norm"] for line in part], default=0)
 
     def rise(name):
         return sum(line[name] for line in late) - sum(line[name] for line in early)
 
-    if clipped(late) and not clipped(early):
+    if clip and least(early) <= clip < least(late):
         yield f"50 gradients in a row were longer than --clip {clip}: perhaps a smaller --lr"
     if early and "logps/chosen" in lines[0] and rise("loss") > 0 > rise("logps/chosen"):
         yield "the loss rises, the chosen answers become less likely: a smaller --lr, more --nll"
