@@ -8041,8 +8041,8 @@ def test_rates_that_were_made_for_another_width_are_said():
 
 
 def test_train_says_when_gradients_are_clipped_or_answers_get_lost(tmp_path):
-    """Once where 50 gradients in a row are longer than --clip; where over 50 steps the loss rises
-    and the chosen answers become less likely than in the 50 before."""
+    """Once where 50 gradients in a row are longer than --clip; where over 50 steps the loss and the
+    chosen answers' -log p are a tenth above what they were in the 50 before, both of them."""
     log = tmp_path / "metrics.jsonl"
 
     def said(norms, losses=(1, 1), chosen=(-5, -5), clip=1.0):
@@ -8057,6 +8057,7 @@ def test_train_says_when_gradients_are_clipped_or_answers_get_lost(tmp_path):
     assert said([2], clip=0) == ""
     assert "loss rises" in said([0.1, 0.1], (1, 2), (-5, -9))
     assert said([0.1, 0.1], (2, 1), (-5, -9)) == "" == said([0.1, 0.1], (1, 2), (-9, -5))
+    assert said([0.1, 0.1], (1, 1.05), (-5, -9)) == "" == said([0.1, 0.1], (1, 2), (-5, -5.2))
     write_lines(log, *100 * [{"grad_norm": 0.1, "loss": 1}])                # sft, patch ...
     assert [*train.alarms(log, 1.0)] == []
 

@@ -321,12 +321,13 @@ def alarms(log, clip):
     def least(part):
         return min([line["grad_norm"] for line in part], default=0)
 
-    def rise(name):
-        return sum(line[name] for line in late) - sum(line[name] for line in early)
+    def growth(name):
+        return sum(line[name] for line in late) / sum(line[name] for line in early)
 
     if clip and least(early) <= clip < least(late):
         yield f"50 gradients in a row were longer than --clip {clip}: perhaps a smaller --lr"
-    if early and "logps/chosen" in lines[0] and rise("loss") > 0 > rise("logps/chosen"):
+    lost = early and "logps/chosen" in lines[0]
+    if lost and min(growth("loss"), growth("logps/chosen")) > 1.1:          # log p is below 0
         yield "the loss rises, the chosen answers become less likely: a smaller --lr, more --nll"
 
 
