@@ -21,6 +21,7 @@ SFT and C-DPO as train.py trains them, evaluation on held-out users.  Try it: py
 import re
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from graph import (GraphSAGE, PreferenceGraph, attribute_names, embed_new_user, load_graph,
-                   in_words_of, read_jsonl, read_users, save_graph, similar_users, tastes)
+from graph import (SMALL, GraphSAGE, attribute_names, embed_new_user, find_attribute, in_words_of,
+                   load_graph, read_jsonl, read_users, save_graph, signs_of, similar_users,
+                   spellings, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
                   moved, pick_device, reading, seed_for)
 
@@ -65,15 +67,15 @@ def cdpo_loss(own, neighbour, similarity, lam=0.15):
 
 
 def dpo_metrics(policy_chosen, policy_rejected, chosen_rewards, rejected_rewards):
-    """Each (B,) -> sums over the batch, under TRL's names."""
+    """Each (B,) -> {name: (B,)}, under TRL's names."""
     margins = chosen_rewards - rejected_rewards
     return {
-        "rewards/chosen": chosen_rewards.sum(),
-        "rewards/rejected": rejected_rewards.sum(),
-        "rewards/margins": margins.sum(),
-        "rewards/accuracies": (margins > 0).float().sum(),
-        "logps/chosen": policy_chosen.sum(),
-        "logps/rejected": policy_rejected.sum(),
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins > 0).float(),
+        "logps/chosen": policy_chosen,
+        "logps/rejected": policy_rejected,
     }
 
 
@@ -84,9 +86,10 @@ class SoftPrompt(nn.Module):
     it, GELU, and tokens about twice as long as ordinary embeddings, whose standard deviation is
     `std`, with the default bias: a small model then sees the user from the first step."""
 
-    def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02):
+    def __init__(self, in_dim, hidden_dim, out_dim, tokens=8, std=0.02, at=0):
         super().__init__()
         self.tokens = tokens
+        self.at = at                    # they stand before this token of the prompt
         self.norm = nn.LayerNorm(in_dim)
         self.fc1 = nn.Linear(in_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, tokens * out_dim)
@@ -124,24 +127,19 @@ class UserTokens(nn.Module):
             return self.vectors
         return self.sage(self.vectors * stay, self.graph.features, self.graph.edges)[0]
 
-    def new(self, users, unknown="mean"):
+    def new(self, users):
         """h (N, out) of users who are not stored; attributes that the graph does not know take part
         by their text. Kind "id", a table, knows nothing about these users: they get the mean of
-        all h, or, with unknown="nearest", that of the stored user who agrees most often with them
-        and clashes least (ours)."""
+        all h."""
+        if not self.sage:
+            return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
         graph = self.graph
         users = [in_words_of(user, graph.attributes) for user in users]
         new = [name for name in attribute_names(users) if name not in graph.attributes]
         if new:
             graph = graph.widened(new)
-        if self.sage:
-            states = self.sage(self.vectors, graph.features, graph.edges)[2]
-            return embed_new_user(self.sage, states, users, graph.attributes)
-        if unknown == "mean":
-            return self.vectors.mean(0, keepdim=True).expand(len(users), -1)
-        asked = PreferenceGraph.build(users, graph.attributes, None).signs().to_dense()    # (N, A)
-        agreement = graph.signs() @ asked.T                                 # (U, N)
-        return self.vectors[agreement.argmax(0)]
+        states = self.sage(self.vectors, graph.features, graph.edges)[2]
+        return embed_new_user(self.sage, states, users, graph.attributes)
 
     def save(self, file):
         save_graph(file, self.graph, self.state_dict(), self.config)
@@ -198,9 +196,21 @@ def encode(tokenizer, messages, *answers):
     return tokenizer.chat(messages), [tokenizer.encode(closed(text)) for text in answers]
 
 
-def behind(soft, embeds):
-    """The users' tokens (B, S, D), or None, and then the text (B, T, D)."""
-    return embeds if soft is None else torch.cat([soft.to(embeds), embeds], 1)
+ROOM = -2                                     # among a prompt's ids: a soft token's place
+
+
+def with_room(asked, soft, at):
+    """The prompt's ids with room for soft tokens (B, S, D), or None, before asked[at]."""
+    room = [] if soft is None else [ROOM] * soft.shape[1]
+    return asked[:at] + room + asked[at:]
+
+
+def embedded(model, ids, soft):
+    """ids (B, T) -> (B, T, D), the users' tokens (B, S, D), or None, in their room."""
+    embeds = model.model.embed_tokens(ids.clamp_min(0))
+    if soft is None:
+        return embeds
+    return embeds.masked_scatter((ids == ROOM)[:, :, None], soft.to(embeds))
 
 
 def padded(rows, value):
@@ -209,21 +219,20 @@ def padded(rows, value):
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def pack(rows, soft_tokens=0, device="cpu"):
+def pack(rows, device="cpu"):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
-    for all its answers. Each block is padded on the right:
+    for all its answers. Each block is padded on the right, with -1:
 
-        soft tokens | prompt without its last token | that token, answer 1 | that token, answer 2
+        prompt, room for soft tokens in it, without its last token | that token, answer 1 | ... 2
 
-    -> ids (B, P + n*L) without the soft tokens, labels (B*n, L) on the CPU, and the mask
-    (B, 1, T, T): a token sees the prompt and its own answer so far. Prompts take P places, answers
-    L each."""
+    -> ids (B, P + n*L), labels (B*n, L) on the CPU, and the mask (B, 1, T, T): a token sees the
+    prompt and its own answer so far. Prompts take P places, answers L each."""
     prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
     labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
     shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
     inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
     ids = moved(torch.cat([prompts, inputs], 1), device)
-    real = F.pad(ids >= 0, (soft_tokens, 0), value=True)                    # (B, T)
+    real = ids != -1                                                        # (B, T)
     length = inputs.shape[1]
     place = torch.arange(length - real.shape[1], length, device=device)     # 0: answers begin
     block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
@@ -231,7 +240,7 @@ def pack(rows, soft_tokens=0, device="cpu"):
     itself = place == place[:, None]
     path = before & ((block < 0) | (block == block[:, None]))
     mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
-    return ids.clamp_min(0), labels, mask[:, None]
+    return ids, labels, mask[:, None]
 
 
 class AnswerLogprob(torch.autograd.Function):
@@ -274,14 +283,14 @@ def token_logprobs(hidden, head, labels, chunk=128):
     return each.view(labels.shape).sum(1)                                   # no sum by atomics
 
 
-def answer_logprobs(model, rows, soft=None):
+def answer_logprobs(model, rows, soft=None, at=0):
     """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
-    tokens, or None. Soft tokens and prompt are cut off before the head, padding is labelled -100:
-    none of them counts; <|im_end|> does."""
-    soft_tokens = 0 if soft is None else soft.shape[1]
+    tokens, or None, which stand before prompt[at]. Soft tokens and prompt are cut off before the
+    head, padding is labelled -100: none of them counts; <|im_end|> does."""
+    rows = [(with_room(asked, soft, at), answers) for asked, answers in rows]
     head = model.lm_head.weight
-    ids, labels, mask = pack(rows, soft_tokens, head.device)
-    embeds = behind(soft, model.model.embed_tokens(ids))                    # (4) (B, T, D)
+    ids, labels, mask = pack(rows, head.device)
+    embeds = embedded(model, ids, soft)                                     # (4) (B, T, D)
     hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
     answers, length = labels.shape
     n = answers // len(rows)
@@ -289,14 +298,31 @@ def answer_logprobs(model, rows, soft=None):
     return token_logprobs(hidden, head, labels).view(-1, n)
 
 
-def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, **sampling):
+def encode_pair(tokenizer, pair):
+    """A line of pairs.jsonl -> as `encode`: the chosen answer, then the rejected one."""
+    asked = prompt(pair["caption"], pair["guidance"])
+    return encode(tokenizer, asked, pair["chosen"], pair["rejected"])
+
+
+@torch.no_grad()
+def margins(model, tokenizer, pairs, readers, soft, at=0):
+    """log pi(chosen) - log pi(rejected) (N,) of N pairs; readers (N,) says whose tokens of soft
+    (U, S, D) read each of them, before prompt[at]."""
+    found = []
+    for part in torch.arange(len(pairs)).split(16):
+        texts = [encode_pair(tokenizer, pairs[i]) for i in part]
+        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]], at).T
+        found.append(chosen - rejected)
+    return torch.cat(found).cpu()
+
+
+def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, at=0, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
-    ended by itself)]; soft (N, S, D) or None."""
-    ids = padded([tokenizer.chat(messages) for messages in prompts], -1)            # (N, T)
-    ids = ids.to(model.lm_head.weight.device)
-    embeds = behind(soft, model.model.embed_tokens(ids.clamp_min(0)))               # (N, S+T, D)
-    mask = F.pad(ids >= 0, (embeds.shape[1] - ids.shape[1], 0), value=True)
-    answers = generate(model, embeds=embeds, attention_mask=mask, stop=tokenizer.encode(END),
+    ended by itself)]; soft (N, S, D) or None, before prompt[at]."""
+    ids = padded([with_room(tokenizer.chat(messages), soft, at) for messages in prompts], -1)
+    ids = ids.to(model.lm_head.weight.device)                               # (N, T)
+    embeds = embedded(model, ids, soft)                                     # (N, T, D)
+    answers = generate(model, embeds=embeds, attention_mask=ids != -1, stop=tokenizer.encode(END),
                        max_new_tokens=max_new_tokens, **sampling)
     return [(tokenizer.decode(ids).strip(), len(ids) < max_new_tokens) for ids in answers]
 
@@ -309,14 +335,14 @@ class SFTSettings(TrainSettings):
     edits:         str   = flag("mini/data/edits.jsonl", "gpt-generated-prompts.jsonl",
                                 "generic edits, InstructPix2Pix's format")
     qwen:          str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                                "language model: folder or hub repository")
+                                "language model: folder or hub repository", small=SMALL)
     rank:          int   = flag(16, 16, "LoRA rank")
     alpha:         int   = flag(32, 32, "LoRA alpha: the adapter's output times alpha / rank")
     dropout:       float = flag(0.05, 0.05, "LoRA dropout", bounds=(0, 1))
-    steps:         int   = flag(400, 9375, "optimiser steps")
-    batch:         int   = flag(32, 16, "global batch, whatever the number of processes")
+    steps:         int   = flag(400, 9375, "optimiser steps", small=60)
+    batch:         int   = flag(32, 16, "global batch, whatever the number of processes", small=8)
     micro:         int   = flag(16, 4, "rows of one forward pass (ours)")
-    lr:            float = flag(5e-3, 2e-6, "peak learning rate")
+    lr:            float = flag(5e-3, 2e-6, "peak learning rate", small=1e-3)
 
 
 def lines_of(file, items):
@@ -339,15 +365,37 @@ def read_answers(file, *keys, **fields):
     return rows
 
 
+def read_pairs(users_file, pairs_file):
+    """-> (list[User], pairs, (N,) whose each is: a number). ValueError for a pair of nobody."""
+    users = read_users(users_file)
+    index = {user.name: i for i, user in enumerate(users)}
+    pairs = read_answers(pairs_file, "chosen", "rejected", user=str, caption=str)
+    owner = []
+    for pair in pairs:
+        if pair["user"] not in index:
+            raise ValueError(
+                f"{pairs_file}:{pair['line']}: user {pair['user']!r} is not in {users_file}")
+        owner.append(index[pair["user"]])
+    return users, pairs, torch.tensor(owner)
+
+
 def trainable(module, prefix=""):
     """[(name, Parameter)] of what has a gradient."""
     return [(prefix + n, p) for n, p in module.named_parameters() if p.requires_grad]
 
 
 def language_model(settings):
-    """(Qwen, Tokenizer) that a stage names."""
+    """(Qwen, Tokenizer) that a stage names, and a line where its learning rate is that of much
+    wider or narrower models (ours): times the width, what has worked is .6 in the miniature and
+    with 135 M parameters, .0007 in the paper."""
     device = pick_device(settings.device)
-    return load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    model, tokenizer = load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    usual = 0.6 / model.config.width
+    lr = getattr(settings, "lr", usual)
+    if not usual / 1000 < lr < 4 * usual:
+        print(f"--lr {lr} was not made for a model of width {model.config.width}, {usual:.0e} was: "
+              "--preset small is for 0.1 to 1 B parameters, paper for 7 B")
+    return model, tokenizer
 
 
 class SFT:
@@ -393,11 +441,14 @@ class CDPOSettings(TrainSettings):
     """C-DPO and its baselines.    miniature, paper (Table 12), what it is"""
     users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
+    users_test:     str   = flag("mini/data/users_test.jsonl", "users_test.jsonl",
+                                 "held-out users, for --check-every")
+    pairs_test:     str   = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     sft:            str   = flag("runs/sft", "runs/sft", "adapter to start from; the reference")
     graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage"
                                  " (--user graph or id only)")
     qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                                 "language model: folder or hub repository")
+                                 "language model: folder or hub repository", small=SMALL)
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
@@ -405,27 +456,30 @@ class CDPOSettings(TrainSettings):
     k:              int   = flag(3, 3, "similar users (--user graph only)")
     similarity:     str   = flag("likes", "shared", "what they share: anything named (Eq. 6 to the"
                                  " letter), agreements less clashes, likes (both ours)"
-                                 " (--user graph only)",
+                                 " (--user graph only)", small="likes",
                                  choices=["shared", "signed", "likes"])
     neighbour_user: str   = flag("target", "target", "whose soft tokens read a neighbour's pair"
                                  " (the paper leaves it open) (--user graph only)",
                                  choices=["target", "neighbour"])
     neighbours:     str   = flag("sampled", "exact", "all k a step, or (ours) one drawn in"
                                  " proportion to similarity (--user graph only)",
-                                 choices=["exact", "sampled"])
+                                 small="sampled", choices=["exact", "sampled"])
     beta:           float = flag(0.2, 0.1, "DPO's temperature (not in the paper; TRL: 0.1)")
     nll:            float = flag(8.0, 0.0, "weight of the chosen answer's mean token loss, added to"
-                                 " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr")
+                                 " each L_DPO in Eq. 7 (ours): keeps sentences whole at high lr",
+                                 small=1.0)
     drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)"
                                  " (--user graph only)",
                                  bounds=(0, 1))
-    tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)")
+    tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
+    before_turn:    bool  = flag(False, False, "they stand just before the assistant's turn (ours),"
+                                 " not in front of all text (--user graph or id only)")
     soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
                                  " (--user graph or id only)")
-    steps:          int   = flag(1200, 3000, "optimiser steps")
-    batch:          int   = flag(32, 12, "global batch, whatever the number of processes")
+    steps:          int   = flag(1200, 3000, "optimiser steps", small=100)
+    batch:          int   = flag(32, 12, "global batch, whatever the number of processes", small=8)
     micro:          int   = flag(16, 2, "rows of one forward pass (ours)")
-    lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP")
+    lr:             float = flag(1e-2, 2e-7, "peak learning rate of LoRA and MLP", small=1e-3)
     gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder"
                                  " (--user graph only)")
     warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
@@ -454,28 +508,17 @@ class CDPO:
 
     def __init__(self, settings):
         self.settings = settings
-        self.users = read_users(settings.users)
-        self.pairs = read_answers(settings.pairs, "chosen", "rejected", user=str, caption=str)
+        self.users, self.pairs, owner = read_pairs(settings.users, settings.pairs)
         self.items = len(self.pairs)
-        self.owner, self.pairs_of = self.owners()
+        self.owner = owner.tolist()
+        self.pairs_of = defaultdict(list)
+        for pair, user in enumerate(self.owner):
+            self.pairs_of[user].append(pair)
         # In eval mode: DPO has no dropout, as in TRL.
         self.model, self.tokenizer = load_policy(settings, settings.sft)
         self.model.model.checkpointing = settings.checkpointing
         self.tokens = self.user_tokens() if settings.user != "none" else None
         self.neighbours, self.similarity = self.similar()
-
-    def owners(self):
-        """[user of each pair], {user: [pairs]}."""
-        index = {user.name: i for i, user in enumerate(self.users)}
-        owner = []
-        pairs_of = defaultdict(list)
-        for i, pair in enumerate(self.pairs):
-            if pair["user"] not in index:
-                raise ValueError(f"{self.settings.pairs}:{pair['line']}: user {pair['user']!r} "
-                                 f"is not in {self.settings.users}")
-            owner.append(index[pair["user"]])
-            pairs_of[owner[i]].append(i)
-        return owner, pairs_of
 
     def user_tokens(self):
         """UserTokens around the graph stage's encoder, or a new table; new soft tokens."""
@@ -493,6 +536,8 @@ class CDPO:
         table = self.model.model.embed_tokens.weight
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
+        if settings.before_turn:
+            soft["at"] = -len(self.tokenizer.encode("<|im_start|>assistant\n"))
         torch.manual_seed(settings.seed)
         config = stored.config | {"kind": settings.user, "soft": soft}
         tokens = UserTokens(stored.graph, **config)
@@ -505,9 +550,7 @@ class CDPO:
         A neighbour who has no pairs gets s = 0."""
         settings = self.settings
         k = settings.k if settings.user == "graph" and settings.lam else 0
-        names = attribute_names(self.users)
-        signs = PreferenceGraph.build(self.users, names, None).signs()
-        index, score = similar_users(signs, k, settings.similarity)
+        index, score = similar_users(signs_of(self.users), k, settings.similarity)
         speaks = torch.tensor([float(v in self.pairs_of) for v in range(len(self.users))])
         return index, score * speaks[index]
 
@@ -555,18 +598,23 @@ class CDPO:
             readers += row.readers
             similarity.append(torch.tensor(row.similarity))
         similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
-        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), (4, N)
+        losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), {name: (N,)}
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
         similarity = moved(similarity, losses.device)
-        losses = cdpo_loss(losses[:, 0], losses[:, 1:], similarity, self.settings.lam)     # (7)
-        return losses.sum(), dpo_metrics(*found[:, moved(first, losses.device)])
+        own = losses[:, 0]
+        losses = cdpo_loss(own, losses[:, 1:], similarity, self.settings.lam)              # (7)
+        first = moved(first, losses.device)
+        found = {name: values[first].detach().sum() for name, values in found.items()}
+        return losses.sum(), found | {"neighbours": (losses - own).detach().sum()}
 
     def pair_losses(self, pairs, readers, stay):
         """L_DPO of N pairs (numbers), each read with a user's soft tokens (`readers`), plus nll
-        times the chosen answer's mean token loss -> (N,); and what dpo_metrics takes (4, N)."""
-        texts = [self.encode(self.pairs[pair]) for pair in pairs]
+        times the chosen answer's mean token loss -> (N,); and dpo_metrics and both terms (N,)."""
+        texts = [encode_pair(self.tokenizer, self.pairs[pair]) for pair in pairs]
         soft = None
+        at = 0
         if self.tokens:
+            at = self.tokens.soft.at
             # Here the gradient reaches GraphSAGE and the node vectors.
             device = self.tokens.vectors.device
             readers = moved(readers, device)
@@ -577,15 +625,24 @@ class CDPO:
             lora.use(self.model, "reference")
             reference = answer_logprobs(self.model, texts).T                # (2, N), no user
             lora.use(self.model, "policy")
-        policy = answer_logprobs(self.model, texts, soft).T                 # (2, N)
+        policy = answer_logprobs(self.model, texts, soft, at).T             # (2, N)
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
-        losses = losses - self.settings.nll * policy[0] / length
-        return losses, torch.stack([*policy.detach(), *rewards])
+        nll = -self.settings.nll * policy[0] / length
+        return losses + nll, dpo_metrics(*policy, *rewards) | {"dpo": losses, "nll": nll}
 
-    def encode(self, pair):
-        asked = prompt(pair["caption"], pair["guidance"])
-        return encode(self.tokenizer, asked, pair["chosen"], pair["rejected"])
+    @torch.no_grad()
+    def check(self):
+        """By how many nats the chosen answers of held-out people come out likelier than the
+        rejected ones, of 50 pairs or so, read with their own soft tokens."""
+        if not self.tokens:
+            return {}
+        users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
+        some = slice(None, None, len(pairs) // 50 + 1)
+        soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
+        margin = margins(self.model, self.tokenizer, pairs[some], readers[some], soft,
+                         at=self.tokens.soft.at)
+        return {"held-out margin": margin.mean().item()}
 
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
@@ -604,100 +661,150 @@ class EvalSettings:
     policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
     users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl", "held-out users")
-    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl",
-                           "their pairs; only the captions are read")
+    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                           "language model: folder or hub repository")
+                           "language model: folder or hub repository", small=SMALL)
     dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
+    temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")
+    top_p:      float = flag(1.0, 1.0, "sampled from the likeliest words that together reach it",
+                             bounds=(0, 1))
+    max_new_tokens: int = flag(48, 48, "after which an instruction is cut off")
+    out:        str = flag("", "", "file of all answers, for a reader; POLICY_answers.txt when not"
+                           " given")
     seed:       int = flag(0, 0, "of sampling")
     device:     str = flag("", "", "cpu, cuda, cuda:1 ...; the best there is when not given")
 
 
-CONDITIONS = {                                                  # what the history shows (Table 2)
+CONDITIONS = {                                    # what of their history the policy knows (Table 2)
     "likes + dislikes": {},
     "likes only": {"dislikes": []},
     "dislikes only": {"likes": []},
+    "nothing": {"likes": [], "dislikes": []},
 }
 RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
 
 
 class Evaluation:
-    """A policy's instructions for the captions of held-out users, and which of their likes and
-    dislikes are found in them by name."""
+    """What held-out users get from a policy: which of their likes and dislikes are found by name in
+    its instructions, and how far it finds what they chose likelier than what they rejected."""
 
     def __init__(self, settings):
         self.settings = settings
-        self.users = read_users(settings.users_test)
-        captions = defaultdict(dict)                            # each once, in the file's order
-        for pair in read_jsonl(settings.pairs_test, user=str, caption=str):
-            captions[pair["user"]][pair["caption"]] = None
-        self.captions = [list(captions[user.name]) for user in self.users]
-        if not any(self.captions):
-            raise ValueError(
-                f"{settings.pairs_test} has no caption for anybody in {settings.users_test}")
+        self.users, pairs, owner = read_pairs(settings.users_test, settings.pairs_test)
+        captions = [{} for _ in self.users]                     # each once, in the file's order
+        for pair, user in zip(pairs, owner):
+            captions[user][pair["caption"]] = None
+        self.captions = [list(texts) for texts in captions]
+        some = slice(None, None, len(pairs) // 1000 + 1)        # more say little more
+        self.pairs = pairs[some]
+        self.owner = owner[some]
         self.names = find_names([*self.users, *read_users(settings.users)])
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
+    def soft_tokens(self, users, policy):
+        """(N, S, D), S = 0 where the policy has none, or nobody says anything; and where they
+        stand. The policy's adapter goes into the model."""
+        lora.load_adapter(self.model, policy)
+        table = self.model.model.embed_tokens.weight
+        file = Path(policy) / "collaborative.safetensors"
+        if not file.exists() or not attribute_names(users):
+            return table.new_empty(len(users), 0, table.shape[1]), 0
+        tokens = UserTokens.load(file, table.device)
+        return tokens.soft(tokens.new(users)), tokens.soft.at
+
     @torch.no_grad()
-    def answers(self, users, captions, policy, seed=0, with_profile=False, unknown="mean"):
+    def answers(self, users, captions, policy, seed=0, with_profile=False):
         """Instructions of the policy in a folder for each user's captions -> [(user's number,
         caption, text, ended)]; `users` say all that it may know. with_profile: the prompt tells
-        the user in words; unknown: as in UserTokens.new."""
-        device = self.model.lm_head.weight.device
-        generator = torch.Generator(device).manual_seed(seed_for("answers", seed))
-        lora.load_adapter(self.model, policy)
-        file = Path(policy) / "collaborative.safetensors"
-        soft = None
-        if file.exists():
-            tokens = UserTokens.load(file, device)
-            soft = tokens.soft(tokens.new(users, unknown))                  # (N, S, D)
-        words = [profile(user) if with_profile else "" for user in users]
-        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
+        the user in words."""
+        settings = self.settings
+        generator = torch.Generator(self.model.lm_head.weight.device)
+        generator.manual_seed(seed_for("answers", seed))
+        soft, at = self.soft_tokens(users, policy)
         found = []
-        for start in range(0, len(asked), 400):
-            part = asked[start:start + 400]
-            prompts = [prompt(text, profile=words[i]) for i, text in part]
-            theirs = None if soft is None else soft[[i for i, _ in part]]
-            found += suggest(self.model, self.tokenizer, prompts, theirs, temperature=1.0,
-                             generator=generator)
-        return [(*question, *answer) for question, answer in zip(asked, found)]
+        for i, texts in enumerate(captions):
+            if not texts:
+                continue
+            words = profile(users[i]) if with_profile else ""
+            prompts = [prompt(text, profile=words) for text in texts]
+            said = suggest(self.model, self.tokenizer, prompts, soft[[i] * len(texts)],
+                           settings.max_new_tokens, at=at, temperature=settings.temperature,
+                           top_p=settings.top_p, generator=generator)
+            found += [(i, text, *answer) for text, answer in zip(texts, said)]
+        return found
 
-    def rates(self, shown):
-        """RATES, shares of the answers, where of each user's history only what `shown`, a value of
-        CONDITIONS, leaves is known."""
+    def known(self):
+        """{condition: what the policy knows of each user, list[User]}; "another's" is the history
+        of the held-out person who agrees least with them."""
+        known = {}
+        for name, shown in CONDITIONS.items():
+            known[name] = [replace(user, **shown) for user in self.users]
+        signs = signs_of(self.users).to_dense()                             # (U, A)
+        known["another's"] = [self.users[i] for i in (signs @ signs.T).argmin(1)]
+        return known
+
+    def table(self):
+        """A row a condition: RATES of sampled instructions; and, of the held-out pairs, how often
+        the chosen answer is the likelier one, by how many nats, and by how many fewer than with all
+        of the history, which is the personalisation: mean and standard error over people. Below:
+        what the RATES of the held-out answers themselves are."""
         settings = self.settings
         captions = [texts * settings.answers for texts in self.captions]
-        known = [replace(user, **shown) for user in self.users]
-        answers = self.answers(known, captions, settings.policy, seed=settings.seed)
-        verdicts = [self.verdict(self.users[i], text, ended) for i, _, text, ended in answers]
-        return torch.tensor(verdicts).double().mean(0).tolist()
+        rows = []
+        with open(settings.out or f"{Path(settings.policy)}_answers.txt", "w") as file:
+            for name, known in self.known().items():
+                answers = self.answers(known, captions, settings.policy, seed=settings.seed)
+                soft, at = self.soft_tokens(known, settings.policy)
+                margin = margins(self.model, self.tokenizer, self.pairs, self.owner, soft, at=at)
+                if not rows:
+                    own = margin
+                values = ((margin > 0).float(), margin, own - margin)
+                cells = [self.over_people(value) for value in values]
+                rows.append(self.rates(name, answers, file) + cells)
+            for key in ("chosen", "rejected"):
+                answers = [(i, pair["caption"], pair[key], True)
+                           for i, pair in zip(self.owner, self.pairs)]
+                rows.append(self.rates(f"({key})", answers, file))
+        columns = ["the policy knows", *RATES, "accuracy", "margin", "less than with all"]
+        return markdown_table(columns, rows)
+
+    def rates(self, name, answers, file):
+        """The name and RATES, shares of the answers, which are written to an open file."""
+        verdicts = []
+        print(f"\n{name}\n", file=file)
+        for i, caption, text, ended in answers:
+            user = self.users[i]
+            verdicts.append(self.verdict(user, text, ended))
+            counts = ", ".join(compress(RATES, verdicts[-1]))
+            print(f"{user.name} | {caption} | {text} | {counts}", file=file)
+        return [name, *(f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0))]
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""
-        found = lower(self.names.findall(text))
-        likes = bool(found & lower(user.likes))
-        hidden = bool(found & lower(user.hidden))
-        dislikes = bool(found & lower(user.dislikes))
-        return likes, hidden, likes or hidden, dislikes, not found, not ended
+        found = self.names.findall(text)
 
-    def table(self):
-        rows = []
-        for name, shown in CONDITIONS.items():
-            rows.append([name, *(f"{rate:.3f}" for rate in self.rates(shown))])
-        return markdown_table(["what the history shows", *RATES], rows)
+        def named(attributes):
+            return any(find_attribute(word, attributes) for word in found)
 
+        likes = named(user.likes)
+        hidden = named(user.hidden)
+        return likes, hidden, likes or hidden, named(user.dislikes), not found, not ended
 
-def lower(names):
-    return {name.lower() for name in names}
+    def over_people(self, values):
+        """Mean and standard error, over people, of each one's mean of the pairs' values (N,)."""
+        means = [values[self.owner == user].mean() for user in self.owner.unique()]
+        means = torch.stack(means)
+        return f"{means.mean():.3f} +- {means.std() / len(means) ** 0.5:.3f}"
 
 
 def find_names(users):
     """A pattern for every attribute that somebody likes, would like or dislikes, as whole words
-    in either case; the longest first."""
-    names = set(attribute_names(users))
+    in either case, in singular and plural; the longest first."""
+    names = set()
     for user in users:
-        names.update(user.hidden)
+        for name in [*user.likes, *user.dislikes, *user.hidden]:
+            names |= spellings(name)
     longest = sorted(names, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, longest))})\b", re.IGNORECASE)
 

@@ -5,6 +5,7 @@
     python edit.py --image mug.jpg --caption "A red mug on a table" --likes "wood, sunset"
     python edit.py --caption "A white vase" --user desert-host                  # a new picture
     python edit.py --reference mug.png --caption "A mug in front of forest"     # of that very mug
+    python edit.py --words-only --samples 3             # instructions alone: needs no FLUX
     python edit.py --attributes                         # the words that --likes can best be made of
     python edit.py --lora runs/dro                      # with a Flux that `train.py dro` tuned
     python edit.py --preset paper --policy runs/cdpo --image sofa.jpg \\
@@ -34,6 +35,7 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 # Read when torch is loaded: threads that spin while they wait make a busy laptop 50 times slower.
@@ -59,6 +61,7 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
 IMAGE = "mini/sample/scenes/04_bowl.png"
 CAPTION = "A beige bowl in front of a grey wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
+USERS = "mini/sample/users_test.jsonl"
 
 # What stands in every PNG and JSON that is written here, and hardly in another.
 MARK = b'"reference_scale": '
@@ -100,16 +103,16 @@ class EditSettings:
                                               "of several people a grid, and each one's picture")
     # who
     user: str              = flag(None, None, "one or several people, by name", nargs="+")
-    users: str             = flag("mini/sample/users_test.jsonl", "mini/sample/users_test.jsonl",
-                                              "what they like; needless for the policy's own users")
+    users: str             = flag(None, None, "what they like; when not given, people with whom "
+                                              "the policy was trained and checked are known")
     likes: list            = flag(None, None, "of somebody new, with commas between", type=words)
     dislikes: list         = flag(None, None, "and what they dislike", type=words)
     attributes: bool       = flag(False, False, "list what the policy's graph knows, and end")
     # models: each a folder or a hub repository
     preset: str            = flag("mini", "paper", "which column the flags not given take",
-                                              choices=("mini", "paper"))
-    qwen: str              = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct", "language model")
+                                              choices=("mini", "small", "paper"))
     policy: str            = flag("mini/policy", "runs/cdpo", "folder that `train.py cdpo` wrote")
+    qwen: str              = flag(None, None, "language model; the policy's own when not given")
     flux: str              = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
     controlnet: str        = flag("mini/controlnet", "InstantX/FLUX.1-dev-Controlnet-Union",
                                               "ControlNet-Union")
@@ -130,6 +133,11 @@ class EditSettings:
     # words and picture
     temperature: float     = flag(None, None, "of sampling the instruction, 0: likeliest words; as "
                                               "the language model asks when not given")
+    max_new_tokens: int    = flag(48,   48,   "after which an instruction is cut off")
+    words_only: bool       = flag(False, False, "the instructions alone: nothing is painted, no "
+                                              "FLUX needed")
+    samples: int           = flag(1,    1,    "instructions for each person, with --words-only: as "
+                                              "of --seed SEED, SEED + 1 ...")
     size: int              = flag(None, None, "about size x size pixels, the photograph's shape "
                                               "kept; the autoencoder's own when not given",
                                               bounds=(16, 8192))
@@ -219,6 +227,7 @@ def check_together(settings, given):
     need(settings.true_cfg != 1, "--true-cfg", "--negative")
     need(settings.reference, "--reference", "--reference-scale --image-prompt --features")
     need(settings.lora, "--lora", "--lora-scale")
+    need(settings.words_only, "--words-only", "--samples")
     need(settings.user, "--user, --likes or --dislikes", "--temperature")
     need(settings.user and not new, "--user", "--users")
 
@@ -230,13 +239,26 @@ def described(settings):
 
 # ---- who asks ------------------------------------------------------------------------------------
 
+def follow(settings, policy):
+    """Language model and people are those of the policy's own training where no flag says
+    otherwise; a line where a flag names another model."""
+    trained = read_json(policy / "config.json", {})
+    own = shipped(trained.get("qwen", "mini/qwen"))
+    settings.qwen = settings.qwen or own
+    if os.path.realpath(settings.qwen) != os.path.realpath(own):
+        print(f"{settings.policy} was trained with {own}, not with {settings.qwen}")
+    people = shipped(trained.get("users_test", USERS))
+    if not settings.users and Path(people).exists():
+        settings.users = people
+
+
 def find_users(settings, graph):
     """The people asked for, list[User], in the graph's own words: from --likes and --dislikes, from
     the file --users, or as the policy was trained with them. ValueError for nobody's name."""
     if described(settings):
         people = [User("you", settings.likes or [], settings.dislikes or [])]
     else:
-        people = [*graph.people(), *read_users(settings.users)]
+        people = graph.people() + (read_users(settings.users) if settings.users else [])
     known = {user.name: user for user in people}
     for name in settings.user:
         if name not in known:
@@ -280,9 +302,11 @@ def write_instructions(settings):
     wishes = []
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy)
+        follow(settings, folder)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = find_users(settings, tokens.graph)
         softs = [soft_tokens(user, tokens) for user in people]
+        at = tokens.soft.at
         model, tokenizer = load_language_model(
             settings.qwen, settings.device, DTYPES[settings.dtype])
         lora.load_adapter(model, folder)
@@ -291,23 +315,24 @@ def write_instructions(settings):
             settings.temperature = model.config.sampling["temperature"]
         how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
         message = cdpo.prompt(settings.caption, settings.instruction)
-        for user, (soft, note) in zip(people, softs):
-            seed = seed_for(settings.seed, user.name, settings.caption)
+        for (user, (soft, note)), more in product(zip(people, softs), range(settings.samples)):
+            seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
-            answers = cdpo.suggest(model, tokenizer, [message], soft, generator=generator, **how)
+            answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
+                                   at=at, generator=generator, **how)
             text = answers[0][0]
             if settings.instruction:
-                note += heeded(settings, model, tokenizer, soft, text)
+                note += heeded(settings, model, tokenizer, soft, text, at=at)
             why = {} if soft is None else reasons(user, text, tokens.graph)
             wishes.append((user, note.strip("; "), text, why))
     return wishes
 
 
-def heeded(settings, model, tokenizer, soft, text):
+def heeded(settings, model, tokenizer, soft, text, at=0):
     """A note where --instruction hardly makes the policy's answer likelier, else an empty one."""
     def logprob(guidance):
         asked = cdpo.prompt(settings.caption, guidance)
-        return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft)
+        return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft, at)
 
     times = (logprob(settings.instruction) - logprob("")).exp().item()
     if times > CLEAR:
@@ -625,6 +650,9 @@ def main(argv=None):
     if settings.attributes:
         graph, *_ = load_graph(resolve(settings.policy) / "collaborative.safetensors")
         print(*graph.attributes, sep="\n")
+        return
+    if settings.words_only:
+        plan_edits(settings)
         return
     check_files(settings)
     flux = resolve(settings.flux, FLUX_PARTS)

@@ -19,6 +19,7 @@ Try it: python graph.py
 import difflib
 import functools
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,6 +114,11 @@ def attribute_names(users):
     return sorted({name for user in users for name in user.likes + user.dislikes})
 
 
+def signs_of(users):
+    """(U, A) sparse, see `PreferenceGraph.signs`, over all that these users name."""
+    return PreferenceGraph.build(users, attribute_names(users), None).signs()
+
+
 def edges_of(users, attributes):
     """(3, E) int64: user, attribute, sign. ValueError for an attribute that is not among them."""
     index = {name: i for i, name in enumerate(attributes)}
@@ -127,15 +133,27 @@ def edges_of(users, attributes):
     return torch.tensor(edges, dtype=torch.int64).reshape(-1, 3).T.contiguous()
 
 
-def embed_names(names, embedder, norm, known=None, device="cpu"):
-    """Features (A, F) of attributes' names. Ours: the mean (of the first `known`) is taken off, and
-    they get length `norm`, since short texts are embedded much alike; norm 0: as is (paper)."""
+def embed_names(names, embedder, norm, wording="{a}", known=None, device="cpu"):
+    """Features (A, F) of attributes' names, as they stand in `wording`. Ours: the mean (of the
+    first `known`) is taken off, and they get length `norm`, since short texts are embedded much
+    alike; norm 0: as is (paper)."""
     model, tokenizer = load_language_model(shipped(embedder), device)
-    features = embed_texts(model, tokenizer, names).cpu()                   # (A, F)
+    texts = [wording.replace("{a}", name) for name in names]
+    features = embed_texts(model, tokenizer, texts).cpu()                   # (A, F)
     if norm:
         centred = features - features[:known].mean(0)
         features = F.normalize(centred, dim=-1) * norm
     return features
+
+
+@functools.cache
+def spellings(name):
+    """The name in small letters, its plurals, and what it may be the plural of."""
+    name = name.casefold()
+    found = {name, f"{name}s", f"{name}es"}
+    for end, other in (("y$", "ies"), ("ies$", "y"), ("es$", ""), ("s$", "")):
+        found.add(re.sub(end, other, name))
+    return found
 
 
 def find_attribute(name, attributes):
@@ -143,8 +161,7 @@ def find_attribute(name, attributes):
     if name in attributes:
         return name
     for known in attributes:
-        short, long = sorted([name.casefold(), known.casefold()], key=len)
-        if long in (short, f"{short}s", f"{short}es", f"{short[:-1]}ies"):
+        if name.casefold() in spellings(known):
             return known
     return None
 
@@ -388,12 +405,19 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
     return model, model.evaluate("test")
 
 
+SMALL = "Qwen/Qwen2.5-0.5B-Instruct"          # what --preset small names; measured with 135 M
+
+
 @dataclass
 class GraphSettings:
     """Pretraining of the graph encoder.    miniature, paper (Table 12), what it is"""
     users:        str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
-    embedder:     str   = flag("mini/qwen", "Linq-AI-Research/Linq-Embed-Mistral",
-                               "Qwen or Mistral that embeds the attributes' names")
+    qwen:         str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                               "language model that embeds the attributes' names", small=SMALL)
+    embedder:     str   = flag("", "Linq-AI-Research/Linq-Embed-Mistral",
+                               "Qwen or Mistral that does so in its place", small="")
+    wording:      str   = flag("{a}", "{a}", "of the text that embeds an attribute {a} (ours)",
+                               small="A photo with {a} has, in one word, the style:")
     hidden:       int   = flag(64, 1024, "width of the first SAGE layer and of the edge decoder")
     out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
     continue_from: str  = flag("", "", "folder of an earlier graph; people whom it knows"
@@ -424,7 +448,10 @@ class GraphPretraining:
         names = attribute_names(users)
         if not names:
             raise ValueError(f"{settings.users} holds no user who likes or dislikes anything")
-        embedder = {"embedder": settings.embedder, "norm": settings.feature_norm}
+        if "{a}" not in settings.wording:
+            raise ValueError(f"--wording is {settings.wording!r}; it must contain {{a}}")
+        embedder = {"embedder": settings.embedder or settings.qwen, "norm": settings.feature_norm,
+                    "wording": settings.wording}
         features = embed_names(names, **embedder, device=device)            # (A, F)
         graph = PreferenceGraph.build(users, names, features).to(device)
         graph.embedder = embedder

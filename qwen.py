@@ -500,19 +500,28 @@ def written(token):
     return token["content"] if isinstance(token, dict) else token
 
 
+# The system turn of Qwen2.5, and where another ChatML template writes the one that it begins with.
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+OWN_SYSTEM = (r"(?:<\|im_start\|>system\n|set \w*system\w* = ['\"])([^<{}+~]+?)"
+              r"(?:<\|im_end\|>|['\"] ?-?%})")
+
+
 @dataclass
 class Tokenizer:
-    """tokenizer.json, with Qwen2.5's chat template written out."""
+    """tokenizer.json, with the chat template of Qwen2.5, which is ChatML, written out; `system` is
+    said where the messages have no system turn of their own."""
     file: Path
     fast: FastTokenizer
     end: list                     # [the id that ends every text of an embedding model], or []
+    system: str = SYSTEM
 
     @classmethod
     def load(cls, path):
         """From the folder or hub repository that holds tokenizer.json. Of tokenizer_config.json
-        only add_eos_token counts: e5-mistral's tokenizer.json leaves that end token out, and it is
-        the last token whose state embeds a text."""
-        path = resolve(path, ["tokenizer*.json"])
+        add_eos_token counts: e5-mistral's tokenizer.json leaves that end token out, and it is
+        the last token whose state embeds a text. Of a ChatML template, there or in
+        chat_template.jinja, the default system turn counts; it may have none."""
+        path = resolve(path, ["tokenizer*.json", "chat_template.jinja"])
         file = path / "tokenizer.json"
         with reading(file):
             fast = FastTokenizer.from_file(str(file))
@@ -520,11 +529,18 @@ class Tokenizer:
         fast.no_truncation()
         config_file = path / "tokenizer_config.json"
         config = read_json(config_file, {})
+        template = str(config.get("chat_template"))
+        jinja = path / "chat_template.jinja"
+        if jinja.is_file():
+            template = jinja.read_text(encoding="utf-8")
+        system = SYSTEM
+        if "<|im_start|>" in template:
+            system = "".join(re.findall(OWN_SYSTEM, template.replace("\\n", "\n"))[:1])
         end = []
         if config.get("add_eos_token"):
             with reading(config_file):
                 end.append(fast.get_vocab()[written(config["eos_token"])])
-        return cls(file, fast, end)
+        return cls(file, fast, end, system)
 
     def encode(self, text, whole=False):
         """list[int]; special tokens written in the text count as such. `whole`: as embedding models
@@ -538,14 +554,14 @@ class Tokenizer:
 
     def chat(self, messages, add_generation_prompt=True):
         """Token ids of [{"role": "system" | "user" | "assistant", "content": str}, ...] in
-        Qwen2.5's template. ValueError for another role, and for a tokenizer of another template."""
+        ChatML, as Qwen2.5's template. ValueError for another role, and for a tokenizer of another
+        template."""
         for token in ("<|im_start|>", "<|im_end|>"):
             if len(self.encode(token)) != 1:
                 raise ValueError(f"{self.file} lacks {token} of Qwen2.5's chat template")
         text = ""
-        if not messages or messages[0]["role"] != "system":
-            text = ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
-                    "You are a helpful assistant.<|im_end|>\n")
+        if self.system and (not messages or messages[0]["role"] != "system"):
+            text = f"<|im_start|>system\n{self.system}<|im_end|>\n"
         for message in messages:
             role = message["role"]
             if role not in ("system", "user", "assistant"):
@@ -731,12 +747,16 @@ def load_checkpoint(module, path, rename=lambda name: name):
 
 # ---- what every stage of training and every script shares --------------------------------------
 
-def flag(mini, paper, about, bounds=None, **how):
+def flag(mini, paper, about, bounds=None, small=None, **how):
     """A row of a table of settings, as the field of a dataclass: the miniature's value, the
-    paper's, and what it is. `bounds`: (low, high) of a number, see `settings_from`; `how`: of
-    argparse's add_argument (choices, nargs, ...)."""
+    paper's, and what it is. `small`: the value for real models of 0.1 to 1 B parameters; what is
+    not said is the paper's name (of a file, a model, a type), and the miniature's number.
+    `bounds`: (low, high) of a number, see `settings_from`; `how`: of argparse's add_argument
+    (choices, nargs, ...)."""
+    if small is None:
+        small = paper if isinstance(mini, str) else mini
     return field(default=mini, metadata={
-        "mini": mini, "paper": paper, "about": about, "bounds": bounds, "how": how})
+        "mini": mini, "small": small, "paper": paper, "about": about, "bounds": bounds, "how": how})
 
 
 def shipped(default):

@@ -4230,7 +4230,7 @@ def test_graph_defaults_are_those_of_the_stage():
     assert graph.pretrain.__defaults__ == (*sizes, *schedule, *how, *decay)
     assert graph.EdgeModel.__init__.__defaults__ == (*sizes, *how, stage.seed)
     assert cdpo.UserTokens.__init__.__defaults__ == ("graph", *sizes, True, None)
-    assert cdpo.SoftPrompt.__init__.__defaults__ == (8, 0.02)
+    assert cdpo.SoftPrompt.__init__.__defaults__ == (8, 0.02, 0)
     assert graph.GraphPretraining.items == 1
 
 
@@ -4414,10 +4414,11 @@ def test_cdpo_dpo_loss_is_equation_1():
     assert not good.requires_grad and not bad.requires_grad and losses.requires_grad
     four = policy, rejected, good, bad
     assert same(cdpo.dpo_loss(*four), cdpo.dpo_loss(*four, beta=0.1))
-    metrics = cdpo.dpo_metrics(policy, rejected, good, bad)
+    metrics = {name: values.sum() for name, values in cdpo.dpo_metrics(*four).items()}
     assert metrics["rewards/margins"] == 2.5 and metrics["rewards/accuracies"] == 1
     assert metrics["rewards/chosen"] == 1 and metrics["rewards/rejected"] == -1.5
-    assert cdpo.dpo_metrics(*2 * [policy], 0.1 * good, 0 * bad)["rewards/accuracies"] == 1
+    right = cdpo.dpo_metrics(*2 * [policy], 0.1 * good, 0 * bad)["rewards/accuracies"]
+    assert right.tolist() == [1, 0]
     assert metrics["logps/chosen"] == 4 and metrics["logps/rejected"] == -0.5
 
 
@@ -4476,14 +4477,13 @@ def test_cdpo_user_whose_vector_rests_is_only_what_the_graph_says():
     assert 0.005 < model.vectors.std() < 0.015
 
 
-def test_cdpo_dpo_user_knows_strangers_by_the_mean_or_the_nearest():
-    """The baseline's table gives a new user the mean of all, or the user who agrees most."""
+def test_cdpo_dpo_user_knows_strangers_by_the_mean():
+    """The baseline's table gives a new user the mean of all."""
     table = cdpo.UserTokens(toy_graph(), kind="id", out_dim=5)
     assert table.vectors.shape == (12, 5) and 0.7 < table.vectors.std() < 1.3
     people = [User("x", ["t1", "t3"], ["t0"]), User("y", ["t0"], ["t5"])]
     assert_close(table.new(people), table.vectors.mean(0).expand(2, -1))
-    nearest = table.new(people, "nearest")
-    assert same(nearest, table.vectors[[1, 0]]) and same(table.embeddings(), table.vectors)
+    assert same(table.embeddings(), table.vectors)
 
 
 def test_cdpo_prompts_say_request_caption_guidance_and_profile():
@@ -4503,10 +4503,11 @@ def test_cdpo_prompts_say_request_caption_guidance_and_profile():
 
 def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
     """Prompt but for its last token, then that token and each answer; labels are shifted; padding
-    is 0 and -100; a soft token, the prompt and the own answer are seen, the other answer is not."""
+    is -1 and -100; soft token, prompt and own answer are seen, the other answer is not."""
     rows = [([0, 4, 5], [[6, 7], [0]]), ([8], [[9], [3, 2]])]
-    ids, labels, mask = cdpo.pack(rows, soft_tokens=1)
-    assert ids.tolist() == [[0, 4, 5, 6, 5, 0], [0, 0, 8, 0, 8, 3]]
+    rows = [(cdpo.with_room(asked, torch.ones(2, 1, 4), 0), answers) for asked, answers in rows]
+    ids, labels, mask = cdpo.pack(rows)
+    assert ids.tolist() == [[-2, 0, 4, 5, 6, 5, -1], [-2, -1, -1, 8, -1, 8, 3]]
     assert labels.tolist() == [[6, 7], [0, -100], [9, -100], [3, 2]]
     first = mask[0, 0].int()
     assert first[4].tolist() == [1, 1, 1, 1, 1, 0, 0]                       # "6" in answer 1
@@ -4661,7 +4662,7 @@ def test_cdpo_lambda_zero_is_dpo_of_the_users_own_pairs():
     rows = draw_batch(stage, settings)
     own = [row.pairs for row in rows]
     assert len(rows) == 8 and all(len(pairs) == 1 for pairs in own)
-    texts = [stage.encode(stage.pairs[pair]) for (pair,) in own]
+    texts = [cdpo.encode_pair(stage.tokenizer, stage.pairs[pair]) for (pair,) in own]
     readers = [stage.owner[pair] for (pair,) in own]
     lora.use(stage.model, "reference")
     ref = cdpo.answer_logprobs(stage.model, texts)
@@ -4710,7 +4711,7 @@ def test_cdpo_neighbours_are_read_with_the_tokens_that_the_flag_says():
 @torch.no_grad()
 def pair_loss(stage, pair, reader):
     """L_DPO of one pair, and nll times the chosen answer's mean token loss."""
-    text = stage.encode(stage.pairs[pair])
+    text = cdpo.encode_pair(stage.tokenizer, stage.pairs[pair])
     lora.use(stage.model, "reference")
     ref = cdpo.answer_logprobs(stage.model, [text])[0]
     lora.use(stage.model, "policy")
@@ -4974,8 +4975,8 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
 
     with mock.patch.object(found, "answers", answers):
         rows = found.table().splitlines()
-    assert len(rows) == 5 and rows[0].count("|") == 8
-    both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:])
+    assert len(rows) == 9 and rows[0].count("|") == 11
+    both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:5])
     assert both[0] == both[2] == dislikes[0] == "1.000" and likes[0] == "0.000"
     assert likes[4] == "1.000" and both[3] == both[5] == "0.000"
     assert all(not user.dislikes for user in asked[1]) and all(not u.likes for u in asked[2])
@@ -8612,6 +8613,440 @@ def test_eval_data_estimate_is_arithmetic(tmp_path):
     assert abs(once / fast - 2) < 0.02
     assert hours() < 24                                               # 3,000 users in a day
     raises("--test-users is 9; it must lie in 0 .. 2", data.parse, ["--users=2", "--test-users=9"])
+
+
+# ---- real words ----------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + "
+          "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}"
+          "{{ '<|im_start|>assistant\\n' }}{% endif %}")
+TEMPLATES = {                               # the system turn that each begins with: the template
+    "You are Qwen.": "{%- if tools %}{{- '<|im_start|>system\\n' }}{{- 'Tools.<|im_end|>\\n' }}"
+                     "{%- else %}{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system"
+                     "\\n' + messages[0]['content'] + '<|im_end|>\\n' }}{%- else %}{{- "
+                     "'<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}{%- endif %}{%- endif %}"
+                     "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}"
+                     "{% endif %}" + CHATML,
+    "I am Smol": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nI am Smol"
+                 "<|im_end|>\n' }}{% endif %}" + CHATML.replace("\\n", "\n"),
+    "": CHATML,
+    "Help!": "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'"
+             "] %}{% set messages = messages[1:] %}{% else %}{% set system_message = 'Help!' %}"
+             "{% endif %}{{ '<|im_start|>system\\n' + system_message + '<|im_end|>\\n' }}" + CHATML,
+}
+
+
+def test_tokenizer_begins_with_the_templates_own_system_turn(tmp_path):
+    """Of ChatML in tokenizer_config.json, or in chat_template.jinja, which wins; as transformers
+    renders it. Without a template it is Qwen's."""
+    folder = copied(MINI / "qwen", tmp_path / "qwen")
+    asked = [{"role": "user", "content": "Hello"}]
+    begun = [{"role": "system", "content": "Be brief."}, *asked]
+
+    def check(system):
+        tokenizer = Tokenizer.load(folder)
+        assert tokenizer.system == system
+        turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        want = turn + "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.chat(asked) == tokenizer.encode(want)
+        assert tokenizer.chat(begun)[:3] == tokenizer.encode("<|im_start|>system\n")[:3]
+        return want
+
+    for system, template in TEMPLATES.items():
+        write_lines(folder / "tokenizer_config.json", {"chat_template": template})
+        want = check(system)
+        with contextlib.suppress(ImportError):
+            import jinja2
+            found = jinja2.Template(template).render(
+                messages=asked, add_generation_prompt=True, tools=None)
+            assert found == want, (found, want)
+        (folder / "chat_template.jinja").write_text(TEMPLATES["I am Smol"])
+        check("I am Smol")
+        (folder / "chat_template.jinja").unlink()
+    write_lines(folder / "tokenizer_config.json", {})
+    check(qwen.SYSTEM)
+
+
+def test_small_preset_is_the_papers_names_and_the_miniatures_numbers():
+    """But where a row says otherwise; what it says for each stage."""
+    row = qwen.flag(3, 9, "").metadata
+    assert row["small"] == 3 and qwen.flag("a", "b", "").metadata["small"] == "b"
+    assert qwen.flag(3, 9, "", small=5).metadata["small"] == 5
+    want = {
+        "graph": dict(users="users.jsonl", embedder="", unsigned=False, feature_norm=4),
+        "sft": dict(lr=1e-3, batch=8, dtype="bf16", checkpointing=False),
+        "cdpo": dict(lr=1e-3, nll=1, tokens=8, beta=0.2, similarity="likes", neighbours="sampled"),
+        "eval": dict(pairs_test="pairs_test.jsonl", temperature=1),
+    }
+    for stage, values in want.items():
+        _, settings, _ = train.parse([stage, "--preset", "small"])
+        assert "0.5B" in settings.qwen
+        for name, value in values.items():
+            assert getattr(settings, name) == value, (stage, name)
+    _, settings, _ = train.parse("graph --preset small".split())
+    assert "{a}" in settings.wording and len(settings.wording) > 20
+    assert train.parse(["graph"])[1].wording == "{a}"
+
+
+def test_rates_that_were_made_for_another_width_are_said():
+    """The miniature's rate beside 576 numbers a token, the paper's beside 64; none where the
+    preset fits, or where nothing is trained."""
+    def said(lr, width):
+        model = SimpleNamespace(config=SimpleNamespace(width=width))
+        settings = SimpleNamespace(lr=lr, qwen="", device="cpu", dtype="fp32")
+        if lr is None:
+            del settings.lr
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            with mock.patch.object(cdpo, "load_language_model", return_value=(model, None)):
+                cdpo.language_model(settings)
+        return out.getvalue()
+
+    for lr, width in ((1e-2, 64), (5e-3, 64), (1e-3, 576), (1e-3, 896), (2e-7, 3584), (2e-6, 3584),
+                      (None, 576)):
+        assert said(lr, width) == "", (lr, width)
+    for lr, width in ((1e-2, 576), (5e-3, 576), (2e-7, 576), (2e-7, 64), (1e-3, 3584)):
+        text = said(lr, width)
+        assert text.startswith(f"--lr {lr} was not made for a model of width {width}")
+        assert text.count("\n") == 1 and "--preset small" in text
+
+
+def test_train_says_when_gradients_are_clipped_or_answers_get_lost(tmp_path):
+    """Once where 50 gradients in a row are longer than --clip; where over 50 steps the loss and the
+    chosen answers' -log p are a tenth above what they were in the 50 before, both of them."""
+    log = tmp_path / "metrics.jsonl"
+
+    def said(norms, losses=(1, 1), chosen=(-5, -5), clip=1.0):
+        rows = []
+        for norm, loss, logp in zip(norms, losses, chosen):
+            rows += 50 * [{"grad_norm": norm, "loss": loss, "logps/chosen": logp}]
+        write_lines(log, *rows)
+        return " ".join(train.alarms(log, clip))
+
+    assert "longer than --clip 1.0" in said([2]) and "\n" not in said([2])
+    assert "longer than" in said([0.5, 2]) and said([2, 2]) == "" == said([2, 0.5])
+    assert said([2], clip=0) == ""
+    assert "loss rises" in said([0.1, 0.1], (1, 2), (-5, -9))
+    assert said([0.1, 0.1], (2, 1), (-5, -9)) == "" == said([0.1, 0.1], (1, 2), (-9, -5))
+    assert said([0.1, 0.1], (1, 1.05), (-5, -9)) == "" == said([0.1, 0.1], (1, 2), (-5, -5.2))
+    write_lines(log, *100 * [{"grad_norm": 0.1, "loss": 1}])                # sft, patch ...
+    assert [*train.alarms(log, 1.0)] == []
+
+
+def test_train_stopped_run_is_exported_and_may_get_other_steps():
+    """--export writes what step_N holds, and trains nothing; without one it says so. Other --steps
+    go on along another cosine, which is said, and stand in config.json."""
+    command, d = prepared()
+    command += " --warmup 0"
+    raises("no step_N to export", train_here, f"{command} --export --out {d}/nothing")
+    out = d / "exported"
+    train_here(f"{command} --steps 3 --out {out}")
+    want = (out / "adapter_model.safetensors").read_bytes()
+    for name in ("adapter_model.safetensors", "collaborative.safetensors"):
+        (out / name).unlink()
+    log = (out / "metrics.jsonl").read_bytes()
+    longer = f"{command} --steps 5 --out {out}"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        train.main(shlex.split(f"{longer} --export"))
+    assert "--steps was 3, now it is 5" in said.getvalue() and "after step 3" in said.getvalue()
+    assert (out / "adapter_model.safetensors").read_bytes() == want
+    assert (out / "metrics.jsonl").read_bytes() == log
+    assert json.loads((out / "config.json").read_text())["steps"] == 5
+    train_here(longer)
+    assert len(metrics_of(out)) == 5
+    assert metrics_of(out)[4]["lr"] < metrics_of(out)[3]["lr"]
+
+
+def test_train_logs_the_terms_of_the_loss_and_a_held_out_margin():
+    """dpo + nll + neighbours is the loss; the margin of held-out pairs stands in the first line
+    and in each N-th behind it, for a run that has soft tokens."""
+    command, d = prepared()
+    held = f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl"
+    train_here(f"{command} --steps 4 --check-every 3 --out {d}/terms {held}")
+    lines = metrics_of(d / "terms")
+    for line in lines:
+        assert abs(line["dpo"] + line["nll"] + line["neighbours"] - line["loss"]) < 1e-3
+        assert line["neighbours"] > 0 and line["nll"] > 0
+    assert ["held-out margin" in line for line in lines] == [True, False, False, True]
+    train_here(f"{command} --steps 1 --check-every 1 --user none --out {d}/termless {held}")
+    assert "held-out margin" not in metrics_of(d / "termless")[0]
+    train_here(f"{command} --steps 4 --out {d}/unchecked {held}")
+    assert [line["loss"] for line in metrics_of(d / "unchecked")] == [x["loss"] for x in lines]
+
+
+def evaluation(flags=""):
+    """An Evaluation of a tiny policy on the shipped sample."""
+    command, d = prepared()
+    if not (d / "tiny_policy").exists():
+        train_here(f"{command} --steps 2 --out {d}/tiny_policy")
+    stage, settings, _ = build_stage(
+        f"eval --policy {d}/tiny_policy --answers 1 --users {SAMPLE}/users.jsonl {flags} "
+        f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl")
+    return stage, settings, d
+
+
+def test_evaluation_compares_own_tokens_with_none_and_anothers():
+    """Accuracy and margin of the held-out pairs are those of log-probabilities read with each
+    condition's tokens, mean and standard error over people; the last column is paired."""
+    found, settings, _ = evaluation()
+    rows = {}
+    for line in found.table().splitlines()[2:]:
+        name, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        rows[name] = cells[len(cdpo.RATES):]
+    conditions = [*cdpo.CONDITIONS, "another's"]
+    assert [*rows] == [*conditions, "(chosen)", "(rejected)"]
+    known = found.known()
+    tokens = cdpo.UserTokens.load(Path(settings.policy) / "collaborative.safetensors")
+    margin = {}
+    for name in ("likes + dislikes", "nothing", "another's"):
+        margin[name] = []
+        soft = tokens.soft(tokens.new(known[name]))
+        for pair, user in zip(found.pairs, found.owner):
+            row = cdpo.encode_pair(found.tokenizer, pair)
+            own = None if name == "nothing" else soft[user][None]
+            with torch.no_grad():
+                chosen, rejected = cdpo.answer_logprobs(found.model, [row], own)[0]
+            margin[name].append(chosen - rejected)
+        margin[name] = torch.stack(margin[name])
+    own = margin["likes + dislikes"]
+    for name, values in margin.items():
+        for cell, value in zip(rows[name], ((values > 0).float(), values, own - values)):
+            people = [value[found.owner == user].mean() for user in found.owner.unique()]
+            mean = torch.stack(people).mean().item()
+            error = torch.stack(people).std().item() / len(people) ** 0.5
+            assert abs(float(cell.split()[0]) - mean) < 2e-3, (name, cell, mean)
+            assert abs(float(cell.split()[2]) - error) < 2e-3
+    assert rows["likes + dislikes"][2] == "0.000 +- 0.000"
+    for user, other in zip(found.users, known["another's"]):
+        clash = len(set(user.likes) & set(other.dislikes))
+        assert clash >= max(len(set(user.likes) & set(one.dislikes)) for one in found.users) - 4
+
+
+def test_evaluation_counts_gold_answers_as_what_they_are():
+    """What held-out people chose asks for what they like, in any case and number, several at once;
+    rejected answers for what they dislike; the same rule for both."""
+    found, _, _ = evaluation()
+    user = User("x", ["polka dot", "brass lanterns", "cherry"], ["wolves"], ["ivy"])
+    found.names = cdpo.find_names([user])
+    for text, want in (
+        ("Cover it in POLKA DOTS", {"likes", "hit"}),
+        ("Hang a brass lantern, with cherries and ivy", {"likes", "would like", "hit"}),
+        ("Ivies on the wall", {"would like", "hit"}),
+        ("Polka dots and two Wolves", {"likes", "hit", "dislikes"}),
+        ("polka dotted", {"no attribute"}),
+    ):
+        verdict = found.verdict(user, text, True)
+        assert {name for name, true in zip(cdpo.RATES, verdict) if true} == want, text
+    assert graph.spellings("Berry") >= {"berry", "berries"}
+    assert graph.spellings("roses") >= {"rose", "roses"}
+    assert "by" not in graph.spellings("blue") and "gold" not in graph.spellings("golden")
+
+
+def test_evaluation_samples_as_told_and_leaves_answers_to_read(tmp_path):
+    """--temperature, --top-p and --max-new-tokens reach the sampler; every answer stands in --out,
+    or beside the policy, with the person, the caption and what it counts as."""
+    file = tmp_path / "answers.txt"
+    flags = f"--temperature 0.5 --top-p 0.9 --max-new-tokens 7 --out {file}"
+    found, settings, d = evaluation(flags)
+    with mock.patch.object(cdpo, "suggest", wraps=cdpo.suggest) as given:
+        found.table()
+    how = given.call_args.kwargs
+    assert (how["temperature"], how["top_p"], given.call_args.args[4]) == (0.5, 0.9, 7)
+    text = file.read_text()
+    answers = [line for line in text.splitlines() if line.count(" | ") == 3]
+    assert len(answers) == 5 * sum(map(len, found.captions)) + 2 * len(found.pairs)
+    assert "likes + dislikes\n" in text and "another's\n" in text
+    gold = f"{found.pairs[0]['user']} | {found.pairs[0]['caption']} | {found.pairs[0]['chosen']} | "
+    assert gold in text
+    found.settings.out = ""
+    with mock.patch.object(found, "answers", return_value=[(0, "a mug", "gold", True)]):
+        with mock.patch.object(cdpo, "margins", return_value=torch.zeros(len(found.pairs))):
+            found.table()
+    assert "| a mug | gold |" in Path(f"{settings.policy}_answers.txt").read_text()
+
+
+def test_evaluation_of_pairs_of_nobody_names_the_line(tmp_path):
+    pairs = read_lines(SAMPLE / "pairs_test.jsonl")
+    file = tmp_path / "pairs.jsonl"
+    write_lines(file, pairs[0], {**pairs[1], "user": "zoe"})
+    raises(f"{file}:2: user 'zoe' is not in", cdpo.read_pairs, SAMPLE / "users_test.jsonl", file)
+
+
+def test_soft_tokens_stand_in_front_or_before_the_assistants_turn():
+    """Either place gives the log-probabilities of the vectors put there by hand; what is suggested
+    does not depend on the others in a batch; the place stands in the file."""
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    soft = 0.1 * noise(2, 3, 64)
+    texts = ("A white mug", "A red bag in front of a grey wall")
+    rows = [cdpo.encode(tokenizer, cdpo.prompt(text), "Paint it red") for text in texts]
+    turn = len(tokenizer.chat([], False)) - len(tokenizer.chat([]))
+    begin = tokenizer.encode("<|im_start|>assistant\n")
+    assert turn == -len(begin)
+    embed = model.model.embed_tokens
+    for at in (0, turn):
+        found = cdpo.answer_logprobs(model, rows, soft, at)[:, 0]
+        for i, (asked, (answer,)) in enumerate(rows):
+            head = embed(torch.tensor(asked[:at], dtype=torch.int64))
+            tail = embed(torch.tensor(asked[at:] + answer))
+            whole = torch.cat([head, soft[i], tail])[None]
+            logits = model(embeds=whole)[0, -len(answer) - 1:-1]
+            want = -nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+            assert abs(found[i] - want) < 1e-3
+        prompts = [cdpo.prompt(text) for text in texts]
+        both = cdpo.suggest(model, tokenizer, prompts, soft, at=at)
+        for i in range(2):
+            assert cdpo.suggest(model, tokenizer, prompts[i:i + 1], soft[i:i + 1], at=at) == \
+                both[i:i + 1]
+
+
+def test_cdpo_place_is_kept_and_read_again():
+    """--before-turn trains with gradients to every soft token, and every reader of the policy finds
+    the place in its file."""
+    stage, settings, _ = cdpo_stage("--before-turn --lam 0")
+    assert stage.tokens.soft.at == -len(stage.tokenizer.encode("<|im_start|>assistant\n"))
+    rows = draw_batch(stage, settings)
+    loss, _ = stage.loss(rows)
+    loss.backward()
+    assert stage.tokens.soft.fc2.bias.grad.view(stage.tokens.soft.tokens, -1).any(1).all()
+    front, _, _ = cdpo_stage("--lam 0")
+    assert front.tokens.soft.at == 0 and abs(front.loss(rows)[0] - loss) > 1e-3
+    command, d = prepared()
+    train_here(f"{command} --steps 1 --before-turn --out {d}/turned")
+    read = cdpo.UserTokens.load(d / "turned/collaborative.safetensors")
+    assert read.soft.at == stage.tokens.soft.at
+    asked = f"--policy {d}/turned --user imaginative-child --users {SAMPLE}/users_test.jsonl"
+    with mock.patch.object(cdpo, "suggest", wraps=cdpo.suggest) as given:
+        edit_words(*shlex.split(asked))
+    assert given.call_args.kwargs["at"] == read.soft.at
+
+
+def test_graph_names_are_embedded_by_the_stages_own_model_in_a_wording():
+    """--qwen's, or --embedder's; the wording is refused without {a}, stands in the file, and holds
+    for words that come later."""
+    _, d = prepared()
+    users = f"--users {SAMPLE}/users.jsonl --steps 1"
+    train_here(f"graph {users} --wording 'a photo in {{a}} style' --out {d}/worded")
+    read, _, _ = graph.load_graph(d / "worded/collaborative.safetensors")
+    wording = "a photo in {a} style"
+    assert read.embedder == {"embedder": str(MINI / "qwen").replace(str(ROOT) + "/", ""),
+                             "norm": 4.0, "wording": wording}
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    texts = [f"a photo in {name} style" for name in read.attributes]
+    plain = qwen.embed_texts(model, tokenizer, texts)
+    centred = nn.functional.normalize(plain - plain.mean(0), dim=-1)
+    assert_close(read.features, 4 * centred, 1e-5)
+    with contextlib.chdir(ROOT):
+        wide = read.widened(["velvet"])
+    assert same(wide.features[:-1], graph.embed_names(
+        wide.attributes, MINI / "qwen", 4.0, wording=wording, known=len(texts))[:-1])
+    raises("--wording is 'x'; it must contain {a}", train_here, f"graph {users} --wording x")
+    with mock.patch.object(graph, "load_language_model", side_effect=ValueError("asked")) as given:
+        for flags, model in (("--qwen here", "here"), ("--qwen here --embedder there", "there")):
+            raises("asked", build_stage, f"graph {users} {flags}")
+            assert given.call_args.args[0] == model
+
+
+def test_edit_words_only_needs_no_flux():
+    """A line for each person and sample, those of --seed SEED, SEED + 1 ...; no picture, no FLUX;
+    --samples is refused elsewhere."""
+    said = io.StringIO()
+    flags = "--words-only --samples 3 --flux nowhere/at-all --controlnet none"
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(said):
+        with mock.patch.object(edit, "write", side_effect=AssertionError):
+            edit.main(shlex.split(flags))
+    lines = [line for line in said.getvalue().splitlines() if ": " in line]
+    assert len(lines) == 9
+    one = edit.PERSONAS[0]
+    for seed in range(3):
+        assert lines[seed].startswith(f"{one}: {edit_words('--user', one, '--seed', str(seed))[0]}")
+    raises("--samples has no effect without --words-only", edit.parse, ["--samples", "2"])
+
+
+def test_edit_takes_model_and_people_from_the_policy(tmp_path):
+    """Where no flag says otherwise; another --qwen is taken, and said in a line."""
+    _, _, d = evaluation()
+    folder = copied(d / "tiny_policy", tmp_path / "policy")
+    base = copied(MINI / "qwen", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    people = tmp_path / "people.jsonl"
+    write_lines(people, {"user": "zoe", "likes": ["gold"], "dislikes": []})
+
+    def words(flags, qwen_is, users_is):
+        settings = edit.parse(["--caption", "A mug", "--policy", str(folder), *shlex.split(flags)])
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            wishes = edit.write_instructions(settings)
+        assert (settings.qwen, settings.users) == (qwen_is, users_is)
+        assert len(wishes) == 1
+        return said.getvalue()
+
+    trained = str(base)
+    for users, want in ((str(people), str(people)), (str(tmp_path / "gone.jsonl"), None)):
+        write_lines(folder / "config.json", {**config, "qwen": trained, "users_test": users})
+        name = "zoe" if want else read_lines(SAMPLE / "users.jsonl")[0]["user"]
+        assert "was trained" not in words(f"--user {name}", trained, want)
+    other = str(MINI / "qwen")
+    said = words(f"--qwen {other} --user zoe --users {people}", other, str(people))
+    assert f"{folder} was trained with {trained}, not with {other}" in said
+
+
+def test_bench_real_words_reads_gguf_blocks(tmp_path):
+    """Q4_1 is a half byte times a scale plus a minimum, low halves first; Q8_0 a byte times a
+    scale; rows of queries go from neighbouring pairs back to halves."""
+    words = bench("real_words")
+    g = np.random.default_rng(0)
+    scale, least = np.float16(0.5), np.float16(-2)
+    nibbles = g.integers(0, 16, 32).astype(np.uint8)
+    packed = (nibbles[:16] | nibbles[16:] << 4).tobytes()
+    block = np.frombuffer(scale.tobytes() + least.tobytes() + packed, np.uint8)
+    assert (words.dequantised(block, 3, [4, 8]) == (nibbles * 0.5 - 2).reshape(4, 8)).all()
+    numbers = g.integers(-128, 128, 32).astype(np.int8)
+    block = np.frombuffer(scale.tobytes() + numbers.tobytes(), np.uint8)
+    assert (words.dequantised(block, 8, [32]) == numbers * 0.5).all()
+    raw = np.arange(3, dtype=np.float32)
+    assert (words.dequantised(raw.view(np.uint8), 0, [3]) == raw).all()
+    weight = np.arange(8, dtype=np.float32)[:, None]                        # 2 heads of 4 rows
+    about = {"llama.attention.head_count": 2, "llama.attention.head_count_kv": 2}
+    tensors = {"token_embd.weight": raw, "output_norm.weight": raw, "blk.0.attn_q.weight": weight}
+    found = words.qwen_tensors(about, tensors)
+    rows = found["model.layers.0.self_attn.q_proj.weight"][:, 0].tolist()
+    assert rows == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert not found["model.layers.0.self_attn.q_proj.bias"].any()
+    text = b"abc"
+    data = struct.pack("<Q", 3) + text + struct.pack("<IQ", 4, 2) + struct.pack("<II", 7, 9)
+    reader = words.Reader(np.frombuffer(data, np.uint8))
+    assert reader.text() == "abc" and reader.value(9) == [7, 9]
+
+
+def test_bench_real_words_are_people_of_two_themes(tmp_path):
+    """Files in README's formats, the same for a seed; a chosen answer names what the person likes
+    or would, a rejected one nothing of it; the captions of the test are new."""
+    words = bench("real_words")
+    for name in ("a", "b"):
+        words.make_data(tmp_path / name, users=20, seed=1)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    themes, kinds = words.attributes()
+    assert len(themes) == 10 and len(kinds) == 100 and set(kinds.values()) == set(words.SENTENCES)
+    captions = []
+    for test in ("", "_test"):
+        users, pairs, owner = cdpo.read_pairs(
+            tmp_path / f"a/users{test}.jsonl", tmp_path / f"a/pairs{test}.jsonl")
+        names = cdpo.find_names(users + [User("", list(kinds), [])])
+        for pair, user in zip(pairs, owner):
+            likes = {*users[user].likes, *users[user].hidden}
+            assert set(names.findall(pair["chosen"])) & likes, pair
+            assert not set(names.findall(pair["rejected"])) & likes, pair
+        captions.append({pair["caption"] for pair in pairs})
+    assert not captions[0] & captions[1]
+    edits = cdpo.read_answers(tmp_path / "a/edits.jsonl", "edit", input=str)
+    assert len(edits) == 480
+    table = """| the policy knows | likes | x | hit | dislikes | y | z | accuracy | margin | less |
+| --- |
+| likes + dislikes | .1 | .2 | 0.3 | 0.01 | 0 | 0 | 0.9 +- 0.1 | 9 +- 1 | 0 |
+| nothing | 0 | 0 | 0 | 0 | 0 | 0 | 0.5 +- 0.1 | 2 +- 1 | 7.5 +- 0.5 |"""
+    assert words.measures(table) == (0.3, 0.01, 0.9, 7.5)
 
 
 # ---- the house -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device)
     loss(rows)                  -> (sum over these rows, {metric: sum}); reads nothing else
     save(folder)                the result, in public formats
     describe(rows)              which lines of which file, for an error
+    check()                     {metric: value} on held-out data, for --check-every; may be absent
 
 What the loop promises:
 - The global batch is the same for any number of processes. Its rows and every random draw are
@@ -65,6 +66,8 @@ class LoopSettings:
     """The loop's own flags; steps, batch, learning rate ... belong to each stage's settings."""
     out:        str = flag("", "", "folder to write; runs/STAGE when not given")
     save_every: int = flag(50, 50, "steps between resume points")
+    check_every: int = flag(0, 0, "steps between looks at held-out pairs (cdpo only); 0: never")
+    export: bool = flag(False, False, "end here: write what a stopped run has come to")
 
 
 # ---- batches and learning rate -------------------------------------------------------------------
@@ -152,21 +155,25 @@ def write_config(settings, loop, out):
     if owner != stage and (before or any(out.glob("*.safetensors"))):
         raise ValueError(f"{out} holds a run of {owner}, not of {stage}: give another --out")
     if not any(out.glob("step_*")):
-        config = json.dumps({**flags, **asdict(loop), "inputs": inputs}, indent=1)
-        write_whole(out, lambda folder: (folder / file.name).write_text(config + "\n"), file.name)
-        return
+        before = {**flags, **asdict(loop), "inputs": inputs}
     with reading(out):
         for key, now in flags.items():
             was = before.get(key, "unknown")
             if key in ("device", "checkpointing", "deterministic"):
                 continue
-            if was != now:
+            if key == "steps" and was != now:
+                print(f"--steps was {was}, now it is {now}: the learning rate goes on along the "
+                      "new cosine")
+                before[key] = now
+            elif was != now:
                 raise ValueError(f"{out} holds a run with {key} = {was!r}, now it is {now!r}: "
                                  "give another --out, or delete the folder")
             if before["inputs"].get(key) != inputs.get(key):
                 raise ValueError(f"{out} holds a run whose --{key}, {now}, or a file that it names "
                                  "or holds, has changed since: give another --out, or delete the "
                                  "folder")
+    config = json.dumps(before, indent=1) + "\n"
+    write_whole(out, lambda folder: (folder / file.name).write_text(config), file.name)
 
 
 def tensors_of(optimizer):
@@ -245,6 +252,10 @@ def train(stage, settings, loop):
         optimizer = torch.optim.AdamW(stage.parameter_groups(), lr=settings.lr,
                                       weight_decay=settings.weight_decay)
         step = load_state(optimizer, out)
+        if loop.export:
+            settings.steps = step
+            if not step:
+                raise ValueError(f"{out} holds no step_N to export")
         if RANK == 0:
             shorten_log(out / "metrics.jsonl", step)
         stop = held.enter_context(stop_signals())
@@ -255,7 +266,7 @@ def train(stage, settings, loop):
             raise SystemExit(message if RANK == 0 else 1)
         if RANK == 0:
             write_whole(out, stage.save, "the result")
-            print("wrote", out)
+            print(f"wrote {out} after step {step}")
 
 
 def run_steps(stage, settings, loop, *, optimizer, step, stop):
@@ -276,21 +287,48 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             values = torch.stack([*metrics.values()]).tolist()      # a step waits for the GPU once
             metrics = dict(zip(metrics, values))
             stopping = metrics.pop("stop") > 0
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
-                                 f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
-                                 "step was not taken")
+            check_finite(metrics, f"step {step + 1} on {stage.describe(rows)}")
             optimizer.step()
             step += 1
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
                 line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
+                if loop.check_every and (step - 1) % loop.check_every == 0:
+                    line |= getattr(stage, "check", dict)()
                 with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:
                     save_state(optimizer, out, step)
+                if step % 50 == 0:
+                    for text in alarms(out / "metrics.jsonl", settings.clip):
+                        bar.write(text)
     return step
+
+
+def check_finite(metrics, step):
+    if not all(map(math.isfinite, metrics.values())):
+        raise ValueError(f"{step} is not finite: loss {metrics['loss']}, gradient norm "
+                         f"{metrics['grad_norm']}; the step was not taken")
+
+
+def alarms(log, clip):
+    """What the last 50 steps in metrics.jsonl give reason to say, beside the 50 before."""
+    lines = graph.read_jsonl(log)[-100:]
+    late = lines[-50:]
+    early = lines[:-50]
+
+    def least(part):
+        return min([line["grad_norm"] for line in part], default=0)
+
+    def growth(name):
+        return sum(line[name] for line in late) / sum(line[name] for line in early)
+
+    if clip and least(early) <= clip < least(late):
+        yield f"50 gradients in a row were longer than --clip {clip}: perhaps a smaller --lr"
+    lost = early and "logps/chosen" in lines[0]
+    if lost and min(growth("loss"), growth("logps/chosen")) > 1.1:          # log p is below 0
+        yield "the loss rises, the chosen answers become less likely: a smaller --lr, more --nll"
 
 
 def shorten_log(log, step):
@@ -324,8 +362,9 @@ STAGES = {
 def parse(argv=None):
     """-> (stage, its settings, LoopSettings). ValueError for a number that makes no sense."""
     early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--preset", choices=["mini", "paper"], default="mini",
-                       help="values of the miniature, or of the paper's Table 12 (%(default)s)")
+    early.add_argument("--preset", choices=["mini", "small", "paper"], default="mini",
+                       help="values of the miniature, for language models of 0.1 to 1 B "
+                       "parameters, or of the paper's Table 12 (%(default)s)")
     preset = early.parse_known_args(argv)[0].preset
     top = argparse.ArgumentParser(description=__doc__,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from huggingface_hub.utils import disable_progress_bars
 
 import train
-from cdpo import CONDITIONS, Evaluation, markdown_table
+from cdpo import CONDITIONS, Evaluation, UserTokens, markdown_table
 from controlnet import FLUX_PARTS, canny, control_picture, render
 from flux import read_image
-from graph import User, attribute_names, read_jsonl, read_users
+from graph import PreferenceGraph, User, attribute_names, read_jsonl, read_users
 from mini.judge import Judge
 from patch_dpo import read_scenes
 from qwen import DTYPES, pick_device, resolve
@@ -62,6 +62,26 @@ RATES = ["likes", "would like", "hit", "dislikes", "malformed"]
 MEASURES = ["asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike"]
 
 
+class NearestUser(Evaluation):
+    """Where it is `wanted`, somebody new gets the soft tokens of the training user who agrees most
+    often with them and clashes least: the best that DPO-User's table can offer (ours)."""
+    wanted = False
+
+    def soft_tokens(self, users, policy):
+        soft, at = super().soft_tokens(users, policy)
+        if self.wanted:
+            tokens = UserTokens.load(Path(policy) / "collaborative.safetensors", soft.device)
+            nearest = nearest_users(tokens.graph, users)
+            soft = tokens.soft(tokens.vectors[nearest])                     # (N, S, D)
+        return soft, at
+
+
+def nearest_users(graph, users):
+    """(N,) numbers of the graph's users who agree most with these."""
+    asked = PreferenceGraph.build(users, graph.attributes, None).signs().to_dense()        # (N, A)
+    return (graph.signs() @ asked.T).argmax(0)
+
+
 class Methods:
     """Trains what is missing, asks each method for instructions, counts what they are worth."""
 
@@ -72,7 +92,7 @@ class Methods:
         self.shared = [*preset, "--pairs", args.pairs]    # flags of every training run
         for name in ("users", "qwen", "dtype", "device"):
             self.shared += [f"--{name}", getattr(self.settings, name)]
-        self.evaluation = Evaluation(self.settings)
+        self.evaluation = NearestUser(self.settings)
         self.users = self.evaluation.users
         edits = read_jsonl(args.edits, input=str, edit=str)
         pairs = read_jsonl(args.pairs, caption=str, chosen=str, rejected=str)
@@ -99,10 +119,10 @@ class Methods:
 
     def answers(self, method, flags, seed, users, captions):
         """A method's instructions -> [(user index, caption, text, ended)]."""
+        self.evaluation.wanted = "nearest" in method
         return self.evaluation.answers(
             users, captions, self.trained(flags, seed), seed=seed,
             with_profile="profile" in method,
-            unknown="nearest" if "nearest" in method else "mean",
         )
 
     @functools.cache
