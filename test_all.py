@@ -5783,7 +5783,7 @@ def test_edit_paints_the_recorded_pixels(tmp_path):
     for name, flags in (("usual", ""), ("all noise", "--strength 1 --control-scale 0.5"),
                         ("guided", '--true-cfg 2 --negative "A red bowl" --guidance 2')):
         picture, _ = edited(tmp_path, f"{ONE} --temperature 0 {flags}")
-        quarters = picture.reshape(2, 32, 2, 32, 3).mean((1, 3, 4))
+        quarters = picture.reshape(2, 48, 2, 48, 3).mean((1, 3, 4))
         found[name] = quarters.flatten().tolist()
     for name, want in RECORDED_PIXELS.items():
         assert np.abs(np.array(found[name]) - want).max() < 1.5, (name, found[name])
