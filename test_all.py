@@ -8528,6 +8528,7 @@ def test_eval_data_answers_are_checked_by_name():
         ("too few of likes", data.check_likes, {"likes": ["a b c d", "a", "b", "c"]}),
         ("dislikes are the likes", data.check_dislikes, {"dislikes": ["A", "f", "g"]}),
         ("copied from the example", data.check_likes, data.ASK["likes"].answer),
+        ("copied from the example", data.check_looks, data.ASK["looks"].answer),
         ("not two pairs", data.check_pairs, {"pairs": [pair]}),
         ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
         ("the same sentence twice", data.check_pairs, {"pairs": [pair, pair]}),

@@ -219,7 +219,10 @@ def check_captions(text, fields):
 def check_looks(text, fields):
     """{"themes": [text], ...}"""
     value = first_object(text)
-    return {name: strings(value, name, least=1, longest=30) for name in ASK["looks"].answer}
+    example = ASK["looks"].answer
+    looks = {name: strings(value, name, least=1, longest=30) for name in example}
+    refuse_copies("themes", looks["themes"], example["themes"])
+    return looks
 
 
 def check_likes(text, fields):
