@@ -522,7 +522,10 @@ def faults(kind, questions, args):
     """How one kind of question fared: asked, good, given up, and why answers were bad."""
     file = args.out / f"{kind}.answers.jsonl"
     good, bad = read_answers(file)
-    why = Counter(row["fault"] for row in read_jsonl(file, key=str, fault=str) if row["fault"])
+    why = Counter()
+    for row in read_jsonl(file, key=str, fault=str):
+        if row["fault"] and row["key"] in questions:
+            why[row["fault"]] += 1
     usable = sum(key in good for key in questions)
     return {
         "questions": len(questions),
