@@ -8508,6 +8508,8 @@ def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
         "Stripes": "Stripes", "stripe": "Stripes", "gold": "gold", "glod": "gold", "wood": "wood",
         "berry": "berry", "berries": "berry"}
     assert data.merge_names({"gold": 1, "glod": 1}, of_letters, same=2.0)["gold"] == "gold"
+    merged = data.merge_names(counts, None, same=0.99)
+    assert merged["gold"] == "gold" and merged["stripe"] == "Stripes"
 
 
 def test_eval_data_answers_are_checked_by_name():
