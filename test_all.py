@@ -8561,6 +8561,8 @@ def test_eval_data_names_are_merged_by_spelling_and_by_meaning():
         "Stripes": "Stripes", "stripe": "Stripes", "gold": "gold", "glod": "gold", "wood": "wood",
         "berry": "berry", "berries": "berry"}
     assert data.merge_names({"gold": 1, "glod": 1}, of_letters, same=2.0)["gold"] == "gold"
+    merged = data.merge_names(counts, None, same=0.99)
+    assert merged["gold"] == "gold" and merged["stripe"] == "Stripes"
 
 
 def test_eval_data_answers_are_checked_by_name():
@@ -8581,6 +8583,7 @@ def test_eval_data_answers_are_checked_by_name():
         ("too few of likes", data.check_likes, {"likes": ["a b c d", "a", "b", "c"]}),
         ("dislikes are the likes", data.check_dislikes, {"dislikes": ["A", "f", "g"]}),
         ("copied from the example", data.check_likes, data.ASK["likes"].answer),
+        ("copied from the example", data.check_looks, data.ASK["looks"].answer),
         ("not two pairs", data.check_pairs, {"pairs": [pair]}),
         ("no sentence", data.check_pairs, {"pairs": [pair, {"chosen": "Make it red"}]}),
         ("the same sentence twice", data.check_pairs, {"pairs": [pair, pair]}),

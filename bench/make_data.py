@@ -1,6 +1,7 @@
 """People, captions and preference pairs as the C-DPO paper made its data, by any Qwen.
 
-    python bench/make_data.py --qwen Qwen/Qwen2.5-7B-Instruct --dtype bf16 --batch 64 --out data
+    python bench/make_data.py --qwen Qwen/Qwen2.5-7B-Instruct --dtype bf16 --batch 64 --out data \\
+        --embedder Linq-AI-Research/Linq-Embed-Mistral
     python bench/make_data.py --users 3000 --estimate           # how long that takes on one card
     python train.py graph --users data/users.jsonl --out runs/graph    # and so on
 
@@ -26,10 +27,11 @@ with what was wrong; the same command goes on where it was stopped, and writes t
 are asked, OUT gets users.jsonl, users_test.jsonl (the last --test-users), pairs.jsonl,
 pairs_test.jsonl, profiles.jsonl (all that is known of each user) and report.json: what was asked,
 what was thrown away and why, which attributes were merged. Before pairs are asked for, likes and
-dislikes that are one word but for case or plural, or that `embed_texts` puts closer than --same
-(after the mean is taken off, as in the graph), get the name that most people use; what one user
-then both likes and dislikes is dropped. Look at "merged" in the report: the best --same depends on
-the embedder.
+dislikes that are one word but for case or plural get the name that most people use; so do, with
+--embedder, those that `embed_texts` puts closer than --same (after the mean is taken off, as in the
+graph): look at "merged" in the report. That needs an embedding model, as the paper's keyword
+encoder Linq-AI-Research/Linq-Embed-Mistral: a language model puts white and red at .999. What one
+user then both likes and dislikes is dropped.
 """
 import argparse
 import contextlib
@@ -41,6 +43,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -219,7 +222,10 @@ def check_captions(text, fields):
 def check_looks(text, fields):
     """{"themes": [text], ...}"""
     value = first_object(text)
-    return {name: strings(value, name, least=1, longest=30) for name in ASK["looks"].answer}
+    example = ASK["looks"].answer
+    looks = {name: strings(value, name, least=1, longest=30) for name in example}
+    refuse_copies("themes", looks["themes"], example["themes"])
+    return looks
 
 
 def check_likes(text, fields):
@@ -439,7 +445,7 @@ def pair_questions(users, captions, args):
 def merge_names(counts, embed, same):
     """{name: the name it gets}: names {name: how many say it}, most said first; a name is another's
     when it is the same word but for case and plural, or when embed(names) (N, D), of length 1, has
-    them closer than `same`."""
+    them closer than `same` (embed None: no names are)."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     by_spelling = {}
     for name in names:
@@ -447,7 +453,7 @@ def merge_names(counts, embed, same):
         by_spelling.setdefault(key, []).append(name)
     kept = list(by_spelling)
     becomes = {}
-    if len(kept) > 1:
+    if embed and len(kept) > 1:
         vectors = embed(kept)
         chosen = []
         for i, name in enumerate(kept):
@@ -519,7 +525,10 @@ def faults(kind, questions, args):
     """How one kind of question fared: asked, good, given up, and why answers were bad."""
     file = args.out / f"{kind}.answers.jsonl"
     good, bad = read_answers(file)
-    why = Counter(row["fault"] for row in read_jsonl(file, key=str, fault=str) if row["fault"])
+    why = Counter()
+    for row in read_jsonl(file, key=str, fault=str):
+        if row["fault"] and row["key"] in questions:
+            why[row["fault"]] += 1
     usable = sum(key in good for key in questions)
     return {
         "questions": len(questions),
@@ -641,7 +650,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--qwen", default=shipped("mini/qwen"), help="who writes: folder or hub name")
-    p.add_argument("--embedder", default="", help="whose embed_texts merges (default: --qwen)")
+    p.add_argument("--embedder", default="", help="embedding model that finds synonyms")
     p.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to write")
     p.add_argument("--users", type=int, default=3000, help="the paper: 3000")
     p.add_argument("--test-users", type=int, default=100, help="held out (paper: about 100)")
@@ -677,11 +686,9 @@ def main(argv=None):
     if args.estimate:
         print(estimate(Tokenizer.load(args.qwen), args))
         return
-    embedder = args.embedder or args.qwen
-
-    def embed(names):
-        return embed_names(names, embedder, norm=1, device=pick_device(args.device))
-
+    embed = None
+    if args.embedder:
+        embed = partial(embed_names, embedder=args.embedder, norm=1, device=args.device or "cpu")
     print(in_words(make(Writer(args), embed, args)))
 
 
