@@ -31,14 +31,14 @@ from torch import nn
 
 import lora
 from controlnet import FLUX_PARTS
-from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, attend, check_parts, check_settings, clip_half,
-                  denoise, encode_prompt, image_ids, pack, rope_table, rotate, sigmas, unpack,
-                  read_square, to_picture, to_tensor)
+from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, Pretrained, attend, check_parts, check_settings,
+                  clip_half, denoise, encode_prompt, image_ids, pack, rope_table, rotate, sigmas,
+                  unpack, read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
                   choose, fingerprint, flag, flag_name, generator_for, pick_device,
-                  load_checkpoint, on_meta, read_json, read_tensors,
-                  reading, resolve, shipped, write_whole)
+                  load_checkpoint, read_json, read_tensors, reading, resolve, shipped,
+                  write_whole)
 
 
 # ---- patch quality and the losses ----------------------------------------------------------------
@@ -154,7 +154,7 @@ class ViTEmbeddings(nn.Module):
     an edge of the pictures that it was trained on. `clip`: as CLIP stores them, without leading
     ones in the shapes, and without a bias."""
 
-    def __init__(self, width, patch, side, clip=False):
+    def __init__(self, width, patch, side, clip):
         super().__init__()
         self.side = side
         ones = () if clip else (1, 1)
@@ -196,12 +196,13 @@ PUBLIC_NAMES = {                # a ViT's and CLIP's -> DINOv2's, which are ours
 }
 
 
-class ImageFeatures(nn.Module):
+class ImageFeatures(Pretrained):
     """DINOv2, ViT (DINO's, too) or CLIP's vision tower (with its projection, or in a whole CLIP):
     features(image (B, 3, height, width) in [-1, 1]) -> (B, H, W, D), the last feature map, after
-    the last norm. Built from config.json's values, and mean and std (2, 3) of pixels in [0, 1]."""
+    the last norm. Built from config.json's values, and mean and std (2, 3) of pixels in [0, 1],
+    which may follow."""
 
-    def __init__(self, config, mean_std):
+    def __init__(self, config, mean_std=None):
         super().__init__()
         config = clip_half(config, "vision")
         scale = choose(
@@ -252,17 +253,14 @@ class ImageFeatures(nn.Module):
         """`path`: folder or hub name (facebook/dinov2-base, openai/clip-vit-base-patch32).
         ValueError for other model types or steps, or when a tensor does not fit."""
         path = resolve(path, ["*.json", "model*.safetensors"])
-        config = read_json(path / "config.json")
+        model = super().load(path, device)
         file = path / "preprocessor_config.json"
         with reading(file):
             processor = read_json(file)
             check_settings(processor, PROCESSOR)
             rows = [processor["image_mean"], processor["image_std"]]
-            mean_std = torch.tensor(rows).view(2, 3)
-        with reading(path), on_meta():
-            model = cls(config, mean_std)
-        load_checkpoint(model, path, cls.rename)
-        return model.to(device, torch.float32).eval()
+            model.mean_std = torch.tensor(rows).view(2, 3)
+        return model
 
     @staticmethod
     def rename(name):
@@ -292,12 +290,10 @@ class ImagePrompt(nn.Module):
         super().__init__()
         self.width = width
         self.scale = scale
-        attn = flux.transformer_blocks[0].attn
-        self.heads = attn.heads
-        inner = attn.to_q.out_features
         self.to_k_ip = nn.ModuleList()
         self.to_v_ip = nn.ModuleList()
-        for _ in flux.blocks():
+        for block in flux.blocks():
+            inner = block.attn.to_q.out_features
             self.to_k_ip.append(nn.Linear(width, inner, bias=False))
             self.to_v_ip.append(nn.Linear(width, inner, bias=False))
             nn.init.zeros_(self.to_v_ip[-1].weight)
@@ -316,8 +312,8 @@ class ImagePrompt(nn.Module):
                              f"the image prompt was trained on {self.width}")
         turn = rope_table(ids, flux.axes)
         turn_ref = rope_table(self.places(references.shape[2], ids), flux.axes)
-        split = (self.heads, -1)
         for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
+            split = (block.attn.heads, -1)
             k = to_k(references).unflatten(-1, split)                       # (B, M, S, H, d)
             k = rotate(k, turn_ref).transpose(2, 3)                         # (B, M, H, S, d)
             v = to_v(references).unflatten(-1, split).transpose(2, 3)
@@ -353,28 +349,6 @@ class ImagePrompt(nn.Module):
         prompt = cls(flux, width, scale)
         load_checkpoint(prompt, file)
         return prompt
-
-
-# ---- trajectories --------------------------------------------------------------------------------
-
-def falling_times(n, steps, generator):
-    """For n trajectories the times (n, steps): they fall in equal steps from a random start in
-    (1 - 1/steps, 1], so that every time is visited (authors' code)."""
-    start = torch.rand(n, 1, generator=generator)
-    return (torch.arange(steps, 0, -1) - start) / steps
-
-
-@torch.no_grad()
-def record(velocity, noise, times):
-    """Euler from noise (N, L, C) with velocity(x, t (N,)) at times (N, steps) -> the points x that
-    it visits, and the velocity v there (2, N, steps, L, C)."""
-    x = noise
-    points = []
-    for t in times.unbind(1):
-        v = velocity(x, t)
-        points.append(torch.stack([x, v]))
-        x = x - v / times.shape[1]
-    return torch.stack(points, dim=2)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -495,7 +469,6 @@ class Edits:
     the scene's where it is not known. All that lies in main memory, and a batch at a time goes to
     the device: 10,000 prompts are 42 GB. On the device stands what is frozen: Flux and f."""
 
-    @torch.no_grad()
     def __init__(self, settings, types=(), wordings=(WHOLE,)):
         self.settings = settings
         self.device = pick_device(settings.device)
@@ -506,12 +479,11 @@ class Edits:
         if not trained or not held:
             raise ValueError(f"{settings.scenes}: --held-out {last} leaves no edit "
                              f"({', '.join(types) or 'of any type'}) to train or to evaluate on")
-        self.count = len(trained)
+        self.count = self.items = len(trained)
         self.rows = trained + held
         prompts, self.prompt = different(row["prompt"] for row in self.rows)
-        files = [row["scene"] for row in self.rows]
-        files += [row["image"] for row in self.rows]
-        files, place = different(files)
+        shown = [row[key] for key in ("scene", "image") for row in self.rows]
+        files, place = different(shown)
         self.scene, self.truth = place.chunk(2)                             # (N,) into pictures
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
@@ -538,6 +510,7 @@ class Edits:
         which = self.prompt[item]
         return self.txt[which].to(self.device), self.pooled[which].to(self.device)
 
+    @torch.no_grad()
     def in_parts(self, function, images):
         """function(images), --micro at a time on the device."""
         parts = images.split(self.settings.micro)
@@ -556,13 +529,10 @@ class Edits:
 
 class ImagePrompts:
     """The policy is an image prompt; sampler and reference are copies of it. `references` (N, M):
-    the pictures that each edit sees, -1 for none; when not given, its scene's."""
+    the pictures that each edit sees, -1 for none."""
 
-    @torch.no_grad()
-    def __init__(self, edits, prompt, references=None):
+    def __init__(self, edits, prompt, references):
         self.edits = edits
-        if references is None:
-            references = edits.scene[:, None]
         shown, self.references = references.unique(return_inverse=True)
         maps = edits.in_parts(edits.features, edits.pictures[shown])
         maps[shown < 0] = 0                                 # no reference: no keys, no values
@@ -625,11 +595,10 @@ class PictureStage(Edits):
         if isinstance(settings, PatchSettings):
             super().__init__(settings, SAME_OBJECT, [ALONE])
             prompt = ImagePrompt.load(settings.image_prompt, self.flux)
-            self.tuned = ImagePrompts(self, prompt)
+            self.tuned = ImagePrompts(self, prompt, self.scene[:, None])
         else:
             super().__init__(settings)
             self.tuned = Adapters(self)
-        self.items = self.count
 
     def parameter_groups(self):
         return [{"params": list(self.tuned.policy.items())}]
@@ -666,9 +635,9 @@ class PictureStage(Edits):
             )
         return v.float()
 
-    def errors(self, who, item, t, first, second):
+    def errors(self, who, item, t, *points):
         """Prediction - target at two points (x, v) of every edit, in one pass -> (2, B, L, 64)."""
-        x, v = stack([first, second])                                       # (2, B, L, 64)
+        x, v = stack(points)                                                # (2, B, L, 64)
         found = self.velocity(
             who,
             item.repeat(2),
@@ -676,6 +645,11 @@ class PictureStage(Edits):
             t.repeat(2)
         )
         return found.view_as(v) - v.to(found)
+
+    def squares(self, item, t, *points):
+        """Mean squared errors at those points -> the reference's and the policy's (2, B) each."""
+        found = [self.errors(who, item, t, *points) for who in ("reference", "policy")]
+        return [errors.square().mean((2, 3)) for errors in found]
 
     @torch.no_grad()
     def paint(self, who, items, seed):
@@ -695,7 +669,6 @@ class PictureStage(Edits):
             latents.append(latent.cpu())
         return torch.cat(latents)
 
-    @torch.no_grad()
     def save(self, folder):
         """What was tuned; and pictures.png: a row each of held-out edits' scenes, of what the
         reference and the policy paint from the same noise, and of the true pictures."""
@@ -720,7 +693,6 @@ def stack(rows):
 GENERATED = "generated.safetensors"
 
 
-@torch.no_grad()
 def generate_pictures(settings):
     """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
     patch gets its quality. Both are kept in --generated; the processes share the work."""
@@ -826,13 +798,8 @@ class DiffusionDPO(PictureStage):
         item, noise, t = stack(rows)
         win = flow(self.winner[item], noise, t)
         lose = flow(self.loser[item], noise, t)
-        reference = self.errors("reference", item, t, win, lose)
-        policy = self.errors("policy", item, t, win, lose)
-        losses = diffusion_dpo_loss(
-            *policy.square().mean((2, 3)),
-            *reference.square().mean((2, 3)),
-            self.settings.beta
-        )
+        reference, policy = self.squares(item, t, win, lose)
+        losses = diffusion_dpo_loss(*policy, *reference, self.settings.beta)
         accuracy = losses < math.log(2)
         return losses.sum(), {"accuracy": accuracy.sum()}
 
@@ -889,18 +856,25 @@ class DiffusionDRO(PictureStage):
         return rows
 
     def fill_buffer(self, period):
-        """Trajectories of random edits -> x, v (N, steps, L, 64), t (N, steps), the edits (N,). The
+        """Euler from noise for random edits -> the points x that it visits and the velocity v there
+        (N, steps, L, 64), their times t (N, steps), the edits (N,). The times fall in equal steps
+        from a random start in (1 - 1/steps, 1], so that every time is visited (authors' code). The
         processes share the work."""
         settings = self.settings
+        steps = settings.paint_steps
         g = generator_for(settings.seed, "buffer", period)
         item = random_indices(settings.buffer, self.items, g)
-        noise = torch.stack([self.noise(g) for _ in item])                  # (N, L, 64)
-        noise = noise.to(self.device)
-        t = falling_times(len(item), settings.paint_steps, g)
+        noise = [self.noise(g) for _ in item]
+        noise = torch.stack(noise).to(self.device)                          # (N, L, 64)
+        start = torch.rand(len(item), 1, generator=g)
+        t = (torch.arange(steps, 0, -1) - start) / steps                    # (N, steps)
         xv = noise.new_zeros(2, *t.shape, *noise.shape[1:])                 # (2, N, steps, L, 64)
         for i in torch.arange(len(item)).split(settings.micro)[RANK::WORLD]:
-            velocity = partial(self.velocity, "sampler", item[i])
-            xv[:, i] = record(velocity, noise[i], t[i].to(noise))
+            x = noise[i]
+            for step in range(steps):
+                v = self.velocity("sampler", item[i], x, t[i, step])
+                xv[:, i, step] = torch.stack([x, v])
+                x = x - v / steps
         all_reduce(xv)
         return *xv.cpu(), t, item
 
@@ -908,10 +882,9 @@ class DiffusionDRO(PictureStage):
         """Expert and policy share prompt and time."""
         item, noise, t, x, v = stack(rows)
         expert = flow(self.latent[self.expert[item]], noise, t)
-        reference = self.errors("reference", item, t, expert, (x, v))
-        policy = self.errors("policy", item, t, expert, (x, v))
-        ref_expert, ref_own = reference.square().mean((2, 3))
-        on_expert, on_own = policy.square().mean((2, 3))
+        reference, policy = self.squares(item, t, expert, (x, v))
+        ref_expert, ref_own = reference
+        on_expert, on_own = policy
         losses = dro_loss(on_expert, ref_expert, on_own, ref_own)
         active = losses > 0
         return losses.sum(), {"active": active.sum(), "drift": ref_own.sum()}

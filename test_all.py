@@ -6411,19 +6411,21 @@ def test_patch_flow_is_the_straight_way_to_noise():
 def test_dro_trajectory_is_eulers_from_a_random_start():
     """Each point is the last one minus v / steps, with the velocity that was found there at its
     time; times fall by 1 / steps from a start of each sample's own in (1 - 1 / steps, 1]."""
-    scale = torch.tensor(2.0, requires_grad=True)
+    stage = picture_stage("patch --loss dro --micro 2 --paint-steps 4")[0]
 
-    def velocity(x, t):
-        return scale * x + t[:, None, None]
+    def velocity(who, item, x, t):
+        assert who == "sampler" and len(item) == len(x) == len(t) <= 2
+        return 2 * x + t[:, None, None]
 
-    start = noise(3, 4, 5)
-    t = patch_dpo.falling_times(3, 4, seeded(7))
-    late = torch.rand(3, 1, generator=seeded(7))
+    with mock.patch.object(stage, "velocity", velocity):
+        x, v, t, item = stage.fill_buffer(7)
+    g = qwen.generator_for(0, "buffer", 7)
+    assert same(item, patch_dpo.random_indices(5, 4, g))
+    start = [torch.randn(4, 64, generator=g) for _ in item]
+    assert same(x[:, 0], torch.stack(start))
+    late = torch.rand(5, 1, generator=g)
     assert_close(t, (torch.tensor([4.0, 3, 2, 1]) - late) / 4)
-    x, v = patch_dpo.record(velocity, start, t)
     assert_close(v, 2 * x + t[:, :, None, None])
-    assert same(x[:, 0], start)
-    assert not v.requires_grad
     assert_close(x[:, 1:], x[:, :-1] - v[:, :-1] / 4)
 
 

@@ -76,12 +76,12 @@ def batch_indices(items, batch, seed, step):
     """Which of the items make up the batch of `step`: epoch after epoch, each shuffled by
     (seed, epoch)."""
     epoch, start = divmod(step * batch, items)
-    order = torch.empty(0, dtype=torch.long)
+    order = []
     while len(order) < start + batch:
         shuffled = torch.randperm(items, generator=generator_for(seed, "epoch", epoch))
-        order = torch.cat([order, shuffled])
+        order += shuffled.tolist()
         epoch += 1
-    return order[start:start + batch].tolist()
+    return order[start:start + batch]
 
 
 def learning_rate(step, steps, warmup):
@@ -189,7 +189,7 @@ def tensors_of(optimizer):
 
 def save_state(optimizer, out, step):
     """OUT/step_N/state.safetensors; older points go once it stands."""
-    tensors = {name: t.cpu().contiguous() for name, t in tensors_of(optimizer).items()}
+    tensors = tensors_of(optimizer)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"after step {step} {name} is not finite (--lr?); it was not saved")
@@ -287,7 +287,10 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             values = torch.stack([*metrics.values()]).tolist()      # a step waits for the GPU once
             metrics = dict(zip(metrics, values))
             stopping = metrics.pop("stop") > 0
-            check_finite(metrics, f"step {step + 1} on {stage.describe(rows)}")
+            if not all(map(math.isfinite, metrics.values())):
+                raise ValueError(f"step {step + 1} on {stage.describe(rows)} is not finite: loss "
+                                 f"{metrics['loss']}, gradient norm {metrics['grad_norm']}; the "
+                                 "step was not taken")
             optimizer.step()
             step += 1
             bar.update()
@@ -304,12 +307,6 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
                     for text in alarms(out / "metrics.jsonl", settings.clip):
                         bar.write(text)
     return step
-
-
-def check_finite(metrics, step):
-    if not all(map(math.isfinite, metrics.values())):
-        raise ValueError(f"{step} is not finite: loss {metrics['loss']}, gradient norm "
-                         f"{metrics['grad_norm']}; the step was not taken")
 
 
 def alarms(log, clip):
