@@ -171,11 +171,9 @@ def prompt(caption, guidance="", profile=""):
 
 def profile(user):
     """The user in words."""
-    said = []
-    for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)):
-        if names:
-            said.append(f"{verb} {', '.join(names)}")
-    return "; ".join(said)
+    likes = f"likes {', '.join(user.likes)}" if user.likes else ""
+    dislikes = f"dislikes {', '.join(user.dislikes)}" if user.dislikes else ""
+    return "; ".join(filter(None, [likes, dislikes]))
 
 
 END = "<|im_end|>"
@@ -628,9 +626,9 @@ class CDPO:
         if not self.tokens:
             return {}
         users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
-        some = slice(None, None, len(pairs) // 50 + 1)
+        step = len(pairs) // 50 + 1
         soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
-        margin = margins(self.model, self.tokenizer, pairs[some], readers[some], soft,
+        margin = margins(self.model, self.tokenizer, pairs[::step], readers[::step], soft,
                          at=self.tokens.soft.at)
         return {"held-out margin": margin.mean().item()}
 
@@ -649,7 +647,7 @@ class CDPO:
 class EvalSettings(PeopleSettings):
     """Evaluation of a policy.    miniature, paper, what it is"""
     policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
-    dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
+    dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=DTYPES)
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
     temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")
     top_p:      float = flag(1.0, 1.0, "sampled from the likeliest words that together reach it",
@@ -681,10 +679,12 @@ class Evaluation:
         for pair, user in zip(pairs, owner):
             captions[user][pair["caption"]] = None
         self.captions = [list(texts) for texts in captions]
-        some = slice(None, None, len(pairs) // 1000 + 1)        # more say little more
-        self.pairs = pairs[some]
-        self.owner = owner[some]
-        self.names = find_names([*self.users, *read_users(settings.users)])
+        step = len(pairs) // 1000 + 1                           # more say little more
+        self.pairs = pairs[::step]
+        self.owner = owner[::step]
+        people = self.users + read_users(settings.users)
+        hidden = [name for user in people for name in user.hidden]
+        self.names = find_names(attribute_names(people) + hidden)
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
     def soft_tokens(self, users, policy):
@@ -783,14 +783,11 @@ class Evaluation:
         return f"{means.mean():.3f} +- {means.std() / len(means) ** 0.5:.3f}"
 
 
-def find_names(users):
-    """A pattern for every attribute that somebody likes, would like or dislikes, as whole words
-    in either case, in singular and plural; the longest first."""
-    names = set()
-    for user in users:
-        for name in [*user.likes, *user.dislikes, *user.hidden]:
-            names |= spellings(name)
-    longest = sorted(names, key=len, reverse=True)
+def find_names(names):
+    """A pattern for attributes' names, as whole words in either case, in singular and plural; the
+    longest first."""
+    found = set().union(*map(spellings, names))
+    longest = sorted(found, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, longest))})\b", re.IGNORECASE)
 
 

@@ -349,7 +349,7 @@ def reasons(user, instruction, graph):
     alike = sorted(others, key=agreement)[-5:]
     known = graph.attributes + user.likes + user.dislikes
     found = {}
-    for word in cdpo.find_names([User("", known, [])]).findall(instruction):
+    for word in cdpo.find_names(known).findall(instruction):
         name = find_attribute(word, known)
         count = sum(name in other.likes for other in alike)
         found[name] = (f"not said; liked by {count} of the {len(alike)} people with the most "
@@ -599,23 +599,19 @@ def grid(cells, columns=4):
     sheet = Image.new("RGB", (columns * across + 16, rows * down + 16), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (picture, *_) in enumerate(cells):
-        x = 16 + i % columns * across
+        left = 16 + i % columns * across
         y = 16 + i // columns * down
-        sheet.paste(picture.resize((width, height)), (x, y))
+        sheet.paste(picture.resize((width, height)), (left, y))
         y += height + 8
         for line, font, colour in texts[i]:
-            draw_line(pen, (x, y), line, font, colour)
+            x = left
+            for word in line.split():
+                bold = word.startswith("*")
+                word = word.removeprefix("*")
+                pen.text((x, y), word, "black" if bold else colour, font, stroke_width=0.3 * bold)
+                x += font.getlength(word + " ")
             y += 20
     return sheet
-
-
-def draw_line(pen, at, line, font, colour):
-    x, y = at
-    for word in line.split():
-        bold = word.startswith("*")
-        word = word.removeprefix("*")
-        pen.text((x, y), word, "black" if bold else colour, font, stroke_width=0.3 * bold)
-        x += font.getlength(word + " ")
 
 
 def wrapped(texts, width):

@@ -4938,7 +4938,8 @@ def test_cdpo_evaluation_counts_attributes_by_name():
     """Whole words in either case, the longest name first; a hit is a stated or a hidden like; an
     answer may count as several things at once."""
     user = User("x", ["neon green", "gold"], ["ice"], ["forest"])
-    judge = SimpleNamespace(names=cdpo.find_names([user, User("y", ["green"], ["ice cream"])]))
+    names = ["neon green", "gold", "ice", "forest", "green", "ice cream"]
+    judge = SimpleNamespace(names=cdpo.find_names(names))
 
     def verdict(text, ended=True):
         found = cdpo.Evaluation.verdict(judge, user, text, ended)
@@ -8827,7 +8828,7 @@ def test_evaluation_counts_gold_answers_as_what_they_are():
     rejected answers for what they dislike; the same rule for both."""
     found, _, _ = evaluation()
     user = User("x", ["polka dot", "brass lanterns", "cherry"], ["wolves"], ["ivy"])
-    found.names = cdpo.find_names([user])
+    found.names = cdpo.find_names(user.likes + user.dislikes + user.hidden)
     for text, want in (
         ("Cover it in POLKA DOTS", {"likes", "hit"}),
         ("Hang a brass lantern, with cherries and ivy", {"likes", "would like", "hit"}),
@@ -9032,7 +9033,7 @@ def test_bench_real_words_are_people_of_two_themes(tmp_path):
     for test in ("", "_test"):
         users, pairs, owner = cdpo.read_pairs(
             tmp_path / f"a/users{test}.jsonl", tmp_path / f"a/pairs{test}.jsonl")
-        names = cdpo.find_names(users + [User("", list(kinds), [])])
+        names = cdpo.find_names(graph.attribute_names(users) + list(kinds))
         for pair, user in zip(pairs, owner):
             likes = {*users[user].likes, *users[user].hidden}
             assert set(names.findall(pair["chosen"])) & likes, pair
