@@ -113,7 +113,9 @@ class UserTokens(nn.Module):
                        "signed": signed, "soft": soft}
         width = graph.features.shape[1] if kind == "graph" else out_dim
         self.vectors = nn.Parameter(torch.randn(len(graph.users), width))
-        self.sage = GraphSAGE(width, hidden_dim, out_dim, signed) if kind == "graph" else None
+        self.sage = None
+        if kind == "graph":
+            self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
         self.soft = SoftPrompt(out_dim, **soft) if soft else None
 
     def embeddings(self, stay=1):
@@ -778,8 +780,8 @@ class Evaluation:
 
     def over_people(self, values):
         """Mean and standard error, over people, of each one's mean of the pairs' values (N,)."""
-        people = self.owner.unique()
-        means = torch.stack([values[self.owner == user].mean() for user in people])
+        means = [values[self.owner == user].mean() for user in self.owner.unique()]
+        means = torch.stack(means)
         return f"{means.mean():.3f} +- {means.std() / len(means) ** 0.5:.3f}"
 
 
