@@ -111,14 +111,11 @@ class UserTokens(nn.Module):
         self.graph = graph
         self.config = {"kind": kind, "hidden_dim": hidden_dim, "out_dim": out_dim,
                        "signed": signed, "soft": soft}
-        users = len(graph.users)
+        width = graph.features.shape[1] if kind == "graph" else out_dim
+        self.vectors = nn.Parameter(torch.randn(len(graph.users), width))
+        self.sage = None
         if kind == "graph":
-            width = graph.features.shape[1]
-            self.vectors = nn.Parameter(torch.randn(users, width) * 0.01)
             self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
-        else:
-            self.vectors = nn.Parameter(torch.randn(users, out_dim))
-            self.sage = None
         self.soft = SoftPrompt(out_dim, **soft) if soft else None
 
     def embeddings(self, stay=1):
@@ -176,11 +173,9 @@ def prompt(caption, guidance="", profile=""):
 
 def profile(user):
     """The user in words."""
-    said = []
-    for verb, names in (("likes", user.likes), ("dislikes", user.dislikes)):
-        if names:
-            said.append(f"{verb} {', '.join(names)}")
-    return "; ".join(said)
+    likes = f"likes {', '.join(user.likes)}" if user.likes else ""
+    dislikes = f"dislikes {', '.join(user.dislikes)}" if user.dislikes else ""
+    return "; ".join(filter(None, [likes, dislikes]))
 
 
 END = "<|im_end|>"
@@ -233,8 +228,7 @@ def pack(rows, device="cpu"):
     inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
     ids = moved(torch.cat([prompts, inputs], 1), device)
     real = ids != -1                                                        # (B, T)
-    length = inputs.shape[1]
-    place = torch.arange(length - real.shape[1], length, device=device)     # 0: answers begin
+    place = torch.arange(ids.shape[1], device=device) - prompts.shape[1]    # 0: answers begin
     block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
     before = place <= place[:, None]                                        # (T, T)
     itself = place == place[:, None]
@@ -243,28 +237,18 @@ def pack(rows, device="cpu"):
     return ids, labels, mask[:, None]
 
 
-class AnswerLogprob(torch.autograd.Function):
-    """log-probabilities (N,) of tokens y (N, 1) after hidden states h (N, D), `chunk` at a time."""
-
-    @staticmethod
-    def forward(ctx, h, head, y, chunk):
-        scores = []
-        slopes = []
-        for part, target in zip(h.split(chunk), y.split(chunk)):
-            logp = linear(part, head).float().log_softmax(-1)               # (chunk, V)
-            scores.append(logp.gather(-1, target)[:, 0])
-            if ctx.needs_input_grad[0]:
-                error = logp.exp_().neg_()                                  # in place: it is large
-                error.scatter_add_(-1, target, torch.ones_like(logp[:, :1]))
-                slopes.append(linear(error.to(part.dtype), head.T))         # (chunk, D)
-        if slopes:
-            ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(scores)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (slopes,) = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+def chunk_logprobs(h, head, y):
+    """log-probabilities (N,) of tokens y (N, 1) after hidden states h (N, D), for a frozen head."""
+    with torch.no_grad():
+        logp = linear(h, head).float().log_softmax(-1)                      # (N, V)
+        score = logp.gather(-1, y)[:, 0]
+        if not h.requires_grad:
+            return score
+        error = logp.exp_().neg_()                                          # in place: it is large
+        error.scatter_add_(-1, y, torch.ones_like(logp[:, :1]))
+        slope = linear(error.to(h.dtype), head.T)                           # (N, D)
+    # It adds 0, and its gradient is the slope.
+    return score + ((h - h.detach()).float() * slope).sum(-1)
 
 
 def token_logprobs(hidden, head, labels, chunk=128):
@@ -274,11 +258,13 @@ def token_logprobs(hidden, head, labels, chunk=128):
     a DPO step's time and most of its memory saved. Labels on the CPU do not make a GPU wait."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
+    head = head.to(hidden.dtype)
     counts = labels != -100                                                 # (B, T)
     y = moved(labels[counts][:, None], hidden.device)                       # (N, 1)
     places = moved(counts.flatten().nonzero()[:, 0], hidden.device)         # (N,)
     h = hidden.flatten(0, 1).index_select(0, places)                        # (N, D)
-    logp = AnswerLogprob.apply(h, head.to(hidden.dtype), y, chunk)
+    parts = zip(h.split(chunk), y.split(chunk))
+    logp = torch.cat([chunk_logprobs(part, head, target) for part, target in parts])    # (N,)
     each = logp.new_zeros(labels.numel()).index_copy(0, places, logp)
     return each.view(labels.shape).sum(1)                                   # no sum by atomics
 
@@ -388,8 +374,8 @@ def language_model(settings):
     """(Qwen, Tokenizer) that a stage names, and a line where its learning rate is that of much
     wider or narrower models (ours): times the width, what has worked is .6 in the miniature and
     with 135 M parameters, .0007 in the paper."""
-    device = pick_device(settings.device)
-    model, tokenizer = load_language_model(settings.qwen, device, DTYPES[settings.dtype])
+    model, tokenizer = load_language_model(
+        settings.qwen, pick_device(settings.device), DTYPES[settings.dtype])
     usual = 0.6 / model.config.width
     lr = getattr(settings, "lr", usual)
     if not usual / 1000 < lr < 4 * usual:
@@ -437,18 +423,24 @@ class SFT:
 # ---- C-DPO ---------------------------------------------------------------------------------------
 
 @dataclass
-class CDPOSettings(TrainSettings):
+class PeopleSettings:
+    """Whom C-DPO and its evaluation are about, and what speaks.    miniature, paper, what it is"""
+    users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
+    users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl",
+                           "held-out users, for eval and --check-every")
+    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
+    qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
+                           "language model: folder or hub repository", small=SMALL)
+
+
+@dataclass
+class CDPOSettings(TrainSettings, PeopleSettings):
     """C-DPO and its baselines.    miniature, paper (Table 12), what it is"""
-    users:          str   = flag("mini/data/users.jsonl", "users.jsonl", "training users")
-    pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl", "their preference pairs")
-    users_test:     str   = flag("mini/data/users_test.jsonl", "users_test.jsonl",
-                                 "held-out users, for --check-every")
-    pairs_test:     str   = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
+    pairs:          str   = flag("mini/data/pairs.jsonl", "pairs.jsonl",
+                                 "the training users' preference pairs")
     sft:            str   = flag("runs/sft", "runs/sft", "adapter to start from; the reference")
     graph:          str   = flag("runs/graph", "runs/graph", "folder of the graph stage"
                                  " (--user graph or id only)")
-    qwen:           str   = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                                 "language model: folder or hub repository", small=SMALL)
     user:           str   = flag("graph", "graph", "what the policy sees of the user; id is the"
                                  " baseline DPO-User, none DPO-Vanilla",
                                  choices=["graph", "id", "none"])
@@ -565,8 +557,7 @@ class CDPO:
         return groups
 
     def draw(self, indices, generator):
-        chance = torch.rand(len(self.users), 1, generator=generator)
-        stay = (chance >= self.settings.drop).float()
+        stay = torch.rand(len(self.users), 1, generator=generator) >= self.settings.drop
         return [self.draw_row(pair, stay, generator) for pair in indices]
 
     def draw_row(self, pair, stay, generator):
@@ -578,7 +569,7 @@ class CDPO:
         columns = similarity.nonzero()[:, 0]
         if settings.neighbours == "sampled" and len(columns):
             columns = torch.multinomial(similarity, 1, generator=generator)
-        row = Row([pair], [user], similarity[columns].tolist(), stay)
+        row = Row([pair], [user], similarity[columns], stay)
         for v in self.neighbours[user, columns].tolist():
             theirs = self.pairs_of[v]
             which = torch.randint(len(theirs), (1,), generator=generator)
@@ -590,13 +581,12 @@ class CDPO:
         """Eq. 7, summed over the rows; metrics are of the users' own pairs."""
         pairs = []
         readers = []
-        similarity = []
         first = []                                                          # where each row begins
         for row in rows:
             first.append(len(pairs))
             pairs += row.pairs
             readers += row.readers
-            similarity.append(torch.tensor(row.similarity))
+        similarity = [row.similarity for row in rows]
         similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
         losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), {name: (N,)}
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
@@ -638,9 +628,9 @@ class CDPO:
         if not self.tokens:
             return {}
         users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
-        some = slice(None, None, len(pairs) // 50 + 1)
+        step = len(pairs) // 50 + 1
         soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
-        margin = margins(self.model, self.tokenizer, pairs[some], readers[some], soft,
+        margin = margins(self.model, self.tokenizer, pairs[::step], readers[::step], soft,
                          at=self.tokens.soft.at)
         return {"held-out margin": margin.mean().item()}
 
@@ -656,15 +646,10 @@ class CDPO:
 # ---- what held-out users get from a policy (the conditions of Table 2) ---------------------------
 
 @dataclass
-class EvalSettings:
+class EvalSettings(PeopleSettings):
     """Evaluation of a policy.    miniature, paper, what it is"""
     policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
-    users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
-    users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl", "held-out users")
-    pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
-    qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
-                           "language model: folder or hub repository", small=SMALL)
-    dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=list(DTYPES))
+    dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=DTYPES)
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
     temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")
     top_p:      float = flag(1.0, 1.0, "sampled from the likeliest words that together reach it",
@@ -696,10 +681,12 @@ class Evaluation:
         for pair, user in zip(pairs, owner):
             captions[user][pair["caption"]] = None
         self.captions = [list(texts) for texts in captions]
-        some = slice(None, None, len(pairs) // 1000 + 1)        # more say little more
-        self.pairs = pairs[some]
-        self.owner = owner[some]
-        self.names = find_names([*self.users, *read_users(settings.users)])
+        step = len(pairs) // 1000 + 1                           # more say little more
+        self.pairs = pairs[::step]
+        self.owner = owner[::step]
+        people = self.users + read_users(settings.users)
+        hidden = [name for user in people for name in user.hidden]
+        self.names = find_names(attribute_names(people) + hidden)
         self.model, self.tokenizer = load_policy(settings, settings.policy)
 
     def soft_tokens(self, users, policy):
@@ -798,14 +785,11 @@ class Evaluation:
         return f"{means.mean():.3f} +- {means.std() / len(means) ** 0.5:.3f}"
 
 
-def find_names(users):
-    """A pattern for every attribute that somebody likes, would like or dislikes, as whole words
-    in either case, in singular and plural; the longest first."""
-    names = set()
-    for user in users:
-        for name in [*user.likes, *user.dislikes, *user.hidden]:
-            names |= spellings(name)
-    longest = sorted(names, key=len, reverse=True)
+def find_names(names):
+    """A pattern for attributes' names, as whole words in either case, in singular and plural; the
+    longest first."""
+    found = set().union(*map(spellings, names))
+    longest = sorted(found, key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(map(re.escape, longest))})\b", re.IGNORECASE)
 
 

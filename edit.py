@@ -197,7 +197,7 @@ def fill_in(settings):
         settings.caption = CAPTION
     if described(settings):
         settings.user = ["you"]
-    elif settings.user or not settings.reference:
+    elif not settings.reference:
         settings.user = settings.user or PERSONAS
 
 
@@ -304,8 +304,7 @@ def write_instructions(settings):
         folder = resolve(settings.policy)
         follow(settings, folder)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
-        people = find_users(settings, tokens.graph)
-        softs = [soft_tokens(user, tokens) for user in people]
+        people = [(user, *soft_tokens(user, tokens)) for user in find_users(settings, tokens.graph)]
         at = tokens.soft.at
         model, tokenizer = load_language_model(
             settings.qwen, settings.device, DTYPES[settings.dtype])
@@ -315,7 +314,7 @@ def write_instructions(settings):
             settings.temperature = model.config.sampling["temperature"]
         how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
         message = cdpo.prompt(settings.caption, settings.instruction)
-        for (user, (soft, note)), more in product(zip(people, softs), range(settings.samples)):
+        for (user, soft, note), more in product(people, range(settings.samples)):
             seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
             answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
@@ -350,7 +349,7 @@ def reasons(user, instruction, graph):
     alike = sorted(others, key=agreement)[-5:]
     known = graph.attributes + user.likes + user.dislikes
     found = {}
-    for word in cdpo.find_names([User("", known, [])]).findall(instruction):
+    for word in cdpo.find_names(known).findall(instruction):
         name = find_attribute(word, known)
         count = sum(name in other.likes for other in alike)
         found[name] = (f"not said; liked by {count} of the {len(alike)} people with the most "
@@ -367,10 +366,10 @@ def plan_edits(settings):
         notes = [f"{name}: {reason}" for name, reason in why.items()]
         notes = "; ".join(filter(None, [*notes, note]))
         print(f"{user.name}: {instruction}" + (f"   ({notes})" if notes else ""))
-        prompt = joined(settings.caption, instruction)
         edits.append({"user": user.name, "likes": user.likes, "dislikes": user.dislikes,
                       "note": note, "instruction": instruction, "reasons": why,
-                      "prompt": prompt, "settings": vars(settings)})
+                      "prompt": joined(settings.caption, instruction),
+                      "settings": vars(settings)})
     return edits
 
 
@@ -600,23 +599,19 @@ def grid(cells, columns=4):
     sheet = Image.new("RGB", (columns * across + 16, rows * down + 16), "white")
     pen = ImageDraw.Draw(sheet)
     for i, (picture, *_) in enumerate(cells):
-        x = 16 + i % columns * across
+        left = 16 + i % columns * across
         y = 16 + i // columns * down
-        sheet.paste(picture.resize((width, height)), (x, y))
+        sheet.paste(picture.resize((width, height)), (left, y))
         y += height + 8
         for line, font, colour in texts[i]:
-            draw_line(pen, (x, y), line, font, colour)
+            x = left
+            for word in line.split():
+                bold = word.startswith("*")
+                word = word.removeprefix("*")
+                pen.text((x, y), word, "black" if bold else colour, font, stroke_width=0.3 * bold)
+                x += font.getlength(word + " ")
             y += 20
     return sheet
-
-
-def draw_line(pen, at, line, font, colour):
-    x, y = at
-    for word in line.split():
-        bold = word.startswith("*")
-        word = word.removeprefix("*")
-        pen.text((x, y), word, "black" if bold else colour, font, stroke_width=0.3 * bold)
-        x += font.getlength(word + " ")
 
 
 def wrapped(texts, width):

@@ -321,13 +321,12 @@ class EdgeModel(nn.Module):
         ValueError where the encoder has other sizes, or read other features."""
         before, tensors, _ = load_graph(file)
         before.embedder = self.graph.embedder
-        with reading(file):
-            before.widened([])
         encoder = {n.removeprefix("sage."): t for n, t in tensors.items()
                    if not n.startswith(("vectors", "graph.features", "soft."))}
-        check_fit(file, self.sage.state_dict(), encoder, finite=True)
-        self.sage.load_state_dict(encoder)
         with reading(file):
+            before.widened([])
+            check_fit(file, self.sage.state_dict(), encoder, finite=True)
+            self.sage.load_state_dict(encoder)
             vectors = dict(zip(before.users, tensors["vectors"]))
             for own, name in zip(self.vectors.data, self.graph.users):
                 own.copy_(vectors.get(name, own))
@@ -371,8 +370,8 @@ class EdgeModel(nn.Module):
         edges = self.split[part]
         liked = edges[2] > 0
         score = self.logits(self.split["train"], edges, self.vectors).cpu()
-        accuracy = ((score > 0) == liked).float().mean().item()
-        found = {"accuracy": accuracy, "edges": len(liked)}
+        right = (score > 0) == liked
+        found = {"accuracy": right.float().mean().item(), "edges": len(liked)}
         pairs = (liked.sum() * (~liked).sum()).item()
         if pairs:
             found["auc"] = auc(score, liked)
@@ -390,11 +389,10 @@ def auc(score, positive):
     return ((below + not_above).double().sum() / (2 * len(high) * len(low))).item()
 
 
-def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9,
-             weight_decay=1e-2, seed=0):
-    """-> (EdgeModel, {accuracy, auc, ...} of the held-out 20 %): the whole of it. `python train.py
-    graph` runs the same loss with a schedule and checkpoints."""
-    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
+def pretrain(graph, *sizes, epochs=300, lr=5e-3, weight_decay=1e-2, seed=0, **how):
+    """-> (EdgeModel, {accuracy, auc, ...} of the held-out 20 %): the whole of it; sizes and `how`
+    are EdgeModel's. `python train.py graph` runs the same loss with a schedule and checkpoints."""
+    model = EdgeModel(graph, *sizes, seed=seed, **how)
     model.to(graph.features.device)
     optimizer = torch.optim.AdamW(model.groups(weight_decay), lr=lr)
     for epoch in range(epochs):
@@ -453,7 +451,7 @@ class GraphPretraining:
         embedder = {"embedder": settings.embedder or settings.qwen, "norm": settings.feature_norm,
                     "wording": settings.wording}
         features = embed_names(names, **embedder, device=device)            # (A, F)
-        graph = PreferenceGraph.build(users, names, features).to(device)
+        graph = PreferenceGraph.build(users, names, features)
         graph.embedder = embedder
         model = EdgeModel(graph, settings.hidden, settings.out_dim, not settings.unsigned,
                           drop=settings.drop, seed=settings.seed)
@@ -517,21 +515,20 @@ def read_jsonl(path, optional=None, **fields):
     for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            row = {**optional, **json.loads(line), "line": number}
-            json.dumps(row, ensure_ascii=False).encode()        # half a surrogate pair is no text
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not a line of JSON with a JSON object "
-                             f"({error})") from None
         with reading(f"{path}:{number}"):
+            try:
+                row = {**optional, **json.loads(line), "line": number}
+                json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair is no text
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"not a line of JSON with a JSON object ({error})") from None
             check_keys(row, kinds)
-        for name, kind in kinds.items():
-            value = row.get(name)
-            texts = value if kind is list else [value]
-            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
-                wanted = "a list of strings" if kind is list else "a string"
-                raise ValueError(
-                    f'{path}:{number}: "{name}" must be {wanted}, got {json.dumps(value)[:60]}')
+            for name, kind in kinds.items():
+                value = row.get(name)
+                texts = value if kind is list else [value]
+                if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+                    wanted = "a list of strings" if kind is list else "a string"
+                    raise ValueError(
+                        f'"{name}" must be {wanted}, got {json.dumps(value)[:60]}')
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds nothing")

@@ -4467,14 +4467,13 @@ def test_cdpo_new_user_gets_the_same_tokens_from_the_file(tmp_path):
 
 
 def test_cdpo_user_whose_vector_rests_is_only_what_the_graph_says():
-    """`stay` leaves a user's own vector out, and nobody else's; vectors start near zero."""
+    """`stay` leaves a user's own vector out, and nobody else's."""
     model = cdpo.UserTokens(toy_graph(), hidden_dim=6, out_dim=5)
     stay = torch.ones(12, 1)
     stay[3] = 0
     without = model.embeddings(stay)
     model.vectors.data[3] = 0
     assert_close(without, model.embeddings())
-    assert 0.005 < model.vectors.std() < 0.015
 
 
 def test_cdpo_dpo_user_knows_strangers_by_the_mean():
@@ -4704,7 +4703,7 @@ def test_cdpo_neighbours_are_read_with_the_tokens_that_the_flag_says():
                 reader = user if reading == "target" else stage.owner[pair]
                 share = s / sum(row.similarity)
                 want += 0.7 * share * pair_loss(stage, pair, reader)        # (7)
-        assert any(row.similarity for row in rows)
+        assert any(len(row.similarity) for row in rows)
         assert_close(stage.loss(rows)[0], want, 1e-5)
 
 
@@ -4866,7 +4865,7 @@ def test_cdpo_sampled_neighbours_come_in_proportion_to_similarity():
 
 def test_cdpo_vectors_rest_as_often_as_the_flag_says():
     stage, settings, _ = cdpo_stage("--drop 0.75")
-    share = sum(draw_batch(stage, settings, step)[0].stay.mean() for step in range(40)) / 40
+    share = sum(draw_batch(stage, settings, step)[0].stay.float().mean() for step in range(40)) / 40
     assert 0.18 < share < 0.32
 
 
@@ -4939,7 +4938,8 @@ def test_cdpo_evaluation_counts_attributes_by_name():
     """Whole words in either case, the longest name first; a hit is a stated or a hidden like; an
     answer may count as several things at once."""
     user = User("x", ["neon green", "gold"], ["ice"], ["forest"])
-    judge = SimpleNamespace(names=cdpo.find_names([user, User("y", ["green"], ["ice cream"])]))
+    names = ["neon green", "gold", "ice", "forest", "green", "ice cream"]
+    judge = SimpleNamespace(names=cdpo.find_names(names))
 
     def verdict(text, ended=True):
         found = cdpo.Evaluation.verdict(judge, user, text, ended)
@@ -8833,7 +8833,7 @@ def test_evaluation_counts_gold_answers_as_what_they_are():
     rejected answers for what they dislike; the same rule for both."""
     found, _, _ = evaluation()
     user = User("x", ["polka dot", "brass lanterns", "cherry"], ["wolves"], ["ivy"])
-    found.names = cdpo.find_names([user])
+    found.names = cdpo.find_names(user.likes + user.dislikes + user.hidden)
     for text, want in (
         ("Cover it in POLKA DOTS", {"likes", "hit"}),
         ("Hang a brass lantern, with cherries and ivy", {"likes", "would like", "hit"}),
@@ -9038,7 +9038,7 @@ def test_bench_real_words_are_people_of_two_themes(tmp_path):
     for test in ("", "_test"):
         users, pairs, owner = cdpo.read_pairs(
             tmp_path / f"a/users{test}.jsonl", tmp_path / f"a/pairs{test}.jsonl")
-        names = cdpo.find_names(users + [User("", list(kinds), [])])
+        names = cdpo.find_names(graph.attribute_names(users) + list(kinds))
         for pair, user in zip(pairs, owner):
             likes = {*users[user].likes, *users[user].hidden}
             assert set(names.findall(pair["chosen"])) & likes, pair
