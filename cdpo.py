@@ -464,8 +464,9 @@ class CDPOSettings(TrainSettings, PeopleSettings):
                                  " (--user graph only)",
                                  bounds=(0, 1))
     tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
-    before_turn:    bool  = flag(False, False, "they stand just before the assistant's turn (ours),"
-                                 " not in front of all text (--user graph or id only)")
+    place:          str   = flag("front", "front", "where they stand: before all text (paper), or"
+                                 " before the assistant's turn (ours) (--user graph or id only)",
+                                 small="turn", choices=["front", "turn"])
     soft_hidden:    int   = flag(128, 1024, "hidden width of the soft-token MLP (ours)"
                                  " (--user graph or id only)")
     steps:          int   = flag(1200, 3000, "optimiser steps", small=100)
@@ -528,7 +529,7 @@ class CDPO:
         table = self.model.model.embed_tokens.weight
         soft = {"hidden_dim": settings.soft_hidden, "out_dim": table.shape[1],
                 "tokens": settings.tokens, "std": table[:50_000].float().std().item()}
-        if settings.before_turn:
+        if settings.place == "turn":
             soft["at"] = -len(self.tokenizer.encode("<|im_start|>assistant\n"))
         torch.manual_seed(settings.seed)
         config = stored.config | {"kind": settings.user, "soft": soft}

@@ -8680,7 +8680,7 @@ def test_small_preset_is_the_papers_names_and_the_miniatures_numbers():
     want = {
         "graph": dict(users="users.jsonl", embedder="", unsigned=False, feature_norm=4),
         "sft": dict(lr=1e-3, batch=8, dtype="bf16", checkpointing=False),
-        "cdpo": dict(lr=1e-3, nll=1, tokens=8, beta=0.2, similarity="likes", neighbours="sampled"),
+        "cdpo": dict(lr=1e-3, nll=1, tokens=8, beta=0.2, similarity="likes", place="turn"),
         "eval": dict(pairs_test="pairs_test.jsonl", temperature=1),
     }
     for stage, values in want.items():
@@ -8906,9 +8906,9 @@ def test_soft_tokens_stand_in_front_or_before_the_assistants_turn():
 
 
 def test_cdpo_place_is_kept_and_read_again():
-    """--before-turn trains with gradients to every soft token, and every reader of the policy finds
+    """--place turn trains with gradients to every soft token, and every reader of the policy finds
     the place in its file."""
-    stage, settings, _ = cdpo_stage("--before-turn --lam 0")
+    stage, settings, _ = cdpo_stage("--place turn --lam 0")
     assert stage.tokens.soft.at == -len(stage.tokenizer.encode("<|im_start|>assistant\n"))
     rows = draw_batch(stage, settings)
     loss, _ = stage.loss(rows)
@@ -8917,7 +8917,7 @@ def test_cdpo_place_is_kept_and_read_again():
     front, _, _ = cdpo_stage("--lam 0")
     assert front.tokens.soft.at == 0 and abs(front.loss(rows)[0] - loss) > 1e-3
     command, d = prepared()
-    train_here(f"{command} --steps 1 --before-turn --out {d}/turned")
+    train_here(f"{command} --steps 1 --place turn --out {d}/turned")
     read = cdpo.UserTokens.load(d / "turned/collaborative.safetensors")
     assert read.soft.at == stage.tokens.soft.at
     asked = f"--policy {d}/turned --user imaginative-child --users {SAMPLE}/users_test.jsonl"
