@@ -389,10 +389,11 @@ def auc(score, positive):
     return ((below + not_above).double().sum() / (2 * len(high) * len(low))).item()
 
 
-def pretrain(graph, *sizes, epochs=300, lr=5e-3, weight_decay=1e-2, seed=0, **how):
-    """-> (EdgeModel, {accuracy, auc, ...} of the held-out 20 %): the whole of it; sizes and `how`
-    are EdgeModel's. `python train.py graph` runs the same loss with a schedule and checkpoints."""
-    model = EdgeModel(graph, *sizes, seed=seed, **how)
+def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True, drop=0.9,
+             weight_decay=1e-2, seed=0):
+    """-> (EdgeModel, {accuracy, auc, ...} of the held-out 20 %): the whole of it. `python train.py
+    graph` runs the same loss with a schedule and checkpoints."""
+    model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
     model.to(graph.features.device)
     optimizer = torch.optim.AdamW(model.groups(weight_decay), lr=lr)
     for epoch in range(epochs):

@@ -719,7 +719,8 @@ class NewImagePrompt(Recipe):
         item, noise, t = stack(rows)
         truth = stage.truth[item]
         x, v = flow(stage.latent[truth], noise, t)                         # (B, L, 64)
-        found = stage.velocity("policy", item, x, t)
+        with fast(stage.device):
+            found = stage.velocity("policy", item, x, t).float()
         return (found - v.to(found)).square().mean()
 
     def save(self, average):
@@ -881,7 +882,7 @@ RECIPES = {                                               # class, steps of the 
     "distil": (Distillation, 500),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
-    "image-prompt": (NewImagePrompt, 1300),
+    "image-prompt": (NewImagePrompt, 1000),
     "qwen": (LanguageModel, 4000),
 }
 
