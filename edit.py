@@ -58,8 +58,8 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
                   shipped, write_whole)
 
 # What is edited, and for whom, when nothing is said; the people are the paper's three.
-IMAGE = "mini/sample/scenes/04_bowl.png"
-CAPTION = "A beige bowl in front of a grey wall"
+IMAGE = "mini/sample/scenes/00_apple.png"
+CAPTION = "A blue apple in front of a cream wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
 USERS = "mini/sample/users_test.jsonl"
 

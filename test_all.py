@@ -6232,14 +6232,14 @@ def test_edit_and_mini_end_at_ctrl_c_without_a_traceback(tmp_path):
 
 
 RECORDED_WORDS = {
-    "imaginative-child": "Change the lighting to spotlight",
+    "imaginative-child": "Change the background to beach",
     "glamour-stylist": "Change the lighting to studio light",
-    "futuristic-techie": "Change the lighting to neon light",
+    "futuristic-techie": "Change the background to night sky",
 }
 RECORDED_PIXELS = {
-    "usual": [64.1, 25.9, 73.0, 30.5],
-    "all noise": [64.0, 26.2, 74.0, 30.3],
-    "guided": [57.6, 15.8, 87.8, 29.0],
+    "usual": [126.8, 161.1, 137.3, 171.9],
+    "all noise": [126.8, 162.9, 137.9, 173.2],
+    "guided": [127.2, 155.3, 148.4, 180.8],
 }
 
 
