@@ -710,17 +710,17 @@ class Evaluation:
         generator = torch.Generator(self.model.lm_head.weight.device)
         generator.manual_seed(seed_for("answers", seed))
         soft, at = self.soft_tokens(users, policy)
+        words = [profile(user) if with_profile else "" for user in users]
+        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
         found = []
-        for i, texts in enumerate(captions):
-            if not texts:
-                continue
-            words = profile(users[i]) if with_profile else ""
-            prompts = [prompt(text, profile=words) for text in texts]
-            said = suggest(self.model, self.tokenizer, prompts, soft[[i] * len(texts)],
-                           settings.max_new_tokens, at=at, temperature=settings.temperature,
-                           top_p=settings.top_p, generator=generator)
-            found += [(i, text, *answer) for text, answer in zip(texts, said)]
-        return found
+        for start in range(0, len(asked), 400):
+            part = asked[start:start + 400]
+            prompts = [prompt(text, profile=words[i]) for i, text in part]
+            theirs = soft[[i for i, _ in part]]                             # (400, S, D)
+            found += suggest(self.model, self.tokenizer, prompts, theirs, settings.max_new_tokens,
+                             at=at, temperature=settings.temperature, top_p=settings.top_p,
+                             generator=generator)
+        return [(*question, *answer) for question, answer in zip(asked, found)]
 
     def known(self):
         """{condition: what the policy knows of each user, list[User]}; "another's" is the history
