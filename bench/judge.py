@@ -48,7 +48,7 @@ from clock import table
 from study import read_object
 
 from flux import CLIPText, TextTokenizer, read_image, to_tensor
-from graph import PreferenceGraph, attribute_names, read_jsonl, read_users, similar_users
+from graph import read_jsonl, read_users, signs_of, similar_users
 from patch_dpo import ImageFeatures, read_scenes
 from qwen import pick_device, read_json, reading, resolve, shipped
 
@@ -219,9 +219,7 @@ def neighbours(people, kind):
     """{name: [User]} the ten most similar of `people`, fewer where fewer have anything in common;
     `kind`: of similar_users."""
     users = list(people.values())
-    names = attribute_names(users)
-    graph = PreferenceGraph.build(users, names, torch.zeros(len(names), 0))
-    index, score = similar_users(graph.signs(), NEIGHBOURS, kind)           # (U, 10)
+    index, score = similar_users(signs_of(users), NEIGHBOURS, kind)         # (U, 10)
     found = {}
     for user, near, alike in zip(users, index.tolist(), score.tolist()):
         found[user.name] = [users[i] for i, s in zip(near, alike) if s > 0]

@@ -50,6 +50,7 @@ import torch
 
 from clock import table
 
+from cdpo import padded
 from graph import embed_names, find_attribute, read_jsonl
 from qwen import (DTYPES, Tokenizer, flag_name, generate, load_language_model, pick_device,
                   seed_for, shipped)
@@ -301,16 +302,11 @@ class Writer:
 
     def __call__(self, conversations, start, tokens, seed):
         rows = [prompt_ids(self.tokenizer, messages, start) for messages in conversations]
-        width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)               # padded on the left
-        mask = torch.zeros(len(rows), width)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row):] = torch.tensor(row)
-            mask[i, width - len(row):] = 1
+        ids = padded(rows, -1).to(self.device)                              # (N, T)
         answers = generate(
             self.model,
-            ids.to(self.device),
-            attention_mask=mask.to(self.device),
+            ids.clamp_min(0),
+            attention_mask=ids >= 0,
             max_new_tokens=tokens,
             generator=torch.Generator(self.device).manual_seed(seed),
             **self.how
@@ -508,17 +504,22 @@ def write_files(users, pairs, args):
     """The last --test-users of all users asked for are held out, whoever is left of them."""
     rows = {"": ([], []), "_test": ([], [])}
     for name, (likes, dislikes) in users.items():
-        split = "_test" if int(name.split("-")[1]) >= args.users - args.test_users else ""
-        rows[split][0].append({"user": name, "likes": likes, "dislikes": dislikes})
+        rows[split_of(name, args)][0].append({"user": name, "likes": likes, "dislikes": dislikes})
     for key, value in pairs.items():
         name, caption, edit_type = key.split("|")
-        split = "_test" if int(name.split("-")[1]) >= args.users - args.test_users else ""
+        split = split_of(name, args)
         for chosen, rejected in value:
             rows[split][1].append({"user": name, "caption": caption, "edit_type": edit_type,
                                    "chosen": chosen, "rejected": rejected})
     for split, (people, lines) in rows.items():
         write_jsonl(args.out / f"users{split}.jsonl", people)
         write_jsonl(args.out / f"pairs{split}.jsonl", lines)
+
+
+def split_of(name, args):
+    """How the names of a user's files end."""
+    held_out = int(name.split("-")[1]) >= args.users - args.test_users
+    return "_test" if held_out else ""
 
 
 def faults(kind, questions, args):

@@ -169,11 +169,15 @@ def save_whole(write, file):
 
 
 def save_weights(folder, model, name="diffusion_pytorch_model"):
-    """The weights of one part of a checkpoint, in bf16."""
-    tensors = model.state_dict()
+    """The weights of one part of a checkpoint."""
+    save_tensors(folder / f"{name}.safetensors", model.state_dict())
+
+
+def save_tensors(file, tensors):
+    """In bf16."""
     tensors = {key: t.to("cpu", torch.bfloat16).contiguous() for key, t in tensors.items()}
     write = partial(save_file, tensors, metadata={"format": "pt"})
-    save_whole(write, folder / f"{name}.safetensors")
+    save_whole(write, file)
 
 
 def schedule_for(recipe, optimizer, steps):
@@ -505,6 +509,23 @@ class Distillation(TextToImage):
 
 # ---- vit: features of patches -------------------------------------------------------------------
 
+NAMES = [*OBJECTS, *[f"A {c} " for c in COLORS], *[f" {w} wall" for w in WALLS], *TYPE_OF]
+
+
+def named_in(texts):
+    """Which objects, colours and attributes each prompt names (B, names), 0 or 1."""
+    rows = []
+    for text in texts:
+        rows.append([float(name in text) for name in NAMES])
+    return torch.tensor(rows)
+
+
+def mean_and_std(folder):
+    """Of pixels in [0, 1], (2, 3)."""
+    pixels = read_json(folder / "preprocessor_config.json")
+    return torch.tensor([pixels["image_mean"], pixels["image_std"]])
+
+
 class Features(Recipe):
     """Names what a picture shows (object, colours, attributes) from its class token, and from every
     patch, of which 30 % are hidden, its own pixels, coarsely: features of patches that know both
@@ -515,19 +536,11 @@ class Features(Recipe):
         self.folder = args.out / "vit"
         self.device = args.device
         self.images, prompts = read_pictures(args)
-        names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
-        names = names + list(TYPE_OF)
-        labels = []
-        for scene in prompts:
-            for text in scene:
-                labels.append([float(name in text) for name in names])
-        self.labels = torch.tensor(labels).unflatten(0, (-1, PICTURES))    # (S, 14, names)
-        pixels = read_json(self.folder / "preprocessor_config.json")
-        mean_std = torch.tensor([pixels["image_mean"], pixels["image_std"]])
+        self.labels = torch.stack([named_in(texts) for texts in prompts])  # (S, 14, names)
         config = read_json(self.folder / "config.json")
         self.model = nn.ModuleDict({
-            "vit": ImageFeatures(config, mean_std),
-            "name": nn.Linear(96, len(names)),
+            "vit": ImageFeatures(config, mean_and_std(self.folder)),
+            "name": nn.Linear(96, len(NAMES)),
             "patch": nn.Linear(96, 3 * 4 * 4),
         })
 
@@ -565,24 +578,13 @@ class TextAndPicture(Recipe):
         self.folder = args.out / "clip"
         self.device = args.device
         self.images, self.prompts = read_pictures(args)
-        self.names = OBJECTS + [f"A {c} " for c in COLORS] + [f" {w} wall" for w in WALLS]
-        self.names += list(TYPE_OF)
         self.tokenizer = TextTokenizer(self.folder, WORDS)
         config = read_json(self.folder / "config.json")
-        pixels = read_json(self.folder / "preprocessor_config.json")
-        mean_std = torch.tensor([pixels["image_mean"], pixels["image_std"]])
         self.model = nn.ModuleDict({
             "text": CLIPText(clip_half(config, "text")),
-            "vision": ImageFeatures(config, mean_std),
+            "vision": ImageFeatures(config, mean_and_std(self.folder)),
         })
         self.model.logit_scale = nn.Parameter(torch.tensor(config["logit_scale_init_value"]))
-
-    def facts(self, texts):
-        """Which of the names each text has (B, names), 0 or 1."""
-        rows = []
-        for text in texts:
-            rows.append([float(name in text) for name in self.names])
-        return torch.tensor(rows)
 
     def part_of(self, prompt, kind, which):
         """The whole of a prompt, or a part; `kind` and `which` are in [0, 1)."""
@@ -611,8 +613,8 @@ class TextAndPicture(Recipe):
             seen = self.model["vision"].embed(x).float()
         cosine = F.normalize(said) @ F.normalize(seen).T                   # (B, B): text, picture
         logits = self.model.logit_scale.exp() * cosine
-        hidden = 1 - self.facts(prompts)                                   # what is not shown
-        fits = (self.facts(texts) @ hidden.T == 0).to(logits)              # (B, B)
+        hidden = 1 - named_in(prompts)                                     # what is not shown
+        fits = (named_in(texts) @ hidden.T == 0).to(logits)                # (B, B)
         of_text = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
         of_picture = F.cross_entropy(logits.T, (fits / fits.sum(0)).T)
         return of_text + of_picture
@@ -624,9 +626,7 @@ class TextAndPicture(Recipe):
                 name = name.replace(ours, public)
             tower = "" if name.startswith("visual_projection") else "vision_model."
             tensors[tower + name] = tensor
-        tensors = {name: t.to("cpu", torch.bfloat16).contiguous() for name, t in tensors.items()}
-        write = partial(save_file, tensors, metadata={"format": "pt"})
-        save_whole(write, self.folder / "model.safetensors")
+        save_tensors(self.folder / "model.safetensors", tensors)
 
 
 # ---- image-prompt: reference pictures beside the text -------------------------------------------
