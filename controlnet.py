@@ -163,12 +163,12 @@ class ControlNet(Flux):
                 raise ValueError(
                     f"mode is {mode.tolist()}, this net has 0 to {table.num_embeddings - 1}")
             token = table.weight[mode].expand(len(img), -1)                     # (B, D)
-            txt = torch.cat([token[:, None], txt], 1)                       # (B, 1+T, D)
+            txt = torch.cat([token[:, None], txt], 1)                           # (B, 1+T, D)
             rope = torch.cat([rope[:1], rope])                  # it stands where the text stands
         taps = [*self.controlnet_blocks, *self.controlnet_single_blocks]
         blocks = self.blocks()
         counts = [block.modulations for block in blocks]
-        parts = modulation.split(counts, 1)                                 # (B, 12 or 3, D)
+        parts = modulation.split(counts, 1)                                     # (B, 12 or 3, D)
         if self.streamed:
             blocks = prefetch(blocks, img.device)
         found = []

@@ -72,8 +72,8 @@ CLEAR = 3
 # What Pillow's font lacks, and Unicode's decompositions leave as it is.
 ALIKE = str.maketrans("øØłŁđĐıß–—‘’“”", "oOlLdDis--''\"\"")
 
-# In dB, how well an autoencoder gives the colours of a picture back that it was made for: of the
-# miniature's scenes 99.5 % are above, of 14 photographs 11 and of 7 blank pages all below.
+# In dB, how well an autoencoder gives the colours of a picture back that it was made for: of 123 of
+# the miniature's scenes all are above, of 26 pictures of scikit-image 20 and a blank page below.
 FAITHFUL = 34
 
 

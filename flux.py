@@ -586,7 +586,7 @@ def rope_table(ids, axes):
     for k, dim in enumerate(axes):
         speeds = 10000.0 ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
         angles.append(ids[:, k, None] * speeds)                             # (T, dim/2)
-    angles = torch.cat(angles, 1)                                       # (T, d/2)
+    angles = torch.cat(angles, 1)                                           # (T, d/2)
     return torch.view_as_real(torch.polar(torch.ones_like(angles), angles))
 
 
@@ -735,7 +735,7 @@ class DoubleBlock(nn.Module):
         txt_shift, txt_scale, *txt_rest = vectors[6:]
         image = self.attn.project(modulate(img, img_shift, img_scale))
         text = self.attn.project_text(modulate(txt, txt_shift, txt_scale))
-        qkv = [torch.cat(pair, 1) for pair in zip(text, image)]         # (B, T+L, ...)
+        qkv = [torch.cat(pair, 1) for pair in zip(text, image)]             # (B, T+L, ...)
         out = self.attn(*qkv, rope, T)                                      # (B, T+L, D)
         img_out = self.attn.to_out(out[:, T:])
         txt_out = self.attn.to_add_out(out[:, :T])
@@ -769,7 +769,7 @@ class SingleBlock(nn.Module):
         txt."""
         T = txt.shape[1]
         shift, scale, gate = modulation[:, :, None].unbind(1)               # (B, 1, D)
-        x = torch.cat([txt, img], 1)                                    # (B, T+L, D)
+        x = torch.cat([txt, img], 1)                                        # (B, T+L, D)
         h = modulate(x, shift, scale)
         q, k, v = self.attn.project(h)
         attended = self.attn(q, k, v, rope, T)
@@ -1094,7 +1094,7 @@ if __name__ == "__main__":
     folder = shipped("mini/flux")
     flux = Flux.load(f"{folder}/transformer")
     txt, pooled = encode_prompt(folder, ["A red apple in front of a mint wall"])
-    noise = pack(torch.randn(1, 16, 16, 16))
-    x = denoise(flux, noise, txt, pooled, image_ids(16, 16), levels=sigmas(20, 64))
-    image = VAE.load(f"{folder}/vae").decode(unpack(x, 16, 16))             # (1, 3, 64, 64)
-    print("R, G, B in the middle of the apple:", to_picture(image[0])[36, 24])
+    noise = pack(torch.randn(1, 16, 24, 24))
+    x = denoise(flux, noise, txt, pooled, image_ids(24, 24), levels=sigmas(20, 144))
+    image = VAE.load(f"{folder}/vae").decode(unpack(x, 24, 24))             # (1, 3, 96, 96)
+    print("R, G, B in the middle of the apple:", to_picture(image[0])[54, 36])

@@ -171,7 +171,7 @@ class ViTEmbeddings(nn.Module):
         places = F.interpolate(places, x.shape[2:], mode="bicubic")         # (1, D, H, W)
         patches = (x + places).flatten(2).mT                                # (B, S, D)
         first = self.cls_token + position[:, :1]                            # (1, 1, D)
-        return torch.cat([first.expand_as(patches[:, :1]), patches], 1) # (B, 1+S, D)
+        return torch.cat([first.expand_as(patches[:, :1]), patches], 1)     # (B, 1+S, D)
 
 
 # What preprocessor_config.json must say beside mean and std. Its sizes and crops are not followed:
@@ -904,5 +904,5 @@ if __name__ == "__main__":
     files = [f"{scenes}/00_apple.png", f"{scenes}/00_apple_stripes.png"]
     apple, striped = f(read_squares(files, f.side)).split(1)
     print("What is new in a picture of a striped apple? Quality of its patches, 0 worst, 9 best:")
-    for row in patch_weights(patch_quality(striped, apple), (8, 8))[0]:
+    for row in patch_weights(patch_quality(striped, apple), (12, 12))[0]:
         print(*(9 * row).round().int().tolist())
