@@ -13,14 +13,15 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
-The autoencoder was made at 64 pixels and serves at 96. Of OLD, the checkpoints of 64 pixels with
-four single blocks in commit aef9eef, came the shipped weights (seed 0; the rate and shares of flux
-as they are here only from step 3,500 on):
+The autoencoder was made at 64 pixels and serves at 96. Flux at 96 pixels came (seed 0) from the
+weights at 64 by 8,000 steps of AdamW, which are commit d7858d7's; with these in the folder OLD,
 
-    python mini/pretrain.py vit --batch 24
     python mini/pretrain.py flux --start OLD --batch 16 --compile
     python mini/pretrain.py distil --batch 16 --compile
     python mini/pretrain.py image-prompt --start OLD
+
+made the shipped ones (the first 3,000 steps of flux under --steps 7500, which only moves the rate's
+fall). The ViT came from `vit --batch 24`.
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
@@ -895,7 +896,7 @@ class LanguageModel(Recipe):
 
 RECIPES = {                                               # class, steps of the shipped files
     "vae": (Autoencoder, 1767),
-    "flux": (TextToImage, 8000),
+    "flux": (TextToImage, 6500),
     "decoder": (Decoder, 900),
     "distil": (Distillation, 500),
     "vit": (Features, 1556),
