@@ -6229,7 +6229,7 @@ def test_edit_and_mini_end_at_ctrl_c_without_a_traceback(tmp_path):
     for script, wait in (
         ("edit.py --steps 10000", 0.4),
         ("mini/world.py --users 9000", 1.0),
-        ("mini/pretrain.py pictures", 0.2),
+        ("mini/pretrain.py pictures", 0.4),
     ):
         words = [sys.executable, str(ROOT / script.split()[0]), *script.split()[1:]]
         if script.startswith("mini"):
