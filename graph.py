@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from qwen import (DETERMINISTIC, check_fit, embed_texts, flag, generator_for, load_language_model,
                   moved, pick_device, reading, shipped)
@@ -208,26 +208,34 @@ def similar_users(likes_and_dislikes, k, kind="shared", rows=64):
 
 # ---- GraphSAGE -----------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=8)                 # edges are sorted once, not in every step
+def bags(edges, end, sign, nodes, device):
+    """Whom the `nodes` in row `end` of the edges hear, over those of a sign (0: over all): (E',),
+    one node's behind the other's, and where each one's begin (N,)."""
+    if sign:
+        edges = edges[:, edges[2] == sign]
+    destination, order = edges[end].sort(stable=True)
+    first = torch.searchsorted(destination, torch.arange(nodes))
+    return moved(edges[1 - end, order], device), moved(first, device)
+
+
 class SAGEConv(nn.Module):
-    """One SAGE layer with mean aggregation; PyG's names and numbers: lin_r has no bias. in_dim
-    may be two widths, of sources and of destinations."""
+    """One SAGE layer with mean aggregation, over the edges of one sign (0: all). PyG's names and
+    numbers: lin_r has no bias."""
 
-    def __init__(self, in_dim, out_dim):
+    def __init__(self, in_dim, out_dim, sign=0):
         super().__init__()
-        src_dim, dst_dim = in_dim if isinstance(in_dim, tuple) else (in_dim, in_dim)
-        self.lin_l = nn.Linear(src_dim, out_dim)
-        self.lin_r = nn.Linear(dst_dim, out_dim, bias=False)
+        self.sign = sign
+        self.lin_l = nn.Linear(in_dim, out_dim)
+        self.lin_r = nn.Linear(in_dim, out_dim, bias=False)
 
-    def forward(self, x_src, x_dst, edge_index):
-        """x_src (S, F), x_dst (N, F), edge_index (2, E) = (source, destination), on the CPU ->
-        (N, out). A node without neighbours has a zero mean. No (E, F) tensor is built, and the sums
-        have the same order, so the same bits, on any number of threads."""
-        source, destination = edge_index
-        order = destination.argsort(stable=True)
-        nodes = torch.arange(len(x_dst))
-        first = torch.searchsorted(destination[order], nodes)               # of each one's edges
-        bags = moved(source[order], x_src.device), moved(first, x_src.device)
-        mean = F.embedding_bag(bags[0], x_src, bags[1], mode="mean")        # (N, F)
+    def forward(self, x_src, x_dst, edge_index, end=1):
+        """x_src (S, F), x_dst (N, F), edge_index on the CPU -> (N, out). Its rows are source and
+        destination, which stands in row `end`, and the sign, where one counts. A node without
+        neighbours has a zero mean. No (E, F) tensor is built, and the sums have the same order, so
+        the same bits, on any number of threads."""
+        sources, first = bags(edge_index, end, self.sign, len(x_dst), x_src.device)
+        mean = F.embedding_bag(sources, x_src, first)                       # (N, F)
         return self.lin_l(mean) + self.lin_r(x_dst)
 
 
@@ -236,14 +244,13 @@ class Relations(nn.Module):
 
     def __init__(self, in_dim, out_dim, signed):
         super().__init__()
-        names = ("like", "dislike") if signed else ("any",)
-        self.convs = nn.ModuleDict({name: SAGEConv(in_dim, out_dim) for name in names})
+        signs = {"like": 1, "dislike": -1} if signed else {"any": 0}
+        self.convs = nn.ModuleDict(
+            {name: SAGEConv(in_dim, out_dim, sign) for name, sign in signs.items()})
 
-    def forward(self, x_src, x_dst, edges):
-        """edges (3, E) = (source, destination, sign) -> (N, out)."""
-        which = {"any": slice(None), "like": edges[2] > 0, "dislike": edges[2] < 0}
-        parts = [conv(x_src, x_dst, edges[:2, which[n]]) for n, conv in self.convs.items()]
-        return sum(parts)
+    def forward(self, x_src, x_dst, edges, end=1):
+        """edges (3, E) as in SAGEConv -> (N, out)."""
+        return sum(conv(x_src, x_dst, edges, end) for conv in self.convs.values())
 
 
 class GraphSAGE(nn.Module):
@@ -258,10 +265,9 @@ class GraphSAGE(nn.Module):
     def forward(self, x_user, x_attr, edges):
         """x_user (U, F), x_attr (A, F), edges (3, E) -> users (U, out), attributes (A, out), and
         the attributes' input to each layer, which is all that a new user needs."""
-        back = edges[[1, 0, 2]]                                             # attribute -> user
-        h_user = F.relu(self.to_user[0](x_attr, x_user, back))              # (U, hidden)
+        h_user = F.relu(self.to_user[0](x_attr, x_user, edges, end=0))      # (U, hidden)
         h_attr = F.relu(self.to_attribute[0](x_user, x_attr, edges))        # (A, hidden)
-        users = self.to_user[1](h_attr, h_user, back)                       # (U, out)
+        users = self.to_user[1](h_attr, h_user, edges, end=0)               # (U, out)
         attributes = self.to_attribute[1](h_user, h_attr, edges)            # (A, out)
         return users, attributes, [x_attr, h_attr]
 
@@ -275,10 +281,10 @@ def embed_new_user(sage, states, users, attributes):
     and only listens: attributes do not hear it, so nobody's embedding depends on who else asks
     (ours)."""
     x_attr, h_attr = states
-    back = edges_of(users, attributes)[[1, 0, 2]]
+    edges = edges_of(users, attributes)
     zero = x_attr.new_zeros(len(users), x_attr.shape[1])                    # (N, F)
-    h = F.relu(sage.to_user[0](x_attr, zero, back))                         # (N, hidden)
-    return sage.to_user[1](h_attr, h, back)                                 # (N, out)
+    h = F.relu(sage.to_user[0](x_attr, zero, edges, end=0))                 # (N, hidden)
+    return sage.to_user[1](h_attr, h, edges, end=0)                         # (N, out)
 
 
 # ---- pretraining: like or dislike is a binary classification of edges (App. B) -------------------
@@ -312,7 +318,7 @@ class EdgeModel(nn.Module):
             raise ValueError(f"the graph has {count} edges (likes and dislikes); to train on 60 % "
                              "and hold out 20 and 20 % it needs at least 5")
         cuts = [int(0.6 * count), int(0.8 * count)]                         # 60/20/20
-        parts = graph.edges[:, order].tensor_split(cuts, dim=1)
+        parts = graph.edges[:, order].tensor_split(cuts, 1)
         self.split = dict(zip(("train", "val", "test"), parts))
 
     def take_over(self, file):
@@ -355,8 +361,7 @@ class EdgeModel(nn.Module):
         """Scalar. 30 % of the training edges are asked about, the others carry messages."""
         edges = self.split["train"]
         cut = max(1, int(0.3 * len(order)))
-        asked = edges[:, order[:cut]]
-        messages = edges[:, order[cut:]]
+        asked, messages = edges[:, order].tensor_split([cut], 1)
         vectors = self.vectors * moved(stay, self.vectors.device)
         logits = self.logits(messages, asked, vectors)
         liked = moved(asked[2] > 0, logits.device)
