@@ -210,7 +210,8 @@ class ImageFeatures(Pretrained):
             config["model_type"],
             {"dinov2": LayerScale, "vit": nn.Identity, "clip_vision_model": nn.Identity}
         )
-        clip = config["model_type"] == "clip_vision_model"
+        self.kind = config["model_type"]
+        clip = self.kind == "clip_vision_model"
         self.mean_std = mean_std
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
@@ -279,6 +280,10 @@ class ImageFeatures(Pretrained):
 
 # ---- image prompts -------------------------------------------------------------------------------
 
+PUBLIC_PROMPT = "XLabs-AI/flux-ip-adapter-v2"           # for FLUX.1-dev, and what it sees with
+PUBLIC_CLIP = "openai/clip-vit-large-patch14"
+
+
 class ImagePrompt(nn.Module):
     """Decoupled cross-attention of Flux's image tokens to reference pictures: keys and values of
     its own in every block, the text's queries (S5-S7). `width`: of the reference features.
@@ -298,18 +303,27 @@ class ImagePrompt(nn.Module):
             self.to_v_ip.append(nn.Linear(width, inner, bias=False))
             nn.init.zeros_(self.to_v_ip[-1].weight)
 
+    @staticmethod
+    def encode(features, images):
+        """What it attends to in pictures (n, 3, height, width): their patches (n, S, D)."""
+        return features(images).flatten(1, 2)
+
     def attend_to(self, flux, references, ids=None):
-        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references`
-        (B, M, S, D), square maps of M pictures each; None: to the text alone. Ours: queries and
-        keys are rotated as in Flux's own attention, each reference stretched over the picture.
-        Without that the prompt learned a third as fast. ValueError for other features."""
+        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, ...),
+        M encoded pictures each; None: to the text alone. ValueError for other features."""
         for block in flux.blocks():
-            block.attn.image_prompt = None
+            block.image_prompt = block.attn.image_prompt = None
         if references is None:
             return
         if references.shape[-1] != self.width:
-            raise ValueError(f"--features gives {references.shape[-1]} numbers a patch, "
+            raise ValueError(f"--features gives {references.shape[-1]} numbers a patch or picture, "
                              f"the image prompt was trained on {self.width}")
+        self.hang_into(flux, references, ids)
+
+    def hang_into(self, flux, references, ids):
+        """Ours: queries and keys are rotated as in Flux's own attention, each reference (B, M, S,
+        D), a square map, stretched over the picture. Without that the prompt learned a third as
+        fast."""
         turn = rope_table(ids, flux.axes)
         turn_ref = rope_table(self.places(references.shape[2], ids), flux.axes)
         for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
@@ -337,18 +351,79 @@ class ImagePrompt(nn.Module):
     def save(self, file):
         save_file(self.state_dict(), file)
 
-    @classmethod
-    def load(cls, file, flux, scale=1.0):
-        """The width stands in the file. ValueError when it was trained for another Flux."""
-        stored = read_tensors(file)
-        if "to_k_ip.0.weight" not in stored:
-            raise ValueError(f"{file} holds no to_k_ip.0.weight: no image prompt that `train.py "
-                             "patch` wrote; XLabs' and other IP-Adapters cannot be read")
-        with reading(file):
-            width = stored["to_k_ip.0.weight"].shape[1]
-        prompt = cls(flux, width, scale)
-        load_checkpoint(prompt, file)
+    @staticmethod
+    def load(file, flux, scale=1.0):
+        """Ours or XLabs', from a file, folder or hub name. ValueError naming what to give when
+        there is none, or it was made for another Flux."""
+        try:
+            if not str(file).endswith(".safetensors"):
+                file = resolve(file, ["ip_adapter.safetensors"])
+            stored = read_tensors(file)
+            with reading(file):
+                if XLABS in stored:
+                    prompt = IPAdapter(flux, stored, scale)
+                elif "to_k_ip.0.weight" in stored:
+                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1], scale)
+                else:
+                    raise ValueError("no image prompt that `train.py patch` wrote, nor XLabs' "
+                                     "IP-Adapter (InstantX' and others cannot be read)")
+            load_checkpoint(prompt, file)
+        except ValueError as error:
+            raise ValueError(f"{error}; for FLUX.1-dev give --image-prompt {PUBLIC_PROMPT} and "
+                             f"--features {PUBLIC_CLIP}") from None
         return prompt
+
+
+XLABS = "ip_adapter_proj_model.proj.weight"
+
+
+class IPAdapter(ImagePrompt):
+    """XLabs' FLUX IP-Adapter, v1 and v2, with the names in its file: a picture's CLIP embedding
+    becomes a few tokens, and each double block attends to those of all pictures at once, none of
+    them rotated. `scale`: a number, or one for each of these blocks. Training leaves the projection
+    to tokens as it is, as the authors of PatchDPO do."""
+
+    def __init__(self, flux, stored, scale=1.0):
+        nn.Module.__init__(self)
+        self.scale = scale
+        size, self.width = stored[XLABS].shape                              # S C, P
+        token = stored["ip_adapter_proj_model.norm.weight"].shape[0]        # C
+        self.ip_adapter_proj_model = nn.ModuleDict({
+            "proj": nn.Linear(self.width, size),
+            "norm": nn.LayerNorm(token)
+        })
+        self.ip_adapter_proj_model.requires_grad_(False)
+        self.double_blocks = nn.ModuleList()
+        for block in flux.transformer_blocks:
+            inner = block.attn.to_q.out_features
+            layers = nn.ModuleDict({
+                "ip_adapter_double_stream_k_proj": nn.Linear(token, inner),
+                "ip_adapter_double_stream_v_proj": nn.Linear(token, inner)
+            })
+            self.double_blocks.append(nn.ModuleDict({"processor": layers}))
+
+    @staticmethod
+    def encode(features, images):
+        """CLIP's embeddings (n, P), of the size of picture that CLIP was trained on."""
+        choose("--features' model_type", features.kind, {"clip_vision_model": None})
+        size = (features.side, features.side)
+        return features.embed(F.interpolate(images, size, mode="bicubic", antialias=True))
+
+    def hang_into(self, flux, references, ids):
+        """references (B, M, P)."""
+        proj, norm = self.ip_adapter_proj_model.values()
+        tokens = proj(references).unflatten(2, (-1, *norm.normalized_shape))
+        tokens = norm(tokens).flatten(1, 2)                                 # (B, M S, C)
+        for n, block in enumerate(flux.transformer_blocks):
+            to_k, to_v = self.double_blocks[n].processor.values()
+            scale = self.scale[n] if isinstance(self.scale, list) else self.scale
+            how = (to_k(tokens), to_v(tokens), block.attn.heads, scale)
+            block.image_prompt = partial(self.attended, *how)
+
+    @staticmethod
+    def attended(k, v, heads, scale, q):
+        """q (B, L, D), k and v (B, M S, D) -> (B, L, D)."""
+        return (scale * attend(q.to(k.dtype), k, v, heads)).to(q.dtype)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -359,8 +434,8 @@ class PictureSettings(TrainSettings):
     scenes:       str   = flag("mini/data/scenes.jsonl", "scenes.jsonl",
                                "pictures, their edits and, for dro, the true pictures")
     flux:         str   = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
-    features:     str   = flag("mini/vit", "facebook/dinov2-base",
-                               "f of the image prompt and of the report: DINOv2 or ViT (ours)")
+    features:     str   = flag("mini/vit", PUBLIC_CLIP,
+                               "what an image prompt sees with: DINOv2 or ViT, XLabs' with CLIP")
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
     size:         int   = flag(96, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
@@ -375,12 +450,12 @@ class PatchSettings(PictureSettings):
     loss:         str   = flag("patch", "patch", "patch: PatchDPO, reconstruction: with equal "
                                "weights, dpo, dro: Diffusion-DPO and -DRO; one of LOSSES")
     image_prompt: str   = flag("mini/image_prompt/image_prompt.safetensors",
-                               "runs/image_prompt/image_prompt.safetensors",
-                               "to begin with; mini/pretrain.py makes one")
+                               PUBLIC_PROMPT,
+                               "to begin with: ours (mini/pretrain.py makes one) or XLabs'")
     generated:    str   = flag("runs/generated", "runs/generated",
                                "generated pictures and their quality; made when not there")
-    quality_features: str = flag("", "", "f of patch quality, --features when not given; "
-                                 "bench/features.py trains one")
+    quality_features: str = flag("", "google/vit-base-patch16-224", "f of patch quality (paper: "
+                                 "trained on ImageNet), --features when not given")
     samples:      int   = flag(2, 1, "generated pictures of each edit, at least 2 for dpo "
                                "(--loss patch or reconstruction or dpo only)")
     power:        int   = flag(2, 2, "of the weight: 2 paper, 1 authors' code (--loss patch or "
@@ -534,9 +609,9 @@ class ImagePrompts:
     def __init__(self, edits, prompt, references):
         self.edits = edits
         shown, self.references = references.unique(return_inverse=True)
-        maps = edits.in_parts(edits.features, edits.pictures[shown])
-        maps[shown < 0] = 0                                 # no reference: no keys, no values
-        self.maps = maps.flatten(1, 2)                                      # (R, S, D)
+        encode = partial(prompt.encode, edits.features)
+        self.maps = edits.in_parts(encode, edits.pictures[shown])           # (R, S, D) or (R, P)
+        self.maps[shown < 0] = 0                            # no reference: no keys, no values
         self.prompts = {}
         for who in ("policy", "sampler", "reference"):
             self.prompts[who] = copy.deepcopy(prompt).to(edits.device)
@@ -546,7 +621,7 @@ class ImagePrompts:
 
     def select(self, who, item):
         edits = self.edits
-        references = self.maps[self.references[item]].to(edits.device)      # (B, M, S, D)
+        references = self.maps[self.references[item]].to(edits.device)      # (B, M, ...)
         self.prompts[who].attend_to(edits.flux, references, edits.ids)
 
     def save(self, folder):

@@ -5835,6 +5835,22 @@ def test_edit_sees_each_reference_that_is_asked_for(tmp_path):
     assert (seen != bare).any()
 
 
+def test_edit_reads_references_with_an_ip_adapter(tmp_path):
+    """--image-prompt with an XLabs file, --features with CLIP: each reference counts. Another
+    encoder, or no such file, is one sentence; of the file it says what to give."""
+    model = flux.Flux.load(MINI / "flux/transformer")
+    file = write_xlabs(tmp_path / "ip_adapter.safetensors", model, 64)
+    flags = f"{ASK} --features {MINI}/clip --image-prompt {file} --reference {MUG}"
+    one, _ = edited(tmp_path, flags)
+    two, _ = edited(tmp_path, f"{flags} {APPLE}")
+    without, _ = edited(tmp_path, f"{flags} --reference-scale 0")
+    assert (one != two).any() and (one != without).any()
+    raises("model_type is 'dinov2'", edited, tmp_path, f"{flags} --features {MINI}/vit")
+    said = raises("nowhere.safetensors", edited, tmp_path,
+                  f"{ASK} --reference {MUG} --image-prompt {tmp_path}/nowhere.safetensors")
+    assert "give --image-prompt XLabs-AI/flux-ip-adapter-v2" in said
+
+
 def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     """Likes and dislikes make a user; somebody without any gets the generic edit, and a note that
     says so."""
@@ -6707,6 +6723,95 @@ def test_patch_image_prompt_of_the_miniature_gives_the_recorded_velocity():
         assert_recorded(model(**inputs), 2.4491, -0.35995, 1.8224, 2.4107)
 
 
+def write_xlabs(file, model, width, token=12, count=4):
+    """A random IP-Adapter for the Flux `model` in XLabs' layout, for picture embeddings of `width`:
+    `count` tokens of `token` numbers."""
+    shapes = {
+        "ip_adapter_proj_model.norm.bias": (token,),
+        "ip_adapter_proj_model.norm.weight": (token,),
+        "ip_adapter_proj_model.proj.bias": (count * token,),
+        "ip_adapter_proj_model.proj.weight": (count * token, width),
+    }
+    for n, block in enumerate(model.transformer_blocks):
+        inner = block.attn.to_q.out_features
+        for kind in "kv":
+            name = f"double_blocks.{n}.processor.ip_adapter_double_stream_{kind}_proj"
+            shapes |= {f"{name}.bias": (inner,), f"{name}.weight": (inner, token)}
+    save_file({name: noise(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, file)
+    return file
+
+
+def peer_adapter(theirs, file):
+    """diffusers' transformer with the IP-Adapter in the file: the pipeline's mixin."""
+    mixin = importlib.import_module("diffusers.loaders.ip_adapter").FluxIPAdapterMixin
+    pipe = mixin()
+    pipe.transformer = theirs
+    pipe.load_ip_adapter(str(file.parent), file.name, "")
+    return pipe
+
+
+def test_patch_ip_adapter_equals_diffusers(tmp_path):
+    """XLabs' file by load_ip_adapter: velocities for one and several pictures, at one scale and at
+    one for each block, as fp32 beside bf16; taken away, nothing is left; saved it is the file."""
+    config = flux_config()
+    theirs = loud(peer("diffusers").FluxTransformer2DModel(**config))
+    ours = reload(theirs, flux.Flux)
+    x = flux_inputs(config)
+    plain = ours(**x)
+    file = write_xlabs(tmp_path / "ip_adapter.safetensors", ours, 7)
+    pipe = peer_adapter(theirs, file)
+    for pictures, scale in ((1, 1.0), (3, 0.7), (2, [0.3, 0.9])):
+        references = noise(2, pictures, 7, seed=pictures)
+        pipe.set_ip_adapter_scale(scale)
+        embeds = {"ip_adapter_image_embeds": [references]}
+        (want,) = ask(theirs, x, joint_attention_kwargs=embeds)
+        prompt = patch_dpo.ImagePrompt.load(tmp_path, ours, scale)
+        prompt.attend_to(ours, references, x["img_ids"])
+        found = ours(**x)
+        assert_close(found, want, 1e-5)
+        assert relative(found, plain) > 1e-2
+    added = ours.transformer_blocks[0].image_prompt
+    q = noise(2, 8, 48).bfloat16()
+    assert same(added(q), added(q.float()).bfloat16())
+    other = patch_dpo.ImagePrompt(ours, 24)
+    other.attend_to(ours, noise(2, 1, 4, 24), x["img_ids"])
+    assert not ours.transformer_blocks[0].image_prompt
+    other.attend_to(ours, None)
+    assert same(ours(**x), plain)
+    prompt.save(tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    stored = load_file(file)
+    assert again.keys() == stored.keys()
+    assert all(same(again[name], stored[name]) for name in stored)
+
+
+def test_patch_ip_adapter_trains_its_keys_and_values_alone(tmp_path):
+    """`train.py patch` from a random XLabs file, which sees with CLIP: the projection stays, keys
+    and values of all blocks move, and diffusers reads what is saved, with the same velocities."""
+    flags, _ = pictured()
+    model = flux.Flux.load(MINI / "flux/transformer")
+    width = json.loads((MINI / "clip/config.json").read_text())["projection_dim"]
+    file = write_xlabs(tmp_path / "ip_adapter.safetensors", model, width, token=128)
+    train_here(f"patch {flags} --image-prompt {file} --features {MINI}/clip --quality-features "
+               f"{MINI}/vit --generated {tmp_path}/made --out {tmp_path}/run")
+    before = load_file(file)
+    result = tmp_path / "run/image_prompt.safetensors"
+    after = load_file(result)
+    moved = {name for name in before if not same(before[name], after[name])}
+    assert moved == {name for name in before if "double_blocks" in name}
+    kind = peer("diffusers").FluxTransformer2DModel
+    config = json.loads((MINI / "flux/transformer/config.json").read_text())
+    theirs = kind.from_pretrained(MINI / "flux/transformer")
+    x = flux_inputs(config)
+    references = noise(2, 2, width)
+    peer_adapter(theirs, result)
+    embeds = {"ip_adapter_image_embeds": [references]}
+    (want,) = ask(theirs, x, joint_attention_kwargs=embeds)
+    patch_dpo.ImagePrompt.load(result, model).attend_to(model, references)
+    with torch.no_grad():
+        assert_close(model(**x), want, 1e-4)
+
+
 # ---- patch_dpo.py: edits and their pictures ------------------------------------------------------
 
 def test_patch_scenes_reader_fills_in_pictures_and_names_the_line(tmp_path):
@@ -7390,7 +7495,9 @@ PICTURE_PAPER = {
         "samples": 1,
         "size": 512,
         "flux": "black-forest-labs/FLUX.1-dev",
-        "features": "facebook/dinov2-base",
+        "features": "openai/clip-vit-large-patch14",
+        "image_prompt": "XLabs-AI/flux-ip-adapter-v2",
+        "quality_features": "google/vit-base-patch16-224",
     },
     "dro": {
         "steps": 1600,
@@ -7482,14 +7589,26 @@ def test_patch_features_are_read_from_shards(tmp_path):
 
 
 def test_patch_image_prompts_of_others_are_refused_by_name(tmp_path):
-    """XLabs' and SD's IP-Adapters, and a file without tensors."""
+    """InstantX' and SD's IP-Adapters, a file without tensors, none at all, half of XLabs', and
+    XLabs' for a Flux with more blocks: one sentence, with what to give."""
     model = tiny_flux(**PROMPTED)
     file = tmp_path / "ip_adapter.safetensors"
-    for names in (["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"],
+
+    def refused(part, path=file):
+        said = raises(part, patch_dpo.ImagePrompt.load, path, model)
+        assert str(path) in said and "--image-prompt XLabs-AI/flux-ip-adapter-v2" in said
+        assert len(said) < 500
+
+    refused("none")
+    refused("ip_adapter.bin", tmp_path / "ip_adapter.bin")
+    for names in (["image_proj.proj.0.weight", "ip_adapter.1.to_k_ip.weight"],
                   ["ip_adapter.1.to_k_ip.weight", "image_proj.proj.weight"], []):
         save_file({name: torch.zeros(2, 2) for name in names}, file)
-        said = raises("XLabs' and other IP-Adapters", patch_dpo.ImagePrompt.load, file, model)
-        assert str(file) in said and len(said) < 400
+        refused("InstantX")
+    save_file({patch_dpo.XLABS: torch.zeros(48, 7)}, file)
+    refused("norm.weight")
+    write_xlabs(file, tiny_flux(doubles=3), 7)
+    refused("double_blocks.2.")
 
 
 def test_patch_long_caption_keeps_the_instruction():
