@@ -1026,7 +1026,7 @@ def denoise(
 
 def joined(caption, instruction):
     """What FLUX.1 reads (ours: the paper does not say)."""
-    return f"{caption}. {instruction}" if instruction else caption
+    return ". ".join(filter(None, [caption, instruction]))
 
 
 class TextTokenizer:
