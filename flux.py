@@ -1026,7 +1026,8 @@ def denoise(
 
 def joined(caption, instruction):
     """What FLUX.1 reads (ours: the paper does not say)."""
-    return ". ".join(filter(None, [caption, instruction]))
+    both = caption and instruction
+    return f"{caption}. {instruction}" if both else caption or instruction
 
 
 class TextTokenizer:

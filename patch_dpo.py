@@ -418,9 +418,9 @@ class IPAdapter(ImagePrompt):
         tokens = norm(tokens).flatten(1, 2)                                 # (B, M S, C)
         for block, layer, scale in zip(flux.transformer_blocks, self.double_blocks, self.scale):
             to_k, to_v = layer.processor.values()
-            flux_type = block.attn.to_q.weight.dtype
-            k = to_k(tokens).to(flux_type)                                  # (B, M S, D)
-            v = (scale * to_v(tokens)).to(flux_type)
+            like = block.attn.to_q.weight                                   # Flux's type
+            k = to_k(tokens).type_as(like)                                  # (B, M S, D)
+            v = (scale * to_v(tokens)).type_as(like)
             block.image_prompt = partial(attend, k=k, v=v, heads=block.attn.heads)
 
 
@@ -628,8 +628,7 @@ class ImagePrompts:
         edits = self.edits
         references = self.maps[self.references[item]]                       # (B, M, ...)
         references[item >= 2 * len(edits.rows)] = 0                         # see Edits
-        references = references.to(edits.device)
-        self.prompts[who].attend_to(edits.flux, references, edits.ids)
+        self.prompts[who].attend_to(edits.flux, references.to(edits.device), edits.ids)
 
     def save(self, folder):
         self.prompts["policy"].save(folder / "image_prompt.safetensors")
@@ -689,8 +688,8 @@ class PictureStage(Edits):
     def draw(self, indices, generator):
         """Rows (item, noise (L, 64), time, edit as it is shown), the time logit-normal as Flux was
         trained."""
-        rows = []
         items = torch.tensor(indices)
+        rows = []
         for item in items:
             noise = self.noise(generator)
             t = torch.randn((), generator=generator).sigmoid()
@@ -805,7 +804,7 @@ class Painted(PictureStage):
         f = ImageFeatures.load(settings.quality_features or settings.features, self.device)
         for n in tqdm(missing[RANK::WORLD], "pictures", disable=RANK > 0):
             tensors = self.paint_and_judge(f, torch.tensor([n]))
-            write_whole(folder, lambda at: save_file(tensors, at / files[n].name), files[n].name)
+            write_whole(folder, lambda at: save_file(tensors, at / files[n].name), "pictures")
         barrier()
         self.painted = default_collate([read_tensors(file) for file in files])
 

@@ -6434,9 +6434,10 @@ def test_dro_trajectory_is_eulers_from_a_random_start():
         return 2 * x + t[:, None, None]
 
     with mock.patch.object(stage, "velocity", velocity):
-        x, v, t, item = stage.fill_buffer(7)
+        item, t, x, v = stage.fill_buffer(7)
     g = qwen.generator_for(0, "buffer", 7)
-    assert same(item, patch_dpo.random_indices(5, 4, g))
+    want = patch_dpo.random_indices(5, 4, g)
+    assert (item == want[:, None]).all()
     start = [torch.randn(4, 64, generator=g) for _ in item]
     assert same(x[:, 0], torch.stack(start))
     late = torch.rand(5, 1, generator=g)
@@ -7567,8 +7568,8 @@ PICTURE_PAPER = {
 
 
 def test_patch_generated_pictures_know_what_they_depend_on(tmp_path):
-    """A picture painted over since, or another image prompt in the same file, is noticed, and all is
-    painted anew; the same files again are the same."""
+    """A picture painted over since, or another image prompt in the same file, is noticed, and all
+    is painted anew; the same files again are the same."""
     flags, d = pictured()
     scene = read_lines(d / "scenes.jsonl")
     for i, row in enumerate(scene):
