@@ -7176,9 +7176,9 @@ def test_patch_stage_loss_is_s1_of_both_pictures():
         made = stage.painted
         rows = draw_batch(stage, settings)
         want = 0
-        for picture, eps, t, edit in rows:
+        for picture, eps, t, shown in rows:
             item = picture // 2
-            assert edit == item
+            assert shown == item
             quality = made["quality"][item, picture % 2]                    # (2, 2, 2)
             good, missed = patch_dpo.patch_weights(quality, (4, 4))
             weights = [good, 1 - missed]
@@ -8349,6 +8349,130 @@ def bench_judge():
     sys.modules["bench_judge"] = module
     spec.loader.exec_module(module)
     return module
+
+
+DREAMBENCH = """Classes
+
+subject_name,class
+mug,mug
+blue_apple,apple
+dog2,dog
+cat,cat
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in front of forest'.format(unique_token, class_token),
+'a red {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+def write_dreambench(folder):
+    """Three objects in DreamBench's layout, and a fourth that is named and has no pictures."""
+    for name, scenes in (("mug", ["01_mug"]), ("dog2", ["03_teddy_bear"]),
+                         ("blue_apple", ["00_apple", "00_apple_snow", "00_apple_gold"])):
+        (folder / name).mkdir(parents=True)
+        for n, scene in enumerate(scenes):
+            shutil.copy(SAMPLE / f"scenes/{scene}.png", folder / name / f"{n:02d}.png")
+    (folder / "prompts_and_classes.txt").write_text(DREAMBENCH)
+    return folder
+
+
+def test_eval_dreambench_is_painted_and_judged(tmp_path):
+    """Each object in the prompts of its class, again only what is missing; judged by hand: the mean
+    over all references, one reference, the prompt; the references beside one another."""
+    folder = write_dreambench(tmp_path / "dataset")
+    write_lines(folder / "chosen.json", {"blue_apple": "01.png"})
+    subjects = bench("subjects")
+    found = subjects.subjects_of(folder)
+    assert {name: prompts for name, (_, prompts) in found.items()} == {
+        "mug": ["a mug in front of forest", "a red mug"],
+        "blue_apple": ["a apple in front of forest", "a red apple"],
+        "dog2": ["a dog wearing a red hat"],
+    }
+    out = tmp_path / "mine"
+    command = ["dreambench", str(folder), "--out", str(out), "--samples", "2", "--steps", "2"]
+    with quiet():
+        subjects.main(command)
+    files = sorted(str(file.relative_to(out)) for file in out.glob("*/*"))
+    assert files == ["blue_apple/00_0.png", "blue_apple/00_1.png", "blue_apple/01_0.png",
+                     "blue_apple/01_1.png", "dog2/00_0.png", "dog2/00_1.png", "mug/00_0.png",
+                     "mug/00_1.png", "mug/01_0.png", "mug/01_1.png"]
+    (out / files[3]).unlink()
+    with quiet(), mock.patch.object(subjects, "render", wraps=subjects.render) as render:
+        subjects.main(command)
+    assert [call.kwargs["prompts"] for call in render.call_args_list] == [["a red apple"]]
+    judge = bench_judge()
+    args = judge.parse([str(out), "--dreambench", str(folder)])
+    encoders = judge.Encoders(args)
+    scores = judge.subject_scores(out, args, encoders, found)
+    assert scores["absent"] == [] and len(scores["CLIP-T"]) == 10
+    seen = encoders.see([flux.read_image(out / "blue_apple/01_0.png")])
+    shown = encoders.see([flux.read_image(file) for file in found["blue_apple"][0]])
+    at = 4                                          # mug's four come first; its third
+    assert_close(scores["DINO, all"][at + 2], (shown["DINO"] @ seen["DINO"][0]).mean(), 1e-5)
+    assert_close(scores["CLIP-I, one"][at + 2], shown["CLIP"][1] @ seen["CLIP"][0], 1e-5)
+    said = encoders.read(["a red apple"])["CLIP"][0]
+    assert_close(scores["CLIP-T"][at + 2], said @ seen["CLIP"][0], 1e-5)
+    alike = judge.reference_scores(encoders, found)["DINO, all"]
+    assert_close(alike[0], (shown["DINO"][0] @ shown["DINO"][1:].T).mean(), 1e-5)
+    table = judge.dreambench(args)
+    assert "0.838" in table and "10 pictures of 3 objects" in table
+    (out / "mug/02_0.png").write_bytes((out / "mug/01_0.png").read_bytes())
+    raises("02_0.png must be called N_K.png, N one of the prompts 0 to 1", judge.dreambench, args)
+    raises("holds no OBJECT", judge.dreambench,
+           judge.parse([str(tmp_path), "--dreambench", str(folder)]))
+
+
+def test_eval_subjects_make_scenes_of_prompts_and_of_captions(tmp_path):
+    """References are painted after the wording, in shares, and again only where missing, with the
+    same bytes; captions beside the pictures or in metadata.jsonl give the same scenes; both train
+    the picture model."""
+    subjects = bench("subjects")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("An apple on a beach\n\nA mug in front of snow\nA vase before wood\n")
+    flags = ["references", str(prompts), "--size", "32", "--steps", "2", "--out"]
+
+    def paint(out, rank=0, world=1):
+        with quiet(), mock.patch.multiple(subjects, RANK=rank, WORLD=world):
+            subjects.main([*flags, str(tmp_path / out)])
+        return {file.name: file.read_bytes() for file in (tmp_path / out).glob("*/*.png")}
+
+    whole = paint("one")
+    assert list(whole) and len(paint("two", 1, 2)) == 1
+    assert not (tmp_path / "two/scenes.jsonl").exists()
+    assert paint("two", 0, 2) == whole
+    (tmp_path / "one/references/000001.png").unlink()
+    assert paint("one") == whole
+    scenes = patch_dpo.read_scenes(tmp_path / "two/scenes.jsonl", "edit_type", "instruction")
+    assert [scene["edits"][0]["instruction"] for scene in scenes] == subjects.read_prompts(prompts)
+    captioned = tmp_path / "captioned"
+    shutil.copytree(tmp_path / "one/references", captioned)
+    for n, name in enumerate(sorted(whole)):
+        (captioned / name).with_suffix(".txt").write_text(f"picture {n}\n")
+    with quiet():
+        subjects.main(["captions", str(captioned)])
+    first = (captioned / "scenes.jsonl").read_bytes()
+    rows = [{"file_name": name, "text": f"picture {n}"} for n, name in enumerate(sorted(whole))]
+    write_lines(captioned / "metadata.jsonl", *rows)
+    with quiet():
+        subjects.main(["captions", str(captioned)])
+    assert (captioned / "scenes.jsonl").read_bytes() == first
+    stage, settings, _ = picture_stage(f"dro --rank 2 --scenes {captioned}/scenes.jsonl")
+    assert [row["prompt"] for row in stage.rows] == [("", f"picture {n}") for n in range(3)]
+    assert same(stage.scene, stage.truth)
+    words = flux.encode_prompt(MINI / "flux", ["picture 1"])
+    assert same(list(stage.texts(torch.tensor([1]))), list(words))
+    raises("no metadata.jsonl", subjects.main, ["captions", str(tmp_path)])
 
 
 def test_eval_judge_prepares_pictures_as_transformers():
