@@ -11,6 +11,7 @@ what they need (features of patches, image prompts, trajectories), and the train
 v is a velocity, l the mean squared error of a predicted one. The papers predict the noise, and
 ||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs. f is an image encoder
 (DINOv2 or ViT); its self-supervised training is ours, because the paper's text of it is not public.
+The image prompt is ours, trained from scratch, or XLabs' public IP-Adapter for FLUX.1-dev.
 Shapes: H, W count patches, S = H W patches of one picture, h, w latent pixels, C channels, L image
 tokens, M references, N edits, G generated pictures of each. Losses give one number a sample.
 Try it: python patch_dpo.py
