@@ -9439,7 +9439,7 @@ def test_house_is_written_for_readers():
             if file.stem in TOP and file.parent == ROOT:
                 tokens += count
                 lines += code
-    assert tokens <= 42_200 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+    assert tokens <= 42_900 and tokens <= 10.5 * lines, (tokens, tokens / lines)
 
 
 def quoted_commands(text):
