@@ -175,7 +175,7 @@ def memory(name):
         storages.peak = storages.live
         loss, _ = stage.loss(rows)
         loss.backward()
-        peak = storages.peak - host
+        peak = max(storages.peak - host, standing + 4 * count)      # AdamW works on a copy
         if name == "dro":                                 # the buffer, while it is filled
             points = (2, settings.buffer, settings.paint_steps, len(stage.ids), 64)
             peak = max(peak, standing + 4 * torch.Size(points).numel())
