@@ -146,7 +146,7 @@ class EditSettings:
     guidance: float        = flag(3.5,  35.0, "FLUX.1's guidance embedding")
     strength: float        = flag(0.8,  1.0,  "1: from noise; less: from the noised photograph",
                                               bounds=(0, 1))
-    reference_scale: float = flag(1.5,  0.78, "of references beside the text; several (ours) add up",
+    reference_scale: float = flag(1.5,  0.78, "of references beside the text; ours add up",
                                               bounds=(0, 10))
     control_mode: str      = flag("canny", "canny", "what the ControlNet looks at", choices=MODES)
     control_image: str     = flag(None, None, "a control picture that is ready, say a depth map; "
