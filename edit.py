@@ -118,8 +118,9 @@ class EditSettings:
                                               "ControlNet-Union")
     image_prompt: str      = flag("mini/image_prompt/image_prompt.safetensors",
                                   "runs/patch/image_prompt.safetensors",
-                                              "for --reference: file that `train.py patch` wrote")
-    features: str          = flag("mini/vit", "facebook/dinov2-base",
+                                              "for --reference: what `train.py patch` wrote, or "
+                                              "XLabs' FLUX IP-Adapter (XLabs-AI/flux-ip-adapter)")
+    features: str          = flag("mini/vit", "openai/clip-vit-large-patch14",
                                               "and the image encoder that it was trained with")
     device: str            = flag("",   "",   "cpu, cuda, cuda:1 ...; the best when not given")
     dtype: str             = flag("fp32", "bf16", "of weights; the autoencoder's is always fp32",
@@ -145,7 +146,7 @@ class EditSettings:
     guidance: float        = flag(3.5,  35.0, "FLUX.1's guidance embedding")
     strength: float        = flag(0.8,  1.0,  "1: from noise; less: from the noised photograph",
                                               bounds=(0, 1))
-    reference_scale: float = flag(1.5,  0.78, "of each reference beside the text; several add up",
+    reference_scale: float = flag(1.5,  0.78, "of references beside the text; ours add up",
                                               bounds=(0, 10))
     control_mode: str      = flag("canny", "canny", "what the ControlNet looks at", choices=MODES)
     control_image: str     = flag(None, None, "a control picture that is ready, say a depth map; "
@@ -418,9 +419,9 @@ def equip(settings, flux, ids):
         features = ImageFeatures.load(settings.features, settings.device)
         pictures = [to_tensor(read_square(file, features.side)) for file in settings.reference]
         images = torch.stack(pictures).to(settings.device)      # (M, 3, side, side)
-        maps = features.tokens(images)[None, :, 1:]             # (1, M, S, D), class token left out
         prompt = ImagePrompt.load(settings.image_prompt, flux, settings.reference_scale)
-        prompt.to(settings.device).attend_to(flux, maps, ids)
+        references = prompt.encode(features, images)[None]      # (1, M, S, D) or XLabs' (1, M, P)
+        prompt.to(settings.device).attend_to(flux, references, ids)
 
 
 # ---- the drawing ---------------------------------------------------------------------------------

@@ -649,9 +649,10 @@ class HeadNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Attention of a sequence [text, image] to itself.
-    `image_prompt` is the one hook for image-prompt attention (patch_dpo.py): None, or a callable
+    `image_prompt` is the hook for image-prompt attention (patch_dpo.py): None, or a callable
     or module that maps the image tokens' queries (B, H, L, d), normalised and not rotated, to an
-    addition of the same shape to their attention output, before the output projection."""
+    addition of the same shape to their attention output, before the output projection. XLabs'
+    stands in DoubleBlock."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -715,11 +716,13 @@ class FeedForward(nn.Sequential):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text each have their own weights and meet in the attention."""
+    """Image and text each have their own weights and meet in the attention. `image_prompt`: as
+    Attention's, but (B, L, D), and added to what leaves the block."""
     modulations = 12        # shift, scale, gate of attention and MLP, for the image and the text
 
     def __init__(self, dim, heads):
         super().__init__()
+        self.image_prompt = None
         self.norm1 = Modulation(dim, 6)
         self.norm1_context = Modulation(dim, 6)
         self.attn = JointAttention(dim, heads)
@@ -740,6 +743,9 @@ class DoubleBlock(nn.Module):
         img_out = self.attn.to_out(out[:, T:])
         txt_out = self.attn.to_add_out(out[:, :T])
         img = add_gated(img, img_out, self.ff, img_rest)                    # (B, L, D)
+        if self.image_prompt:
+            q, *_ = image
+            img = img + self.image_prompt(q.flatten(2))
         txt = add_gated(txt, txt_out, self.ff_context, txt_rest)            # (B, T, D)
         return img, txt
 
@@ -1020,7 +1026,8 @@ def denoise(
 
 def joined(caption, instruction):
     """What FLUX.1 reads (ours: the paper does not say)."""
-    return f"{caption}. {instruction}" if instruction else caption
+    both = caption and instruction
+    return f"{caption}. {instruction}" if both else caption or instruction
 
 
 class TextTokenizer:

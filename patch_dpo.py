@@ -11,6 +11,7 @@ what they need (features of patches, image prompts, trajectories), and the train
 v is a velocity, l the mean squared error of a predicted one. The papers predict the noise, and
 ||eps - eps^||^2 = (1-t)^2 ||v - v^||^2, so only a weight in t differs. f is an image encoder
 (DINOv2 or ViT); its self-supervised training is ours, because the paper's text of it is not public.
+The image prompt is ours, trained from scratch, or XLabs' public IP-Adapter for FLUX.1-dev.
 Shapes: H, W count patches, S = H W patches of one picture, h, w latent pixels, C channels, L image
 tokens, M references, N edits, G generated pictures of each. Losses give one number a sample.
 Try it: python patch_dpo.py
@@ -24,10 +25,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils import tqdm
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import default_collate
 
 import lora
 from controlnet import FLUX_PARTS
@@ -36,8 +38,8 @@ from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, Pretrained, attend, check_par
                   unpack, read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
-                  choose, fingerprint, flag, flag_name, generator_for, pick_device,
-                  load_checkpoint, read_json, read_tensors, reading, resolve, shipped,
+                  choose, fingerprint, flag, generator_for, pick_device,
+                  load_checkpoint, read_json, read_tensors, reading, resolve, seed_for, shipped,
                   write_whole)
 
 
@@ -210,7 +212,8 @@ class ImageFeatures(Pretrained):
             config["model_type"],
             {"dinov2": LayerScale, "vit": nn.Identity, "clip_vision_model": nn.Identity}
         )
-        clip = config["model_type"] == "clip_vision_model"
+        self.kind = config["model_type"]
+        clip = self.kind == "clip_vision_model"
         self.mean_std = mean_std
         self.patch = config["patch_size"]
         self.side = config["image_size"]                    # pixels, of its training pictures
@@ -279,6 +282,10 @@ class ImageFeatures(Pretrained):
 
 # ---- image prompts -------------------------------------------------------------------------------
 
+PUBLIC_PROMPT = "XLabs-AI/flux-ip-adapter-v2"           # for FLUX.1-dev, and what it sees with
+PUBLIC_CLIP = "openai/clip-vit-large-patch14"
+
+
 class ImagePrompt(nn.Module):
     """Decoupled cross-attention of Flux's image tokens to reference pictures: keys and values of
     its own in every block, the text's queries (S5-S7). `width`: of the reference features.
@@ -298,18 +305,27 @@ class ImagePrompt(nn.Module):
             self.to_v_ip.append(nn.Linear(width, inner, bias=False))
             nn.init.zeros_(self.to_v_ip[-1].weight)
 
+    @staticmethod
+    def encode(features, images):
+        """What it attends to in pictures (n, 3, height, width): their patches (n, S, D)."""
+        return features(images).flatten(1, 2)
+
     def attend_to(self, flux, references, ids=None):
-        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references`
-        (B, M, S, D), square maps of M pictures each; None: to the text alone. Ours: queries and
-        keys are rotated as in Flux's own attention, each reference stretched over the picture.
-        Without that the prompt learned a third as fast. ValueError for other features."""
+        """From now on `flux`, painting tokens at `ids` (L, 3), attends to `references` (B, M, ...),
+        M encoded pictures each; None: to the text alone. ValueError for other features."""
         for block in flux.blocks():
-            block.attn.image_prompt = None
+            block.image_prompt = block.attn.image_prompt = None
         if references is None:
             return
         if references.shape[-1] != self.width:
-            raise ValueError(f"--features gives {references.shape[-1]} numbers a patch, "
+            raise ValueError(f"--features gives {references.shape[-1]} numbers a patch or picture, "
                              f"the image prompt was trained on {self.width}")
+        self.hang_into(flux, references, ids)
+
+    def hang_into(self, flux, references, ids):
+        """Ours: queries and keys are rotated as in Flux's own attention, each reference (B, M, S,
+        D), a square map, stretched over the picture. Without that the prompt learned a third as
+        fast."""
         turn = rope_table(ids, flux.axes)
         turn_ref = rope_table(self.places(references.shape[2], ids), flux.axes)
         for block, to_k, to_v in zip(flux.blocks(), self.to_k_ip, self.to_v_ip):
@@ -337,18 +353,76 @@ class ImagePrompt(nn.Module):
     def save(self, file):
         save_file(self.state_dict(), file)
 
-    @classmethod
-    def load(cls, file, flux, scale=1.0):
-        """The width stands in the file. ValueError when it was trained for another Flux."""
-        stored = read_tensors(file)
-        if "to_k_ip.0.weight" not in stored:
-            raise ValueError(f"{file} holds no to_k_ip.0.weight: no image prompt that `train.py "
-                             "patch` wrote; XLabs' and other IP-Adapters cannot be read")
-        with reading(file):
-            width = stored["to_k_ip.0.weight"].shape[1]
-        prompt = cls(flux, width, scale)
-        load_checkpoint(prompt, file)
+    @staticmethod
+    def load(file, flux, scale=1.0):
+        """Ours or XLabs', from a file, folder or hub name. ValueError naming what to give when
+        there is none, or it was made for another Flux."""
+        try:
+            if not str(file).endswith(".safetensors"):
+                file = resolve(file, ["ip_adapter.safetensors"])
+            stored = read_tensors(file)
+            with reading(file):
+                if XLABS in stored:
+                    prompt = IPAdapter(flux, stored, scale)
+                elif "to_k_ip.0.weight" in stored:
+                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1], scale)
+                else:
+                    raise ValueError("no image prompt that `train.py patch` wrote, nor XLabs' "
+                                     "IP-Adapter (InstantX' and others cannot be read)")
+            load_checkpoint(prompt, file)
+        except ValueError as error:
+            raise ValueError(f"{error}; for FLUX.1-dev give --image-prompt {PUBLIC_PROMPT} and "
+                             f"--features {PUBLIC_CLIP}") from None
         return prompt
+
+
+XLABS = "ip_adapter_proj_model.proj.weight"
+
+
+class IPAdapter(ImagePrompt):
+    """XLabs' FLUX IP-Adapter, v1 and v2, with the names in its file: a picture's CLIP embedding
+    becomes a few tokens, and each double block attends to those of all pictures at once, none of
+    them rotated. `scale`: a number, or one for each of these blocks. Training leaves the projection
+    to tokens as it is, as the authors of PatchDPO do."""
+
+    def __init__(self, flux, stored, scale=1.0):
+        nn.Module.__init__(self)
+        blocks = flux.transformer_blocks
+        self.scale = scale if isinstance(scale, list) else [scale] * len(blocks)
+        size, self.width = stored[XLABS].shape                              # S C, P
+        token = len(stored["ip_adapter_proj_model.norm.weight"])            # C
+        self.ip_adapter_proj_model = nn.ModuleDict({
+            "proj": nn.Linear(self.width, size),
+            "norm": nn.LayerNorm(token)
+        })
+        self.ip_adapter_proj_model.requires_grad_(False)
+        self.double_blocks = nn.ModuleList()
+        for block in blocks:
+            inner = block.attn.to_q.out_features
+            layers = nn.ModuleDict({
+                "ip_adapter_double_stream_k_proj": nn.Linear(token, inner),
+                "ip_adapter_double_stream_v_proj": nn.Linear(token, inner)
+            })
+            self.double_blocks.append(nn.ModuleDict({"processor": layers}))
+
+    @staticmethod
+    def encode(features, images):
+        """CLIP's embeddings (n, P), of the size of picture that CLIP was trained on."""
+        choose("--features' model_type", features.kind, {"clip_vision_model": None})
+        images = F.interpolate(images, features.side, mode="bicubic", antialias=True)
+        return features.embed(images)
+
+    def hang_into(self, flux, references, ids):
+        """references (B, M, P)."""
+        proj, norm = self.ip_adapter_proj_model.values()
+        tokens = proj(references).unflatten(2, (-1, *norm.normalized_shape))
+        tokens = norm(tokens).flatten(1, 2)                                 # (B, M S, C)
+        for block, layer, scale in zip(flux.transformer_blocks, self.double_blocks, self.scale):
+            to_k, to_v = layer.processor.values()
+            like = block.attn.to_q.weight                                   # Flux's type
+            k = to_k(tokens).type_as(like)                                  # (B, M S, D)
+            v = (scale * to_v(tokens)).type_as(like)
+            block.image_prompt = partial(attend, k=k, v=v, heads=block.attn.heads)
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -359,8 +433,8 @@ class PictureSettings(TrainSettings):
     scenes:       str   = flag("mini/data/scenes.jsonl", "scenes.jsonl",
                                "pictures, their edits and, for dro, the true pictures")
     flux:         str   = flag("mini/flux", "black-forest-labs/FLUX.1-dev", "FLUX.1")
-    features:     str   = flag("mini/vit", "facebook/dinov2-base",
-                               "f of the image prompt and of the report: DINOv2 or ViT (ours)")
+    features:     str   = flag("mini/vit", PUBLIC_CLIP,
+                               "what an image prompt sees with: DINOv2 or ViT, XLabs' with CLIP")
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
     size:         int   = flag(96, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
@@ -375,17 +449,19 @@ class PatchSettings(PictureSettings):
     loss:         str   = flag("patch", "patch", "patch: PatchDPO, reconstruction: with equal "
                                "weights, dpo, dro: Diffusion-DPO and -DRO; one of LOSSES")
     image_prompt: str   = flag("mini/image_prompt/image_prompt.safetensors",
-                               "runs/image_prompt/image_prompt.safetensors",
-                               "to begin with; mini/pretrain.py makes one")
+                               PUBLIC_PROMPT,
+                               "to begin with: ours (mini/pretrain.py makes one) or XLabs'")
     generated:    str   = flag("runs/generated", "runs/generated",
                                "generated pictures and their quality; made when not there")
-    quality_features: str = flag("", "", "f of patch quality, --features when not given; "
-                                 "bench/features.py trains one")
+    quality_features: str = flag("", "google/vit-base-patch16-224", "f of patch quality (paper: "
+                                 "trained on ImageNet), --features when not given")
     samples:      int   = flag(2, 1, "generated pictures of each edit, at least 2 for dpo "
                                "(--loss patch or reconstruction or dpo only)")
     power:        int   = flag(2, 2, "of the weight: 2 paper, 1 authors' code (--loss patch or "
                                "reconstruction only)", choices=[1, 2])
     beta:         float = flag(100.0, 100.0, "DPO's temperature, Flow-GRPO's (--loss dpo only)")
+    drop:         float = flag(0.0, 0.05, "share of rows each without text, without reference and "
+                               "without both (authors' code)", bounds=(0, 0.3))
     buffer:       int   = flag(16, 16, "trajectories in the buffer (--loss dro only)")
     steps:        int   = flag(60, 30_000, "optimiser steps")
     batch:        int   = flag(16, 32, "global batch, whatever the number of processes")
@@ -399,6 +475,7 @@ class DROSettings(PictureSettings):
     """A LoRA for Flux, by Diffusion-DRO."""
     rank:         int   = flag(16, 16, "LoRA rank (ours; the paper trains all weights)")
     alpha:        int   = flag(32, 32, "LoRA alpha: the output times alpha / rank (ours)")
+    drop:         float = flag(0.0, 0.2, "share of rows without text (paper)", bounds=(0, 1))
     buffer:       int   = flag(16, 256, "trajectories in the buffer")
     steps:        int   = flag(40, 1600, "optimiser steps")
     batch:        int   = flag(8, 256, "global batch, whatever the number of processes")
@@ -466,8 +543,9 @@ def read_squares(files, size):
 class Edits:
     """N edits of scenes.jsonl: the first `count` are trained on, the rest, of the last --held-out
     scenes, only evaluated. Each has a prompt, its scene's picture, and the true picture, which is
-    the scene's where it is not known. All that lies in main memory, and a batch at a time goes to
-    the device: 10,000 prompts are 42 GB. On the device stands what is frozen: Flux and f."""
+    the scene's where it is not known. Edits N + n, 2N + n, 3N + n are edit n without text, without
+    reference, without both. All that lies in main memory, and a batch at a time goes to the
+    device: 10,000 prompts are 42 GB. On the device stands what is frozen: Flux and f."""
 
     def __init__(self, settings, types=(), wordings=(WHOLE,)):
         self.settings = settings
@@ -481,16 +559,18 @@ class Edits:
                              f"({', '.join(types) or 'of any type'}) to train or to evaluate on")
         self.count = self.items = len(trained)
         self.rows = trained + held
-        prompts, self.prompt = different(row["prompt"] for row in self.rows)
+        prompts, prompt = different(row["prompt"] for row in self.rows)
+        without = torch.full_like(prompt, len(prompts))
+        self.prompt = torch.cat([prompt, without]).repeat(2)                # (4N,)
         shown = [row[key] for key in ("scene", "image") for row in self.rows]
         files, place = different(shown)
-        self.scene, self.truth = place.chunk(2)                             # (N,) into pictures
+        self.scene, self.truth = place.view(2, -1).repeat(1, 4)             # (4N,) into pictures
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
         dtype = DTYPES[settings.dtype]
         path = resolve(settings.flux, FLUX_PARTS)
         check_parts(path)
-        self.txt, self.pooled = encode_prompt(path, prompts, self.device, dtype)
+        self.txt, self.pooled = encode_prompt(path, [*prompts, ""], self.device, dtype)
         self.flux = Flux.load(path / "transformer", self.device, dtype)
         self.flux.requires_grad_(False)
         self.flux.checkpointing = settings.checkpointing
@@ -528,15 +608,16 @@ class Edits:
 # ---- what is tuned: something small beside the frozen Flux ---------------------------------------
 
 class ImagePrompts:
-    """The policy is an image prompt; sampler and reference are copies of it. `references` (N, M):
+    """The policy is an image prompt; sampler and reference are copies of it. `references` (4N, M):
     the pictures that each edit sees, -1 for none."""
+    drops = (1, 2, 3)           # what may be dropped: see Edits
 
     def __init__(self, edits, prompt, references):
         self.edits = edits
         shown, self.references = references.unique(return_inverse=True)
-        maps = edits.in_parts(edits.features, edits.pictures[shown])
-        maps[shown < 0] = 0                                 # no reference: no keys, no values
-        self.maps = maps.flatten(1, 2)                                      # (R, S, D)
+        encode = partial(prompt.encode, edits.features)
+        self.maps = edits.in_parts(encode, edits.pictures[shown])           # (R, S, D) or (R, P)
+        self.maps[shown < 0] = 0                            # no reference: no keys, no values
         self.prompts = {}
         for who in ("policy", "sampler", "reference"):
             self.prompts[who] = copy.deepcopy(prompt).to(edits.device)
@@ -546,8 +627,9 @@ class ImagePrompts:
 
     def select(self, who, item):
         edits = self.edits
-        references = self.maps[self.references[item]].to(edits.device)      # (B, M, S, D)
-        self.prompts[who].attend_to(edits.flux, references, edits.ids)
+        references = self.maps[self.references[item]]                       # (B, M, ...)
+        references[item >= 2 * len(edits.rows)] = 0                         # see Edits
+        self.prompts[who].attend_to(edits.flux, references.to(edits.device), edits.ids)
 
     def save(self, folder):
         self.prompts["policy"].save(folder / "image_prompt.safetensors")
@@ -557,6 +639,7 @@ class Adapters:
     """The policy is a LoRA, the sampler stands in the second adapter's place (lora.py), and the
     reference is Flux without either."""
     names = {"policy": "policy", "sampler": "reference", "reference": None}
+    drops = (1,)
 
     def __init__(self, edits):
         self.edits = edits
@@ -604,16 +687,26 @@ class PictureStage(Edits):
         return [{"params": list(self.tuned.policy.items())}]
 
     def draw(self, indices, generator):
-        """Rows (item, noise (L, 64), time), the time logit-normal as Flux was trained."""
+        """Rows (item, noise (L, 64), time, edit as it is shown), the time logit-normal as Flux was
+        trained."""
+        items = torch.tensor(indices)
         rows = []
-        for item in torch.tensor(indices):
+        for item in items:
             noise = self.noise(generator)
             t = torch.randn((), generator=generator).sigmoid()
             rows.append((item, noise, t))
-        return rows
+        shown = self.drop(items // self.per_edit, generator)
+        return [(*row, edit) for row, edit in zip(rows, shown)]
+
+    def drop(self, edit, generator):
+        """Edits (B,), of each kind of drop a share of --drop."""
+        chance = torch.rand(len(edit), generator=generator)
+        kind = sum((chance < n * self.settings.drop).long() for n in self.tuned.drops)
+        return edit + kind * len(self.rows)
 
     def describe(self, rows):
-        lines = [str(self.rows[row[0] // self.per_edit]["line"]) for row in rows]
+        edits = [row[0] // self.per_edit % len(self.rows) for row in rows]
+        lines = [str(self.rows[edit]["line"]) for edit in edits]
         return f"{self.settings.scenes}, lines {', '.join(lines)}"
 
     def velocity(self, who, item, x, t):
@@ -678,8 +771,8 @@ class PictureStage(Edits):
         painted = [self.decode(self.paint(who, held, seed=0)) for who in ("reference", "policy")]
         scene = self.pictures[self.scene[held]]                             # (n, 3, size, size)
         truth = self.pictures[self.truth[held]]
-        rows = torch.stack([scene, *painted, truth])                        # (4, n, 3, size, size)
-        sheet = rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)        # (3, 4 size, n size)
+        rows = [torch.cat([*row], 2) for row in (scene, *painted, truth)]   # (3, size, n size)
+        sheet = torch.cat(rows, 1)                                          # (3, 4 size, n size)
         Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
 
 
@@ -690,87 +783,74 @@ def stack(rows):
 
 # ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
-GENERATED = "generated.safetensors"
+PAINTED_BY = ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features", "size",
+              "samples", "paint_steps", "seed", "dtype")
 
 
-def generate_pictures(settings):
-    """PatchDPO's first two steps: the model as it is paints every edit --samples times, and every
-    patch gets its quality. Both are kept in --generated; the processes share the work."""
-    stage = PictureStage(settings)
-    f = ImageFeatures.load(settings.quality_features or settings.features, stage.device)
-    size = (stage.count, settings.samples)                                  # (N, G)
-    latent = torch.zeros(*size, *stage.latent.shape[1:])                    # (N, G, L, 64)
-    quality = torch.zeros(2, *size, *f.cells(stage.pictures))               # (2, N, G, H, W)
-    for item in torch.arange(stage.count).split(settings.micro)[RANK::WORLD]:
-        f_ref = stage.in_parts(f, stage.pictures[stage.scene[item]])        # (n, H, W, D)
-        for sample in range(settings.samples):
-            made = stage.paint("reference", item, (settings.seed, sample))
-            f_gen = stage.in_parts(f, stage.decode(made))
-            latent[item, sample] = made
-            quality[0, item, sample] = patch_quality(f_gen, f_ref)
-            quality[1, item, sample] = patch_quality(f_ref, f_gen)
-    all_reduce(latent)
-    all_reduce(quality)
-    if RANK == 0:
-        tensors = {"latent": latent, "quality": quality}
-        write_whole(
-            Path(settings.generated),
-            lambda folder: save_file(tensors, folder / GENERATED, origin(settings)),
-            "generated pictures"
-        )
-    barrier()
+class Painted(PictureStage):
+    """Edits, and pictures that the model as it is painted of them: PatchDPO's first two steps."""
+
+    def generate(self):
+        """Paints each edit --samples times and judges what came of it. That stands below
+        --generated, in a folder for all that it depends on, a file for each edit; only what is not
+        there yet is painted, and the processes share it out."""
+        settings = self.settings
+        origin = [fingerprint(str(getattr(settings, name))) for name in PAINTED_BY]
+        folder = Path(settings.generated) / f"{seed_for(origin):x}"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings.generated = str(folder)
+        files = [folder / f"{n}.safetensors" for n in range(self.count)]
+        missing = [n for n, file in enumerate(files) if not file.exists()]
+        barrier()                                           # all have looked before one paints
+        f = ImageFeatures.load(settings.quality_features or settings.features, self.device)
+        for n in tqdm(missing[RANK::WORLD], "pictures", disable=RANK > 0):
+            tensors = self.paint_and_judge(f, torch.tensor([n]))
+            write_whole(folder, lambda at: save_file(tensors, at / files[n].name), "pictures")
+        barrier()
+        self.painted = default_collate([read_tensors(file) for file in files])
+
+    def paint_and_judge(self, f, item):
+        """Of one edit (1,): the latents of G pictures, the quality of their patches and, in each,
+        of the reference's, and the likeness of the whole picture, by the mean of its features."""
+        seeds = [(self.settings.seed, sample) for sample in range(self.settings.samples)]
+        latent = torch.cat([self.paint("reference", item, seed) for seed in seeds])
+        f_gen = self.in_parts(f, self.decode(latent))                       # (G, H, W, D)
+        f_ref = self.in_parts(f, self.pictures[self.scene[item]])           # (1, H, W, D)
+        f_ref = f_ref.expand_as(f_gen)
+        quality = [patch_quality(f_gen, f_ref), patch_quality(f_ref, f_gen)]
+        return {
+            "latent": latent,                                               # (G, L, 64)
+            "quality": torch.stack(quality, 1),                             # (G, 2, H, W)
+            "likeness": F.cosine_similarity(f_gen.mean((1, 2)), f_ref.mean((1, 2)))
+        }
 
 
-def origin(settings):
-    """What generated pictures depend on, {flag: fingerprint}: the metadata of their file."""
-    names = ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features", "size",
-             "samples", "paint_steps", "seed", "dtype")
-    return {name: fingerprint(str(getattr(settings, name))) for name in names}
-
-
-def read_generated(settings):
-    """What generate_pictures wrote, the first edit's pictures first -> latents (NG, L, 64), quality
-    of generated and of reference patches (2, NG, H, W). ValueError: absent, or made otherwise."""
-    file = Path(settings.generated) / GENERATED
-    with reading(file), safe_open(file, "pt") as stored:
-        about = stored.metadata() or {}
-        latent = stored.get_tensor("latent").flatten(0, 1)
-        quality = stored.get_tensor("quality").flatten(1, 2)
-    now = origin(settings)
-    changed = [flag_name(name) for name in now if about.get(name) != now[name]]
-    if changed:
-        raise ValueError(f"{file} was painted with another {', '.join(changed)}, or its files "
-                         "have changed since: give another --generated, or delete the folder")
-    return latent, quality
-
-
-class PatchDPO(PictureStage):
+class PatchDPO(Painted):
     """An image prompt learns generated pictures where their patches are good, and the reference
     where patches of it went missing. Quality p is each patch's best cosine (`patch_quality`, once,
-    in generate_pictures); weight p~ is p stretched to 0 .. 1 and resized to the latent
+    in `generate`); weight p~ is p stretched to 0 .. 1 and resized to the latent
     (`patch_weights`); the loss is p~^2 error^2 on the generated picture plus (1 - p~)^2 error^2 on
     the reference (`patch_dpo_loss`). --loss reconstruction: p is .5, all patches weigh the same."""
 
     def __init__(self, settings):
         super().__init__(settings)
-        self.generated, self.quality = read_generated(settings)
-        if settings.loss == "reconstruction":
-            self.quality.fill_(0.5)
         self.per_edit = settings.samples
-        self.items = len(self.generated)
+        self.items = self.count * settings.samples
 
     def loss(self, rows):
         """An item is a generated picture, of which an edit has several (the first edit's come
         first); it and its reference get the same noise and time."""
-        picture, noise, t = stack(rows)
-        item = picture // self.per_edit
-        gen = flow(self.generated[picture], noise, t)
-        ref = flow(self.latent[self.scene[item]], noise, t)
-        errors = self.errors("policy", item, t, gen, ref)                   # (2, B, L, 64)
-        quality = self.quality[:, picture].to(errors)                       # (2, B, H, W)
+        picture, noise, t, edit = stack(rows)
+        which = (picture // self.per_edit, picture % self.per_edit)
+        gen = flow(self.painted["latent"][which], noise, t)
+        ref = flow(self.latent[self.scene[edit]], noise, t)
+        errors = self.errors("policy", edit, t, gen, ref)                   # (2, B, L, 64)
+        quality = self.painted["quality"][which].to(errors)                 # (B, 2, H, W)
+        if self.settings.loss == "reconstruction":
+            quality.fill_(0.5)
         losses = patch_dpo_loss(
             *[unpack(error, *self.grid) for error in errors],               # (B, C, h, w)
-            *[patch_weights(p, self.grid) for p in quality],                # (B, h, w)
+            *[patch_weights(p, self.grid) for p in quality.unbind(1)],      # (B, h, w)
             self.settings.power
         )
         return losses.sum(), {}
@@ -778,27 +858,25 @@ class PatchDPO(PictureStage):
 
 # ---- Diffusion-DPO and Diffusion-DRO -------------------------------------------------------------
 
-class DiffusionDPO(PictureStage):
-    """An image prompt learns to prefer, of an edit's generated pictures, the one with the best
-    patches to the one with the worst: what the PatchDPO paper compares itself with."""
+class DiffusionDPO(Painted):
+    """An image prompt learns to prefer, of an edit's generated pictures, the one that is most like
+    the reference as a whole to the one that is least: what the PatchDPO paper compares itself
+    with."""
 
     def __init__(self, settings):
         if settings.samples < 2:
             raise ValueError(f"--samples is {settings.samples}; --loss dpo needs a winner and a "
                              "loser, at least 2")
         super().__init__(settings)
-        latent, (quality, _) = read_generated(settings)
-        score = quality.mean((1, 2)).view(self.items, -1)                   # (N, G)
-        first = torch.arange(0, len(latent), settings.samples)
-        self.winner = latent[first + score.argmax(1)]                       # (N, L, 64)
-        self.loser = latent[first + score.argmin(1)]
 
     def loss(self, rows):
         """One noise and one time for both pictures."""
-        item, noise, t = stack(rows)
-        win = flow(self.winner[item], noise, t)
-        lose = flow(self.loser[item], noise, t)
-        reference, policy = self.squares(item, t, win, lose)
+        item, noise, t, edit = stack(rows)
+        latent = self.painted["latent"]                                     # (N, G, L, 64)
+        likeness = self.painted["likeness"][item]                           # (B, G)
+        win = flow(latent[item, likeness.argmax(1)], noise, t)
+        lose = flow(latent[item, likeness.argmin(1)], noise, t)
+        reference, policy = self.squares(edit, t, win, lose)
         losses = diffusion_dpo_loss(*policy, *reference, self.settings.beta)
         accuracy = losses < math.log(2)
         return losses.sum(), {"accuracy": accuracy.sum()}
@@ -832,8 +910,8 @@ class DiffusionDRO(PictureStage):
 
     @torch.no_grad()
     def draw(self, indices, generator):
-        """Random points of the buffer, of its edits, not those of `indices`: rows (edit, the
-        expert's noise, t, x, v)."""
+        """Random points of the buffer, of its edits, not those of `indices`: rows (edit, t, x, v,
+        the expert's noise)."""
         period, late = divmod(int(self.steps_drawn), self.settings.refresh)
         if late == 0:
             for name, p in self.tuned.sampler.items():
@@ -841,25 +919,18 @@ class DiffusionDRO(PictureStage):
         if late == 0 or self.buffer is None:
             self.buffer = self.fill_buffer(period)
         self.steps_drawn += 1
-        x, v, t, item = self.buffer
         rows = []
-        for row in random_indices(len(indices), len(x), generator):
-            step = torch.randint(x.shape[1], (), generator=generator)
-            noise = self.noise(generator)
-            rows.append((
-                item[row],
-                noise,
-                t[row, step],
-                x[row, step],
-                v[row, step]
-            ))
+        for n in random_indices(len(indices), len(self.buffer[0]), generator):
+            step = torch.randint(self.settings.paint_steps, (), generator=generator)
+            point = [part[n, step] for part in self.buffer]
+            rows.append((*point, self.noise(generator)))
         return rows
 
     def fill_buffer(self, period):
-        """Euler from noise for random edits -> the points x that it visits and the velocity v there
-        (N, steps, L, 64), their times t (N, steps), the edits (N,). The times fall in equal steps
-        from a random start in (1 - 1/steps, 1], so that every time is visited (authors' code). The
-        processes share the work."""
+        """Euler from noise for random edits -> the edits and times t of the points that it visits
+        (N, steps), the points x and the velocity v there (N, steps, L, 64). The times fall in equal
+        steps from a random start in (1 - 1/steps, 1], so that every time is visited (authors'
+        code). The processes share the work."""
         settings = self.settings
         steps = settings.paint_steps
         g = generator_for(settings.seed, "buffer", period)
@@ -867,6 +938,7 @@ class DiffusionDRO(PictureStage):
         noise = [self.noise(g) for _ in item]
         noise = torch.stack(noise).to(self.device)                          # (N, L, 64)
         start = torch.rand(len(item), 1, generator=g)
+        item = self.drop(item, g)
         t = (torch.arange(steps, 0, -1) - start) / steps                    # (N, steps)
         xv = noise.new_zeros(2, *t.shape, *noise.shape[1:])                 # (2, N, steps, L, 64)
         for i in torch.arange(len(item)).split(settings.micro)[RANK::WORLD]:
@@ -876,11 +948,11 @@ class DiffusionDRO(PictureStage):
                 xv[:, i, step] = torch.stack([x, v])
                 x = x - v / steps
         all_reduce(xv)
-        return *xv.cpu(), t, item
+        return item[:, None].expand_as(t), t, *xv.cpu()
 
     def loss(self, rows):
         """Expert and policy share prompt and time."""
-        item, noise, t, x, v = stack(rows)
+        item, t, x, v, noise = stack(rows)
         expert = flow(self.latent[self.expert[item]], noise, t)
         reference, policy = self.squares(item, t, expert, (x, v))
         ref_expert, ref_own = reference

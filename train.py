@@ -338,12 +338,12 @@ def shorten_log(log, step):
 # ---- the command line ----------------------------------------------------------------------------
 
 def build_patch(settings):
-    """PatchDPO, or what --loss compares it with; its pictures are painted first, if they are not
-    there yet."""
-    method = choose("--loss", settings.loss, patch_dpo.LOSSES)
-    if settings.loss != "dro" and not Path(settings.generated).is_dir():
-        patch_dpo.generate_pictures(settings)
-    return method(settings)
+    """PatchDPO, or what --loss compares it with; its pictures are painted first, as far as they are
+    not there yet."""
+    stage = choose("--loss", settings.loss, patch_dpo.LOSSES)(settings)
+    if settings.loss != "dro":
+        stage.generate()
+    return stage
 
 
 STAGES = {

@@ -4,6 +4,8 @@
     python bench/judge.py out/cdpo out/dpo --users users.jsonl --pairs pairs.jsonl \\
         --scenes scenes.jsonl --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16
 
+    python bench/judge.py out/mine --dreambench dreambooth/dataset      # see at the end
+
 A folder is a method; it holds what edit.py writes, a PNG and its JSON for each person's edit, of
 any people, pictures and captions. Every number is the mean and the standard deviation, over the
 folder's pictures, of cosines:
@@ -33,6 +35,12 @@ tokenizer. Where the hub has but a pickle (openai/clip-vit-base-patch32), once:
         [k.from_pretrained(n).save_pretrained('clip') for k in (t.CLIPModel, t.CLIPProcessor)]"
 HPS (v2.1) is published as a pickle, in open_clip's names; it is a CLIP ViT-H/14. bench/hps.py makes
 a folder of it that --hps reads as any CLIP.
+
+--dreambench: DreamBench's layout instead (bench/subjects.py: FOLDER/OBJECT/*.jpg and its prompts).
+A method's folder holds OBJECT/N_K.png, picture K of the object's prompt N, as bench/subjects.py
+paints them. DINO and CLIP-I: each picture and all references of its object, their mean ("all"), or
+one reference (Kosmos-G's protocol, "one"); CLIP-T: each picture and its prompt. Means over all
+pictures and, behind it, the deviation. The control is the references, each beside the others.
 """
 import argparse
 import statistics
@@ -46,6 +54,7 @@ from PIL import Image, ImageOps
 
 from clock import table
 from study import read_object
+from subjects import chosen, subjects_of
 
 from flux import CLIPText, TextTokenizer, read_image, to_tensor
 from graph import read_jsonl, read_users, signs_of, similar_users
@@ -326,10 +335,10 @@ def method(folder, edits, encoders, likes):
     return rows, line
 
 
-def row(title, found):
+def row(title, found, measures=REF + PREF):
     """A table's row: mean ± deviation of each measure, "-" where there is nothing."""
     cells = [title]
-    for what in REF + PREF:
+    for what in measures:
         numbers = found.get(what)
         cell = "-"
         if numbers:
@@ -374,6 +383,80 @@ def report(args):
     return table(["", *REF, *PREF], rows) + "\n" + "\n".join(lines)
 
 
+# ---- DreamBench ----------------------------------------------------------------------------------
+
+SUBJECT = ["DINO, all", "CLIP-I, all", "DINO, one", "CLIP-I, one", "CLIP-T"]
+SUBJECT_PAPER = {             # PatchDPO, Table S4; it says of neither how many references it takes
+    "IP-Adapter-Plus": ["0.692", "0.826", "-", "-", "0.281"],
+    "PatchDPO": ["0.727", "0.838", "-", "-", "0.292"],
+}
+
+
+def painted_for(folder, prompts):
+    """[(prompt, picture's file)] of one object. ValueError for a name without a prompt's number."""
+    found = []
+    for file in sorted(Path(folder).glob("*.png")):
+        number = file.stem.partition("_")[0]
+        if not number.isdigit() or int(number) >= len(prompts):
+            raise ValueError(f"{file} must be called N_K.png, N one of the prompts 0 to "
+                             f"{len(prompts) - 1}")
+        found.append((prompts[int(number)], file))
+    return found
+
+
+def subject_scores(folder, args, encoders, subjects):
+    """{measure: [number of each picture]} of a method, with "absent": objects without pictures."""
+    found = {what: [] for what in SUBJECT}
+    found["absent"] = []
+    for name, (pictures, prompts) in subjects.items():
+        painted = painted_for(Path(folder) / name, prompts)
+        if not painted:
+            found["absent"].append(name)
+            continue
+        one = pictures.index(chosen(args.dreambench, name, pictures))
+        shown = encoders.see([read_image(file) for file in pictures])
+        seen = encoders.see([read_image(file) for _, file in painted])
+        said = encoders.read([prompt for prompt, _ in painted])
+        found["CLIP-T"] += cosines(seen["CLIP"], said["CLIP"])
+        for encoder, what in (("DINO", "DINO"), ("CLIP", "CLIP-I")):
+            cosine = seen[encoder] @ shown[encoder].T                       # (N, M)
+            found[f"{what}, all"] += cosine.mean(1).tolist()
+            found[f"{what}, one"] += cosine[:, one].tolist()
+    return found
+
+
+def reference_scores(encoders, subjects):
+    """The same of the references: each beside the others of its object."""
+    found = {what: [] for what in SUBJECT[:2]}
+    for pictures, _ in subjects.values():
+        shown = encoders.see([read_image(file) for file in pictures])
+        for encoder, what in zip(("DINO", "CLIP"), SUBJECT):
+            cosine = shown[encoder] @ shown[encoder].T                      # (M, M)
+            others = (cosine.sum(1) - 1) / max(1, len(pictures) - 1)
+            found[what] += others.tolist() if len(pictures) > 1 else []
+    return found
+
+
+def dreambench(args):
+    """The Markdown text for all folders."""
+    encoders = Encoders(args)
+    subjects = subjects_of(args.dreambench)
+    rows = []
+    lines = []
+    for folder in args.folders:
+        found = subject_scores(folder, args, encoders, subjects)
+        if not found["CLIP-T"]:
+            raise ValueError(f"{folder} holds no OBJECT/N_K.png of {args.dreambench}")
+        rows.append(row(folder, found, SUBJECT))
+        absent = f"; none of {', '.join(found['absent'])}" if found["absent"] else ""
+        lines.append(f"{folder}: {len(found['CLIP-T'])} pictures of {len(subjects)} objects in "
+                     f"DreamBench's layout{absent}")
+    rows.append(row("the references, each beside the others",
+                    reference_scores(encoders, subjects), SUBJECT))
+    rows += [[f"the paper's {name}", *cells] for name, cells in SUBJECT_PAPER.items()]
+    return table(["", *SUBJECT], rows) + "\n" + "\n".join(lines)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 def parse(argv=None):
@@ -393,13 +476,15 @@ def parse(argv=None):
     p.add_argument("--clip", default=shipped("mini/clip"), help="a whole CLIP: folder or hub name")
     p.add_argument("--dino", default=shipped("mini/vit"), help="DINO or DINOv2: the same")
     p.add_argument("--hps", default="", help="HPS, converted: a folder as CLIP's")
+    p.add_argument("--dreambench", help="folder of objects and prompts in DreamBench's layout")
     p.add_argument("--device", default="", help="cpu, cuda ... (the best there is)")
     return p.parse_args(argv)
 
 
 if __name__ == "__main__":
     try:
-        print(report(parse()))
+        args = parse()
+        print(dreambench(args) if args.dreambench else report(args))
     except (ValueError, OSError) as error:
         print("judge.py:", error, file=sys.stderr)
         sys.exit(2)

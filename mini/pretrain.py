@@ -735,7 +735,7 @@ class NewImagePrompt(Recipe):
         stage = self.stage
         chosen = torch.randint(stage.count, (batch,), generator=generator)
         rows = stage.draw(chosen.tolist(), generator)
-        item, noise, t = stack(rows)
+        item, noise, t, _ = stack(rows)
         truth = stage.truth[item]
         x, v = flow(stage.latent[truth], noise, t)                         # (B, L, 64)
         with fast(stage.device):
