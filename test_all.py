@@ -4975,7 +4975,7 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
 
     with mock.patch.object(found, "answers", answers):
         rows = found.table().splitlines()
-    assert len(rows) == 9 and rows[0].count("|") == 11
+    assert len(rows) == 9 and rows[0].count("|") == 12
     both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:5])
     assert both[0] == both[2] == dislikes[0] == "1.000" and likes[0] == "0.000"
     assert likes[4] == "1.000" and both[3] == both[5] == "0.000"
@@ -4992,7 +4992,8 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
     assert [(i, text) for i, text, *_ in said] == asked
     assert said == found.answers(people, found.captions, settings.policy)
     assert said != found.answers(people, found.captions, settings.policy, seed=1)
-    assert said != found.answers(people, found.captions, settings.policy, with_profile=True)
+    settings.profile = "own"
+    assert said != found.answers(people, found.captions, settings.policy)
 
 
 # ---- train.py: the loop --------------------------------------------------------------------------
@@ -8798,7 +8799,7 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     rows = {}
     for line in found.table().splitlines()[2:]:
         name, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        rows[name] = cells[len(cdpo.RATES):]
+        rows[name] = cells[len(cdpo.RATES) + 1:]
     conditions = [*cdpo.CONDITIONS, "another's"]
     assert [*rows] == [*conditions, "(chosen)", "(rejected)"]
     known = found.known()
@@ -8806,6 +8807,8 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     margin = {}
     for name in ("likes + dislikes", "nothing", "another's"):
         margin[name] = []
+        adapter = cdpo.generic(settings.policy) if name == "nothing" else settings.policy
+        lora.load_adapter(found.model, adapter)
         soft = tokens.soft(tokens.new(known[name]))
         for pair, user in zip(found.pairs, found.owner):
             row = cdpo.encode_pair(found.tokenizer, pair)

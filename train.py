@@ -84,10 +84,12 @@ def batch_indices(items, batch, seed, step):
     return order[start:start + batch]
 
 
-def learning_rate(step, steps, warmup):
-    """Factor on the peak rate. 1) linear warm-up, 2) half a cosine down to zero."""
+def learning_rate(step, steps, warmup, schedule="cosine"):
+    """Factor on the peak rate. 1) linear warm-up, 2) half a cosine down to zero, or constant."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
     done = (step - warmup) / (steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -277,7 +279,8 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
     stopping = False
     with tqdm(total=settings.steps, initial=step, desc=out.name, disable=RANK > 0) as bar:
         while step < settings.steps and not stopping:
-            factor = learning_rate(step, settings.steps, settings.warmup)
+            schedule = getattr(settings, "schedule", "cosine")
+            factor = learning_rate(step, settings.steps, settings.warmup, schedule)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
             indices = batch_indices(stage.items, settings.batch, settings.seed, step)

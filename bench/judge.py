@@ -47,7 +47,8 @@ from PIL import Image, ImageOps
 from clock import table
 from study import read_object
 
-from flux import CLIPText, TextTokenizer, read_image, to_tensor
+from cdpo import Texts
+from flux import read_image, to_tensor
 from graph import read_jsonl, read_users, signs_of, similar_users
 from patch_dpo import ImageFeatures, read_scenes
 from qwen import pick_device, read_json, reading, resolve, shipped
@@ -153,23 +154,6 @@ class Pictures:
         return unit(vectors)
 
 
-class Texts:
-    """CLIP's text tower behind its tokenizer: [text] -> (N, P)."""
-
-    def __init__(self, folder, device):
-        limit = CLIPText.read_config(folder)["max_position_embeddings"]
-        self.tokenizer = TextTokenizer(folder, limit, "CLIP")
-        self.clip = CLIPText.load(folder, device)
-        self.device = device
-
-    def __call__(self, texts):
-        vectors = []
-        for start in range(0, len(texts), 64):
-            ids = self.tokenizer(texts[start:start + 64])                   # (N, T)
-            vectors.append(self.clip.embed(ids.to(self.device)))
-        return unit(vectors)
-
-
 def unit(vectors):
     """[(n, P)] -> (N, P) of length 1, on the CPU; of none (0, 0)."""
     if not vectors:
@@ -197,8 +181,9 @@ class Encoders:
     def see(self, pictures):
         return {name: encoder(pictures) for name, encoder in self.pictures.items()}
 
-    @torch.no_grad()
     def read(self, texts):
+        if not texts:
+            return {name: torch.zeros(0, 0) for name in self.texts}
         return {name: encoder(texts) for name, encoder in self.texts.items()}
 
 
