@@ -806,8 +806,9 @@ class Evaluation:
         margin = torch.zeros(len(pairs))
         for turn, soft, at in self.parties(users, settings.policy):
             mine = turn[self.owner]                                         # (N,)
-            margin[mine] = margins(self.model, self.tokenizer, [*compress(pairs, mine)],
-                                   self.owner[mine], soft, at=at)
+            if mine.any():
+                margin[mine] = margins(self.model, self.tokenizer, [*compress(pairs, mine)],
+                                       self.owner[mine], soft, at=at)
         return margin
 
     def known(self):

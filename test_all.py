@@ -14,6 +14,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -32,7 +33,7 @@ import traceback
 import unittest
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -4135,6 +4136,19 @@ def test_graph_new_user_listens_and_is_not_heard():
     assert_close(h[:1], want)
 
 
+def test_graph_without_signs_asks_about_all_training_edges():
+    """An unsigned encoder's epoch asks about all training edges, and all carry messages; a signed
+    one's about 30 %, which then carry none."""
+    for signed in (True, False):
+        model = graph.EdgeModel(toy_graph(), 6, 5, signed)
+        with mock.patch.object(model, "logits", wraps=model.logits) as given:
+            model.loss(*model.draw(seeded()))
+        messages, asked, _ = given.call_args.args
+        count = model.split["train"].shape[1]
+        assert asked.shape[1] == (int(0.3 * count) if signed else count)
+        assert messages.shape[1] == (count - asked.shape[1] if signed else count)
+
+
 def test_graph_pretraining_learns_from_training_edges_alone():
     """60/20/20 is a partition, held-out edges carry no message, two tastes are learned."""
     built = toy_graph(80)
@@ -4498,6 +4512,27 @@ def test_cdpo_prompts_say_request_caption_guidance_and_profile():
     assert text("A mug", profile=taste) == ("Given this user's profile likes gold, wood; dislikes "
                                             "pink, suggest an edit for the following image: A mug")
     assert cdpo.profile(User("x", [], ["pink"])) == "dislikes pink"
+
+
+def test_cdpo_profiles_say_what_is_known_and_what_similar_users_like():
+    """Nothing, one's own history, or also what the three most similar users like; who says nothing
+    has no neighbours; a training user's are those of Eq. 6."""
+    ana = User("ana", ["gold", "wood"], ["pink"])
+    near = [User(f"near {n}", ["gold", "wood", f"new {n}"], ["pink"]) for n in range(3)]
+    far = User("far", ["pink", "snow"], ["gold"])
+    people = [ana, User("nobody", [], [])]
+    assert cdpo.profiles("none", people) == ["", ""]
+    assert cdpo.profiles("own", people) == ["likes gold, wood; dislikes pink", ""]
+    told = cdpo.profiles("neighbours", people, [far, *near])
+    assert told == ["likes gold, wood; dislikes pink; similar users like new 0, new 1, new 2", ""]
+    stage, _, _ = cdpo_stage("--profile neighbours")
+    index, score = graph.similar_users(graph.signs_of(stage.users), 3, "signed")
+    for pair, owner in zip(stage.pairs, stage.owner):
+        similar = [stage.users[i] for i, s in zip(index[owner], score[owner]) if s > 0]
+        assert pair["profile"] == cdpo.profile(stage.users[owner], similar)
+    asked, _ = cdpo.encode_pair(stage.tokenizer, stage.pairs[0])
+    text = stage.tokenizer.decode(asked)
+    assert f"this user's profile {stage.pairs[0]['profile']}" in text and "similar users" in text
 
 
 def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
@@ -4867,6 +4902,20 @@ def test_cdpo_vectors_rest_as_often_as_the_flag_says():
     stage, settings, _ = cdpo_stage("--drop 0.75")
     share = sum(draw_batch(stage, settings, step)[0].stay.float().mean() for step in range(40)) / 40
     assert 0.18 < share < 0.32
+
+
+def test_cdpo_dropout_is_the_policys_alone():
+    """With --dropout the policy's pass differs from draw to draw, the reference's does not."""
+    stage, settings, _ = cdpo_stage("--dropout 0.5")
+    rows = draw_batch(stage, settings)
+    found = []
+    for _ in range(2):
+        with mock.patch.object(cdpo, "dpo_loss", wraps=cdpo.dpo_loss) as given:
+            stage.loss(rows)
+        found.append(given.call_args.args)
+    for i, (one, other) in enumerate(zip(*found)):
+        if torch.is_tensor(one):
+            assert same(one, other) == (i in (2, 3))
 
 
 def test_cdpo_moves_only_lora_gnn_and_soft_tokens():
@@ -5310,22 +5359,26 @@ def test_train_clips_the_gradient_and_uses_the_schedule():
         assert_close(norm, clip or line["grad_norm"], 1e-3)
 
 
-PAPER = {
-    "graph": dict(steps=150, lr=3e-5, hidden=1024, out_dim=1024, drop=0, feature_norm=0,
-                  embedder="Linq-AI-Research/Linq-Embed-Mistral"),
-    "sft": dict(steps=9375, batch=16, lr=2e-6, rank=16, alpha=32, dropout=0.05, dtype="bf16",
-                qwen="Qwen/Qwen2.5-7B-Instruct"),
-    "cdpo": dict(steps=3000, batch=12, lr=2e-7, gnn_lr=2e-8, k=3, lam=0.15, tokens=8, nll=0,
-                 similarity="shared", neighbours="exact", drop=0, qwen="Qwen/Qwen2.5-7B-Instruct"),
-}
-
-
 def test_train_paper_preset_is_table_12():
-    """--preset paper is Table 12, and nothing of ours that would change its loss; flags win."""
-    for name, want in PAPER.items():
-        _, settings, _ = train.parse([name, "--preset", "paper"])
-        for field, value in want.items():
-            assert getattr(settings, field) == value, (name, field)
+    """--preset paper is Table 12 whole, by bench/paper.py; what it says of the code is so, and
+    nothing of ours changes the losses; flags win."""
+    paper = bench("paper")
+    rows = paper.rows()
+    assert len(rows) == 41 and {word for *_, word in rows} == {"the same", "by code"}
+    with mock.patch.object(paper, "TABLE", [("C-DPO", "Train Steps", 3001, "cdpo.steps")]):
+        assert paper.rows()[0][-1] == "**differs**"
+    assert "torch.optim.AdamW(" in inspect.getsource(train.train)
+    assert inspect.signature(lora.inject).parameters["targets"].default == "all-linear"
+    _, sft, _ = train.parse("sft --preset paper".split())
+    assert sft.steps * sft.batch == 150_000
+    _, pretraining, _ = train.parse("graph --preset paper".split())
+    ours = (pretraining.weight_decay, pretraining.drop, pretraining.feature_norm)
+    assert ours == (0, 0, 0) and pretraining.warmup == 0 and pretraining.schedule == "constant"
+    assert [train.learning_rate(step, 9, 2, "constant") for step in (0, 2, 8)] == [1 / 3, 1, 1]
+    _, ours, _ = train.parse("cdpo --preset paper".split())
+    assert ours.nll == ours.drop == ours.warmup == ours.weight_decay == 0
+    flags = [flag for flag, *_ in paper.not_the_papers()]
+    assert "cdpo --beta" in flags and "cdpo --lam" not in flags
     _, settings, loop = train.parse("cdpo --preset paper --lam 0.3 --out x".split())
     assert settings.lam == 0.3 and settings.k == 3 and loop.out == "x"
     assert train.parse(["sft"])[2].out == "runs/sft" and train.parse(["sft"])[2].save_every == 50
@@ -5843,6 +5896,13 @@ def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     none, empty = edited(tmp_path, '--likes ""')
     alike, nothing = edited(tmp_path, '--dislikes ""')
     assert "generic" in empty["note"] and empty["note"] == nothing["note"] and not record["note"]
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    lora.load_adapter(model, MINI / "policy" / cdpo.REFERENCE)
+    lora.merge(model)
+    seed = qwen.seed_for(0, "you", edit.CAPTION)
+    sampling = {**model.config.sampling, "generator": torch.Generator().manual_seed(seed)}
+    said = cdpo.suggest(model, tokenizer, [cdpo.prompt(edit.CAPTION)], **sampling)
+    assert said[0][0] == empty["instruction"]
     assert (none == alike).all() and record["likes"] == ["gold", "crown", "marble"]
 
 
@@ -8829,6 +8889,98 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     for user, other in zip(found.users, known["another's"]):
         clash = len(set(user.likes) & set(other.dislikes))
         assert clash >= max(len(set(user.likes) & set(one.dislikes)) for one in found.users) - 4
+
+
+def test_evaluation_gives_who_says_nothing_the_sft_adapters_answers():
+    """The policy's folder keeps the SFT adapter. Somebody without a history has its answers and
+    margins, without tokens, also in company; the others have the policy's."""
+    found, settings, d = evaluation()
+    policy = settings.policy
+    sft = lora.read_tensors(d / "sft/adapter_model.safetensors")
+    kept = lora.read_tensors(Path(policy) / cdpo.REFERENCE)
+    assert kept.keys() == sft.keys() and all(same(kept[name], sft[name]) for name in sft)
+    silent = [replace(user, likes=[], dislikes=[]) for user in found.users]
+    speaker = found.owner[0].item()
+    mixed = [*silent[:speaker], found.users[speaker], *silent[speaker + 1:]]
+    settings.temperature = 0
+    generic = found.answers(silent, found.captions, f"{d}/sft")
+    own = found.answers(found.users, found.captions, policy)
+    assert found.answers(silent, found.captions, policy) == generic != own
+    said = found.answers(mixed, found.captions, policy)
+    assert said == [one if one[0] == speaker else other for one, other in zip(own, generic)]
+    margin = found.margins(mixed)
+    first = found.owner == speaker
+    assert_close(margin[first], found.margins(found.users)[first], 1e-4)
+    settings.policy = f"{d}/sft"
+    assert_close(margin[~first], found.margins(silent)[~first], 1e-4)
+    assert (margin[first] - found.margins(silent)[first]).abs().max() > 0.1
+
+
+def test_evaluation_tells_the_profile_that_the_condition_shows():
+    """--profile own: each condition cuts the prompt's words as it cuts the graph's edges."""
+    found, settings, _ = evaluation("--profile own")
+    known = found.known()
+    with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
+        for name in cdpo.CONDITIONS:
+            found.answers(known[name], found.captions, settings.policy)
+            text = given.call_args_list[-1].args[2][0][0]["content"]
+            user = found.users[found.owner.min()]
+            shown = {"likes", "dislikes"} & set(name.split())
+            assert (f"profile likes {', '.join(user.likes)}" in text) == ("likes" in shown), name
+            assert (f"dislikes {', '.join(user.dislikes)}" in text) == ("dislikes" in shown), name
+    with mock.patch.object(cdpo, "margins", wraps=cdpo.margins) as given:
+        found.margins(known["dislikes only"])
+    told = {pair["user"]: pair["profile"] for pair in given.call_args.args[2]}
+    for user in found.users:
+        assert told.get(user.name) in (None, cdpo.profile(replace(user, likes=[])))
+
+
+def test_evaluation_measures_table_2s_cosine():
+    """The mean cosine, by CLIP's text tower, of an answer to all that its user chose in the file;
+    chosen answers are nearer than rejected ones; without --clip there is none."""
+    found, _, _ = evaluation()
+    one, *_, other = found.owner.tolist()
+    answers = [(one, "a mug", "Paint the mug gold", True), (other, "a mug", "Add a crown", True)]
+    clip = flux.CLIPText.load(MINI / "clip")
+    tokenizer = flux.TextTokenizer(MINI / "clip")
+
+    def unit(texts):
+        with torch.no_grad():
+            return nn.functional.normalize(clip.embed(tokenizer(texts)), dim=-1)
+
+    pairs = read_lines(SAMPLE / "pairs_test.jsonl")
+    for (i, _, text, _), cosine in zip(answers, found.cosines(answers)):
+        liked = [pair["chosen"] for pair in pairs if pair["user"] == found.users[i].name]
+        assert_close((unit(liked) @ unit([text]).T).mean(), cosine, 1e-5)
+    rows = found.table().splitlines()
+    chosen, rejected = (float(row.split(" | ")[7].split()[0]) for row in rows[-2:])
+    assert chosen > rejected + 0.02
+    found, _, _ = evaluation('--clip ""')
+    assert found.cosines(answers).isnan().all()
+
+
+def test_bench_methods_computes_a_seed_of_a_method_once(tmp_path):
+    """A second call reads what a seed came to; prompt engineering has the words, others do not."""
+    module = bench("methods")
+    command, d = prepared()
+    sample = ["--users", f"{SAMPLE}/users.jsonl", "--users-test", f"{SAMPLE}/users_test.jsonl",
+              "--pairs-test", f"{SAMPLE}/pairs_test.jsonl", "--answers", "1"]
+    args = SimpleNamespace(preset="mini", profile=None, steps=1, batch=4, seeds=1, sft=f"{d}/sft",
+                           graph=f"{d}/graph", pairs=f"{SAMPLE}/pairs.jsonl",
+                           edits=f"{SAMPLE}/edits.jsonl", out=str(tmp_path))
+    names = ["SFT", "SFT-Vanilla", "prompt engineering, own profile", module.PLAIN]
+    rows = {name: module.METHODS[name] for name in names}
+    with quiet():
+        methods = module.Methods(args, sample)
+        found = methods.units(rows)
+        with mock.patch.object(methods, "answers", None):
+            assert methods.units(rows) == found
+    shown = module.SHOWN
+    sft = found["SFT"]
+    assert sft[shown[0]] == sft[shown[1]] == sft[shown[2]]
+    own = found["prompt engineering, own profile"]
+    assert own[shown[0]] != own[shown[2]] and own[shown[0]][0]["hit"] > sft[shown[0]][0]["hit"]
+    assert len(read_lines(tmp_path / "units.jsonl")) == 4
 
 
 def test_evaluation_counts_gold_answers_as_what_they_are():

@@ -186,7 +186,9 @@ class Methods:
 
     def units(self, methods):
         """{name: {condition: [{"likes": rate, ...} of each seed]}}; a seed of all methods first."""
-        found = {name: {shown: [] for shown in SHOWN} for name in methods}
+        found = {}
+        for name in methods:
+            found[name] = {shown: [] for shown in SHOWN}
         for seed in range(self.args.seeds):
             for name, method in methods.items():
                 for shown, rates in self.unit(name, method, seed).items():
