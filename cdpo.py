@@ -176,8 +176,8 @@ def prompt(caption, guidance="", profile=""):
 
 def profile(user, similar=()):
     """The user in words (ours), perhaps with what similar users like besides."""
-    liked = {name for one in similar for name in one.likes}
-    more = sorted(liked.difference(user.likes, user.dislikes))
+    more = {name for one in similar for name in one.likes}
+    more = sorted(more.difference(user.likes, user.dislikes))
     said = {"likes": user.likes, "dislikes": user.dislikes, "similar users like": more}
     return "; ".join(f"{verb} {', '.join(names)}" for verb, names in said.items() if names)
 
@@ -756,36 +756,37 @@ class Evaluation:
         self.pairs = pairs[::step]
         self.owner = owner[::step]
 
-    def soft_tokens(self, users, policy):
-        """(N, S, D), S = 0 where the policy has none, and where they stand."""
+    def soft_tokens(self, users):
+        """(U, S, D), S = 0 where the policy has none, and where they stand."""
         table = self.model.model.embed_tokens.weight
-        file = Path(policy) / "collaborative.safetensors"
+        file = Path(self.settings.policy) / "collaborative.safetensors"
         if not file.exists():
             return table.new_empty(len(users), 0, table.shape[1]), 0
         tokens = UserTokens.load(file, table.device)
         return tokens.soft(tokens.new(users)), tokens.soft.at
 
-    def parties(self, users, policy):
+    def parties(self, users):
         """Yields (whose turn it is (U,), soft tokens (U, S, D), where they stand) with the right
         adapter in the model: of those who say something, and of those who do not, who get the
         generic edit."""
+        policy = self.settings.policy
         silent = torch.tensor([not any(tastes(user)) for user in users])
-        soft, at = self.soft_tokens(users, policy)
+        soft, at = self.soft_tokens(users)
         for adapter, turn, tokens in ((policy, ~silent, None), (generic(policy), silent, 0)):
             if turn.any():
                 lora.load_adapter(self.model, adapter)
                 yield turn, soft[:, :tokens], at
 
     @torch.no_grad()
-    def answers(self, users, captions, policy, seed=0):
-        """Instructions of the policy in a folder for each user's captions -> [(user's number,
-        caption, text, ended)]; `users` say all that it may know."""
+    def answers(self, users, captions):
+        """The policy's instructions for each user's captions -> [(user's number, caption, text,
+        ended)]; `users` say all that it may know."""
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
-        generator.manual_seed(seed_for("answers", seed))
+        generator.manual_seed(seed_for("answers", settings.seed))
         words = profiles(settings.profile, users, self.others)
         found = []
-        for turn, soft, at in self.parties(users, policy):
+        for turn, soft, at in self.parties(users):
             numbers = turn.nonzero()[:, 0].tolist()
             asked = [(i, caption) for i in numbers for caption in captions[i]]
             for start in range(0, len(asked), 400):
@@ -800,15 +801,12 @@ class Evaluation:
 
     def margins(self, users):
         """log pi(chosen) - log pi(rejected) (N,) of the held-out pairs, asked as for `answers`."""
-        settings = self.settings
-        words = profiles(settings.profile, users, self.others)
+        words = profiles(self.settings.profile, users, self.others)
         pairs = [pair | {"profile": words[i]} for i, pair in zip(self.owner, self.pairs)]
         margin = torch.zeros(len(pairs))
-        for turn, soft, at in self.parties(users, settings.policy):
-            mine = turn[self.owner]                                         # (N,)
-            if mine.any():
-                margin[mine] = margins(self.model, self.tokenizer, [*compress(pairs, mine)],
-                                       self.owner[mine], soft, at=at)
+        for turn, soft, at in self.parties(users):
+            theirs = margins(self.model, self.tokenizer, pairs, self.owner, soft, at=at)
+            margin = theirs.where(turn[self.owner], margin)
         return margin
 
     def known(self):
@@ -831,7 +829,7 @@ class Evaluation:
         rows = []
         with open(settings.out or f"{Path(settings.policy)}_answers.txt", "w") as file:
             for name, known in self.known().items():
-                answers = self.answers(known, captions, settings.policy, seed=settings.seed)
+                answers = self.answers(known, captions)
                 margin = self.margins(known)
                 if not rows:
                     own = margin

@@ -5014,7 +5014,7 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
         f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl")
     asked = []
 
-    def answers(users, captions, policy, **how):
+    def answers(users, captions):
         asked.append(users)
         said = []
         for i, user in enumerate(users):
@@ -5031,18 +5031,18 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
     assert all(not user.dislikes for user in asked[1]) and all(not u.likes for u in asked[2])
     known = User("x", ["gold"], ["ice"])
     people = [known] * len(found.users)
-    said = found.answers(people, found.captions, settings.policy)
+    said = found.answers(people, found.captions)
     asked = [(i, text) for i, texts in enumerate(found.captions) for text in texts]
     strangers = [User("x", ["marble"], [])] * len(people)
-    assert said != found.answers(strangers, found.captions, settings.policy)
+    assert said != found.answers(strangers, found.captions)
     with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
-        found.answers(people, found.captions, settings.policy)
+        found.answers(people, found.captions)
     assert given.call_args.kwargs["temperature"] == 1
     assert [(i, text) for i, text, *_ in said] == asked
-    assert said == found.answers(people, found.captions, settings.policy)
-    assert said != found.answers(people, found.captions, settings.policy, seed=1)
-    settings.profile = "own"
-    assert said != found.answers(people, found.captions, settings.policy)
+    assert said == found.answers(people, found.captions)
+    for name, value in (("seed", 1), ("profile", "own")):
+        with mock.patch.object(settings, name, value):
+            assert said != found.answers(people, found.captions)
 
 
 # ---- train.py: the loop --------------------------------------------------------------------------
@@ -8903,10 +8903,11 @@ def test_evaluation_gives_who_says_nothing_the_sft_adapters_answers():
     speaker = found.owner[0].item()
     mixed = [*silent[:speaker], found.users[speaker], *silent[speaker + 1:]]
     settings.temperature = 0
-    generic = found.answers(silent, found.captions, f"{d}/sft")
-    own = found.answers(found.users, found.captions, policy)
-    assert found.answers(silent, found.captions, policy) == generic != own
-    said = found.answers(mixed, found.captions, policy)
+    with mock.patch.object(settings, "policy", f"{d}/sft"):
+        generic = found.answers(silent, found.captions)
+    own = found.answers(found.users, found.captions)
+    assert found.answers(silent, found.captions) == generic != own
+    said = found.answers(mixed, found.captions)
     assert said == [one if one[0] == speaker else other for one, other in zip(own, generic)]
     margin = found.margins(mixed)
     first = found.owner == speaker
@@ -8922,7 +8923,7 @@ def test_evaluation_tells_the_profile_that_the_condition_shows():
     known = found.known()
     with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
         for name in cdpo.CONDITIONS:
-            found.answers(known[name], found.captions, settings.policy)
+            found.answers(known[name], found.captions)
             text = given.call_args_list[-1].args[2][0][0]["content"]
             user = found.users[found.owner.min()]
             shown = {"likes", "dislikes"} & set(name.split())

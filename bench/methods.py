@@ -93,10 +93,11 @@ class NearestUser(Evaluation):
     often with them and clashes least: the best that DPO-User's table can offer (ours)."""
     wanted = False
 
-    def soft_tokens(self, users, policy):
-        soft, at = super().soft_tokens(users, policy)
-        if self.wanted and soft.shape[1]:
-            tokens = UserTokens.load(Path(policy) / "collaborative.safetensors", soft.device)
+    def soft_tokens(self, users):
+        soft, at = super().soft_tokens(users)
+        if self.wanted:
+            file = Path(self.settings.policy) / "collaborative.safetensors"
+            tokens = UserTokens.load(file, soft.device)
             nearest = nearest_users(tokens.graph, users)
             soft = tokens.soft(tokens.vectors[nearest])                     # (N, S, D)
         return soft, at
@@ -154,10 +155,12 @@ class Methods:
 
     def answers(self, name, method, seed, users, captions):
         """A method's instructions -> [(user index, caption, text, ended)]."""
-        folder = self.untuned() if name == "untuned" else self.trained(method.flags, seed)
+        settings = self.settings
+        settings.policy = self.untuned() if name == "untuned" else self.trained(method.flags, seed)
+        settings.profile = method.profile or self.args.profile or "none"
+        settings.seed = seed
         self.evaluation.wanted = method.nearest
-        self.settings.profile = method.profile or self.args.profile or "none"
-        return self.evaluation.answers(users, captions, folder, seed=seed)
+        return self.evaluation.answers(users, captions)
 
     def unit(self, name, method, seed):
         """{condition: {"likes": rate, ..., "CLIP liked": cosine}} of one seed, where of each user's
@@ -286,9 +289,10 @@ class Methods:
         captions = [self.evaluation.captions[i] * self.settings.answers for i in fans]
         found = []
         for seed in range(self.args.seeds):
-            folder = self.trained("", seed, files)
+            self.settings.policy = self.trained("", seed, files)
+            self.settings.seed = seed
             verdicts = []
-            for place, *answer in self.evaluation.answers(shown, captions, folder, seed=seed):
+            for place, *answer in self.evaluation.answers(shown, captions):
                 user = self.users[fans[place]]
                 fan = replace(user, likes=common(user.likes, new), hidden=[])
                 verdicts.append([self.judge(one, *answer)["hit"] for one in (user, fan)])
