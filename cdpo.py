@@ -309,18 +309,6 @@ def encode_pair(tokenizer, pair):
     return encode(tokenizer, asked, pair["chosen"], pair["rejected"])
 
 
-@torch.no_grad()
-def margins(model, tokenizer, pairs, readers, soft, at=0):
-    """log pi(chosen) - log pi(rejected) (N,) of N pairs; readers (N,) says whose tokens of soft
-    (U, S, D) read each of them, before prompt[at]."""
-    found = []
-    for part in torch.arange(len(pairs)).split(16):
-        texts = [encode_pair(tokenizer, pairs[i]) for i in part]
-        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]], at).T
-        found.append(chosen - rejected)
-    return torch.cat(found).cpu()
-
-
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, at=0, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
     ended by itself)]; soft (N, S, D) or None, before prompt[at]."""
@@ -449,7 +437,7 @@ class PeopleSettings:
     """Whom C-DPO and its evaluation are about, and what speaks.    miniature, paper, what it is"""
     users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl",
-                           "held-out users, for eval and --check-every")
+                           "held-out users, for eval and edit.py")
     pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                            "language model: folder or hub repository", small=SMALL)
@@ -660,21 +648,6 @@ class CDPO:
         nll = -self.settings.nll * policy[0] / length
         return losses + nll, dpo_metrics(*policy, *rewards) | {"dpo": losses, "nll": nll}
 
-    @torch.no_grad()
-    def check(self):
-        """By how many nats the chosen answers of held-out people come out likelier than the
-        rejected ones, of 50 pairs or so, read with their own soft tokens."""
-        if not self.tokens:
-            return {}
-        settings = self.settings
-        users, pairs, readers = read_pairs(
-            settings.users_test, settings.pairs_test, settings.profile, self.users)
-        step = len(pairs) // 50 + 1
-        soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
-        margin = margins(self.model.eval(), self.tokenizer, pairs[::step], readers[::step], soft,
-                         at=self.tokens.soft.at)
-        return {"held-out margin": margin.mean().item()}
-
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
 
@@ -714,19 +687,13 @@ CONDITIONS = {                                    # what of their history the po
 RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
 
 
-class Texts:
-    """CLIP's text tower behind its tokenizer: [text] -> (N, P) of length 1, on the CPU."""
-
-    def __init__(self, path, device):
-        self.tokenizer = TextTokenizer(path, 77, "CLIP")
-        self.clip = CLIPText.load(path, device)
-        self.device = device
-
-    @torch.no_grad()
-    def __call__(self, texts):
-        ids = self.tokenizer(texts).to(self.device)                             # (N, T)
-        vectors = torch.cat([self.clip.embed(part) for part in ids.split(64)])
-        return F.normalize(vectors, dim=-1).cpu()
+@torch.no_grad()
+def clip_texts(texts, tokenizer, clip):
+    """[text] -> (N, P) of length 1, on the CPU, by CLIP's text tower."""
+    device = next(clip.parameters()).device
+    ids = tokenizer(texts).to(device)                                       # (N, T)
+    vectors = torch.cat([clip.embed(part) for part in ids.split(64)])
+    return F.normalize(vectors, dim=-1).cpu()
 
 
 class Evaluation:
@@ -746,10 +713,11 @@ class Evaluation:
         hidden = [name for user in people for name in user.hidden]
         self.names = find_names(attribute_names(people) + hidden)
         self.model, self.tokenizer = load_policy(settings, settings.policy)
-        self.clip = None
         if settings.clip:
-            self.clip = Texts(resolve(settings.clip), pick_device(settings.device))
-            chosen = self.clip([pair["chosen"] for pair in pairs])              # (N, P)
+            folder = resolve(settings.clip)
+            clip = CLIPText.load(folder, pick_device(settings.device))
+            self.clip = TextTokenizer(folder, 77, "CLIP"), clip
+            chosen = clip_texts([pair["chosen"] for pair in pairs], *self.clip)         # (N, P)
             everybody = range(len(self.users))
             self.liked = torch.stack([chosen[owner == i].mean(0) for i in everybody])   # (U, P)
         step = len(pairs) // 1000 + 1                           # more say little more
@@ -799,14 +767,20 @@ class Evaluation:
                 found += [(*question, *answer) for question, answer in zip(part, said)]
         return sorted(found, key=itemgetter(0))
 
+    @torch.no_grad()
     def margins(self, users):
         """log pi(chosen) - log pi(rejected) (N,) of the held-out pairs, asked as for `answers`."""
         words = profiles(self.settings.profile, users, self.others)
-        pairs = [pair | {"profile": words[i]} for i, pair in zip(self.owner, self.pairs)]
-        margin = torch.zeros(len(pairs))
+        margin = torch.zeros(len(self.pairs))
         for turn, soft, at in self.parties(users):
-            theirs = margins(self.model, self.tokenizer, pairs, self.owner, soft, at=at)
-            margin = theirs.where(turn[self.owner], margin)
+            mine = turn[self.owner].nonzero()[:, 0]                         # numbers of their pairs
+            for start in range(0, len(mine), 16):
+                part = mine[start:start + 16]
+                owner = self.owner[part]
+                pairs = [self.pairs[i] | {"profile": words[user]} for i, user in zip(part, owner)]
+                texts = [encode_pair(self.tokenizer, pair) for pair in pairs]
+                chosen, rejected = answer_logprobs(self.model, texts, soft[owner], at).T
+                margin[part] = (chosen - rejected).cpu()
         return margin
 
     def known(self):
@@ -861,11 +835,11 @@ class Evaluation:
     def cosines(self, answers):
         """Table 2: of each answer (N,) the mean cosine to all that its user chose, by CLIP; nan
         without one. (The paper says neither which nor over what its deviations are.)"""
-        if not self.clip:
-            return torch.full((len(answers),), torch.nan)
-        numbers = [i for i, *_ in answers]
-        texts = self.clip([text for _, _, text, _ in answers])              # (N, P)
-        return (texts * self.liked[numbers]).sum(1)
+        if not self.settings.clip:
+            return torch.tensor([torch.nan])
+        liked = self.liked[[i for i, *_ in answers]]                        # (N, P)
+        texts = clip_texts([text for _, _, text, _ in answers], *self.clip)
+        return (texts * liked).sum(1)
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""

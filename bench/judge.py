@@ -38,6 +38,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,8 +48,8 @@ from PIL import Image, ImageOps
 from clock import table
 from study import read_object
 
-from cdpo import Texts
-from flux import read_image, to_tensor
+from cdpo import clip_texts
+from flux import CLIPText, TextTokenizer, read_image, to_tensor
 from graph import read_jsonl, read_users, signs_of, similar_users
 from patch_dpo import ImageFeatures, read_scenes
 from qwen import pick_device, read_json, reading, resolve, shipped
@@ -175,7 +176,9 @@ class Encoders:
                 folder = resolve(path, ["*.json", "*.txt", "model*.safetensors"])
                 self.pictures[name] = Pictures(folder, device)
                 if name != "DINO":
-                    self.texts[name] = Texts(folder, device)
+                    clip = CLIPText.load(folder, device)
+                    tokenizer = TextTokenizer(folder, 77, "CLIP")
+                    self.texts[name] = partial(clip_texts, tokenizer=tokenizer, clip=clip)
 
     @torch.no_grad()
     def see(self, pictures):
