@@ -22,19 +22,22 @@ import re
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass, replace
 from itertools import compress
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
+from flux import CLIPText, TextTokenizer
 from graph import (SMALL, GraphSAGE, attribute_names, embed_new_user, find_attribute, in_words_of,
                    load_graph, read_jsonl, read_users, save_graph, signs_of, similar_users,
                    spellings, tastes)
 from qwen import (DTYPES, TrainSettings, check_fit, flag, generate, linear, load_language_model,
-                  moved, pick_device, reading, seed_for)
+                  moved, pick_device, reading, resolve, seed_for)
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -158,10 +161,10 @@ REQUEST = "Suggest a single, cohesive image-editing instruction"            # t 
 
 
 def prompt(caption, guidance="", profile=""):
-    """What the policy reads: chat messages with the fixed request and the caption; `guidance`:
-    what this user adds in words. `encode` puts them into Qwen's template (system turn, user turn,
-    the assistant's turn open), and the soft tokens stand in front of all that. With a profile it
-    is the paper's evaluation prompt instead: the user in words, without soft tokens."""
+    """What the policy reads: chat messages with the fixed request and the caption, laid out as we
+    do; `guidance`: what this user adds in words. With a profile they have the paper's wording (5.2,
+    for every method that it compares). `encode` puts them into Qwen's template (system turn, user
+    turn, the assistant's turn open), and the soft tokens stand in front of all that."""
     text = f"{REQUEST}\nCaption: {caption}"
     if profile:
         text = (f"Given this user's profile {profile}, "
@@ -171,11 +174,27 @@ def prompt(caption, guidance="", profile=""):
     return [{"role": "user", "content": text}]
 
 
-def profile(user):
-    """The user in words."""
-    likes = f"likes {', '.join(user.likes)}" if user.likes else ""
-    dislikes = f"dislikes {', '.join(user.dislikes)}" if user.dislikes else ""
-    return "; ".join(filter(None, [likes, dislikes]))
+def profile(user, similar=()):
+    """The user in words (ours), perhaps with what similar users like besides."""
+    more = {name for one in similar for name in one.likes}
+    more = sorted(more.difference(user.likes, user.dislikes))
+    said = {"likes": user.likes, "dislikes": user.dislikes, "similar users like": more}
+    return "; ".join(f"{verb} {', '.join(names)}" for verb, names in said.items() if names)
+
+
+PROFILES = ["none", "own", "neighbours"]
+
+
+def profiles(kind, users, others=()):
+    """What prompts say of each user: nothing, their own history, or that and what the three most
+    similar of all users like, "aggregated neighbor information" (C.4), agreements less clashes."""
+    if kind != "neighbours":
+        return [profile(user) if kind == "own" else "" for user in users]
+    everybody = [*users, *others]
+    found = []
+    for user, near, alike in zip(users, *similar_users(signs_of(everybody), 3, "signed")):
+        found.append(profile(user, [everybody[i] for i in near[alike > 0]]))
+    return found
 
 
 END = "<|im_end|>"
@@ -286,20 +305,8 @@ def answer_logprobs(model, rows, soft=None, at=0):
 
 def encode_pair(tokenizer, pair):
     """A line of pairs.jsonl -> as `encode`: the chosen answer, then the rejected one."""
-    asked = prompt(pair["caption"], pair["guidance"])
+    asked = prompt(pair["caption"], pair["guidance"], pair["profile"])
     return encode(tokenizer, asked, pair["chosen"], pair["rejected"])
-
-
-@torch.no_grad()
-def margins(model, tokenizer, pairs, readers, soft, at=0):
-    """log pi(chosen) - log pi(rejected) (N,) of N pairs; readers (N,) says whose tokens of soft
-    (U, S, D) read each of them, before prompt[at]."""
-    found = []
-    for part in torch.arange(len(pairs)).split(16):
-        texts = [encode_pair(tokenizer, pairs[i]) for i in part]
-        chosen, rejected = answer_logprobs(model, texts, soft[readers[part]], at).T
-        found.append(chosen - rejected)
-    return torch.cat(found).cpu()
 
 
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, at=0, **sampling):
@@ -351,17 +358,20 @@ def read_answers(file, *keys, **fields):
     return rows
 
 
-def read_pairs(users_file, pairs_file):
-    """-> (list[User], pairs, (N,) whose each is: a number). ValueError for a pair of nobody."""
+def read_pairs(users_file, pairs_file, kind="none", others=()):
+    """-> (list[User], pairs with `profiles`, (N,) whose each is: a number). ValueError for a pair
+    of nobody."""
     users = read_users(users_file)
     index = {user.name: i for i, user in enumerate(users)}
     pairs = read_answers(pairs_file, "chosen", "rejected", user=str, caption=str)
+    words = profiles(kind, users, others)
     owner = []
     for pair in pairs:
         if pair["user"] not in index:
             raise ValueError(
                 f"{pairs_file}:{pair['line']}: user {pair['user']!r} is not in {users_file}")
         owner.append(index[pair["user"]])
+        pair["profile"] = words[owner[-1]]
     return users, pairs, torch.tensor(owner)
 
 
@@ -427,10 +437,13 @@ class PeopleSettings:
     """Whom C-DPO and its evaluation are about, and what speaks.    miniature, paper, what it is"""
     users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl",
-                           "held-out users, for eval and --check-every")
+                           "held-out users, for eval and edit.py")
     pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                            "language model: folder or hub repository", small=SMALL)
+    profile:    str = flag("none", "own", "what each prompt says of its user: nothing, likes and"
+                           " dislikes (paper, 5.2), these and similar users' likes (C.4)",
+                           small="none", choices=PROFILES)
 
 
 @dataclass
@@ -463,6 +476,7 @@ class CDPOSettings(TrainSettings, PeopleSettings):
     drop:           float = flag(0.9, 0.0, "chance that a user's vector sits out a step (ours)"
                                  " (--user graph only)",
                                  bounds=(0, 1))
+    dropout:        float = flag(0.0, 0.05, "LoRA dropout", bounds=(0, 1))
     tokens:         int   = flag(4, 8, "soft tokens (--user graph or id only)", small=8)
     place:          str   = flag("front", "front", "where they stand: before all text (paper), or"
                                  " before the assistant's turn (ours) (--user graph or id only)",
@@ -476,6 +490,16 @@ class CDPOSettings(TrainSettings, PeopleSettings):
     gnn_lr:         float = flag(1e-3, 2e-8, "peak learning rate of the graph encoder"
                                  " (--user graph only)")
     warmup:         int   = flag(20, 0, "steps of linear warm-up before the cosine (ours)")
+
+
+REFERENCE = "reference.safetensors"
+
+
+def generic(policy):
+    """The adapter of a policy for whoever says nothing: the SFT adapter that it was trained from,
+    since without tokens C-DPO's was never trained. A folder without users has but one."""
+    file = Path(policy) / REFERENCE
+    return file if file.exists() else policy
 
 
 # One row of a batch: the numbers of the user's own pair and then of the neighbours' pairs, whose
@@ -501,14 +525,16 @@ class CDPO:
 
     def __init__(self, settings):
         self.settings = settings
-        self.users, self.pairs, owner = read_pairs(settings.users, settings.pairs)
+        self.users, self.pairs, owner = read_pairs(
+            settings.users, settings.pairs, settings.profile)
         self.items = len(self.pairs)
         self.owner = owner.tolist()
         self.pairs_of = defaultdict(list)
         for pair, user in enumerate(self.owner):
             self.pairs_of[user].append(pair)
-        # In eval mode: DPO has no dropout, as in TRL.
         self.model, self.tokenizer = load_policy(settings, settings.sft)
+        for layer in lora.layers(self.model).values():
+            layer.dropout = settings.dropout
         self.model.model.checkpointing = settings.checkpointing
         self.tokens = self.user_tokens() if settings.user != "none" else None
         self.neighbours, self.similarity = self.similar()
@@ -613,27 +639,14 @@ class CDPO:
             soft = self.tokens.soft(h[readers])                             # (N, S, D)
         # The reference comes first: checkpointing runs the policy again in the backward pass.
         with torch.no_grad():
-            lora.use(self.model, "reference")
+            lora.use(self.model.eval(), "reference")
             reference = answer_logprobs(self.model, texts).T                # (2, N), no user
-            lora.use(self.model, "policy")
+            lora.use(self.model.train(), "policy")                          # LoRA dropout
         policy = answer_logprobs(self.model, texts, soft, at).T             # (2, N)
         losses, *rewards = dpo_loss(*policy, *reference, self.settings.beta)
         length = moved([len(chosen) for _, (chosen, _) in texts], policy.device)
         nll = -self.settings.nll * policy[0] / length
         return losses + nll, dpo_metrics(*policy, *rewards) | {"dpo": losses, "nll": nll}
-
-    @torch.no_grad()
-    def check(self):
-        """By how many nats the chosen answers of held-out people come out likelier than the
-        rejected ones, of 50 pairs or so, read with their own soft tokens."""
-        if not self.tokens:
-            return {}
-        users, pairs, readers = read_pairs(self.settings.users_test, self.settings.pairs_test)
-        step = len(pairs) // 50 + 1
-        soft = self.tokens.soft(self.tokens.new(users))                     # (U, S, D)
-        margin = margins(self.model, self.tokenizer, pairs[::step], readers[::step], soft,
-                         at=self.tokens.soft.at)
-        return {"held-out margin": margin.mean().item()}
 
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
@@ -642,6 +655,7 @@ class CDPO:
         lora.save_adapter(self.model, folder, base_model=self.settings.qwen)
         if self.tokens:
             self.tokens.save(folder / "collaborative.safetensors")
+            save_file(lora.tensors(self.model, "reference"), folder / REFERENCE)
 
 
 # ---- what held-out users get from a policy (the conditions of Table 2) ---------------------------
@@ -650,6 +664,8 @@ class CDPO:
 class EvalSettings(PeopleSettings):
     """Evaluation of a policy.    miniature, paper, what it is"""
     policy:     str = flag("runs/cdpo", "runs/cdpo", "folder that sft or cdpo wrote")
+    clip:       str = flag("mini/clip", "openai/clip-vit-large-patch14", "CLIP that compares texts"
+                           " (the paper does not say which); empty: none", small="")
     dtype:      str = flag("fp32", "bf16", "of the frozen weights", choices=DTYPES)
     answers:    int = flag(3, 3, "instructions sampled for each caption of each user")
     temperature: float = flag(1.0, 1.0, "of sampling them; 0: likeliest words")
@@ -671,9 +687,19 @@ CONDITIONS = {                                    # what of their history the po
 RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
 
 
+@torch.no_grad()
+def clip_texts(texts, tokenizer, clip):
+    """[text] -> (N, P) of length 1, on the CPU, by CLIP's text tower."""
+    device = next(clip.parameters()).device
+    ids = tokenizer(texts).to(device)                                       # (N, T)
+    vectors = torch.cat([clip.embed(part) for part in ids.split(64)])
+    return F.normalize(vectors, dim=-1).cpu()
+
+
 class Evaluation:
     """What held-out users get from a policy: which of their likes and dislikes are found by name in
-    its instructions, and how far it finds what they chose likelier than what they rejected."""
+    its instructions, how near these are to what they chose (Table 2), and how far it finds what
+    they chose likelier than what they rejected."""
 
     def __init__(self, settings):
         self.settings = settings
@@ -682,45 +708,80 @@ class Evaluation:
         for pair, user in zip(pairs, owner):
             captions[user][pair["caption"]] = None
         self.captions = [list(texts) for texts in captions]
-        step = len(pairs) // 1000 + 1                           # more say little more
-        self.pairs = pairs[::step]
-        self.owner = owner[::step]
-        people = self.users + read_users(settings.users)
+        self.others = read_users(settings.users)
+        people = self.users + self.others
         hidden = [name for user in people for name in user.hidden]
         self.names = find_names(attribute_names(people) + hidden)
         self.model, self.tokenizer = load_policy(settings, settings.policy)
+        if settings.clip:
+            folder = resolve(settings.clip)
+            clip = CLIPText.load(folder, pick_device(settings.device))
+            self.clip = TextTokenizer(folder, 77, "CLIP"), clip
+            chosen = clip_texts([pair["chosen"] for pair in pairs], *self.clip)         # (N, P)
+            everybody = range(len(self.users))
+            self.liked = torch.stack([chosen[owner == i].mean(0) for i in everybody])   # (U, P)
+        step = len(pairs) // 1000 + 1                           # more say little more
+        self.pairs = pairs[::step]
+        self.owner = owner[::step]
 
-    def soft_tokens(self, users, policy):
-        """(N, S, D), S = 0 where the policy has none, or nobody says anything; and where they
-        stand. The policy's adapter goes into the model."""
-        lora.load_adapter(self.model, policy)
+    def soft_tokens(self, users):
+        """(U, S, D), S = 0 where the policy has none, and where they stand."""
         table = self.model.model.embed_tokens.weight
-        file = Path(policy) / "collaborative.safetensors"
-        if not file.exists() or not attribute_names(users):
+        file = Path(self.settings.policy) / "collaborative.safetensors"
+        if not file.exists():
             return table.new_empty(len(users), 0, table.shape[1]), 0
         tokens = UserTokens.load(file, table.device)
         return tokens.soft(tokens.new(users)), tokens.soft.at
 
+    def parties(self, users):
+        """Yields (whose turn it is (U,), soft tokens (U, S, D), where they stand) with the right
+        adapter in the model: of those who say something, and of those who do not, who get the
+        generic edit."""
+        policy = self.settings.policy
+        silent = torch.tensor([not any(tastes(user)) for user in users])
+        soft, at = self.soft_tokens(users)
+        for adapter, turn, tokens in ((policy, ~silent, None), (generic(policy), silent, 0)):
+            if turn.any():
+                lora.load_adapter(self.model, adapter)
+                yield turn, soft[:, :tokens], at
+
     @torch.no_grad()
-    def answers(self, users, captions, policy, seed=0, with_profile=False):
-        """Instructions of the policy in a folder for each user's captions -> [(user's number,
-        caption, text, ended)]; `users` say all that it may know. with_profile: the prompt tells
-        the user in words."""
+    def answers(self, users, captions):
+        """The policy's instructions for each user's captions -> [(user's number, caption, text,
+        ended)]; `users` say all that it may know."""
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
-        generator.manual_seed(seed_for("answers", seed))
-        soft, at = self.soft_tokens(users, policy)
-        words = [profile(user) if with_profile else "" for user in users]
-        asked = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
+        generator.manual_seed(seed_for("answers", settings.seed))
+        words = profiles(settings.profile, users, self.others)
         found = []
-        for start in range(0, len(asked), 400):
-            part = asked[start:start + 400]
-            prompts = [prompt(text, profile=words[i]) for i, text in part]
-            theirs = soft[[i for i, _ in part]]                             # (400, S, D)
-            found += suggest(self.model, self.tokenizer, prompts, theirs, settings.max_new_tokens,
-                             at=at, temperature=settings.temperature, top_p=settings.top_p,
-                             generator=generator)
-        return [(*question, *answer) for question, answer in zip(asked, found)]
+        for turn, soft, at in self.parties(users):
+            numbers = turn.nonzero()[:, 0].tolist()
+            asked = [(i, caption) for i in numbers for caption in captions[i]]
+            for start in range(0, len(asked), 400):
+                part = asked[start:start + 400]
+                prompts = [prompt(text, profile=words[i]) for i, text in part]
+                theirs = soft[[i for i, _ in part]]                         # (400, S, D)
+                said = suggest(self.model, self.tokenizer, prompts, theirs, settings.max_new_tokens,
+                               at=at, temperature=settings.temperature, top_p=settings.top_p,
+                               generator=generator)
+                found += [(*question, *answer) for question, answer in zip(part, said)]
+        return sorted(found, key=itemgetter(0))
+
+    @torch.no_grad()
+    def margins(self, users):
+        """log pi(chosen) - log pi(rejected) (N,) of the held-out pairs, asked as for `answers`."""
+        words = profiles(self.settings.profile, users, self.others)
+        margin = torch.zeros(len(self.pairs))
+        for turn, soft, at in self.parties(users):
+            mine = turn[self.owner].nonzero()[:, 0]                         # numbers of their pairs
+            for start in range(0, len(mine), 16):
+                part = mine[start:start + 16]
+                owner = self.owner[part]
+                pairs = [self.pairs[i] | {"profile": words[user]} for i, user in zip(part, owner)]
+                texts = [encode_pair(self.tokenizer, pair) for pair in pairs]
+                chosen, rejected = answer_logprobs(self.model, texts, soft[owner], at).T
+                margin[part] = (chosen - rejected).cpu()
+        return margin
 
     def known(self):
         """{condition: what the policy knows of each user, list[User]}; "another's" is the history
@@ -733,18 +794,17 @@ class Evaluation:
         return known
 
     def table(self):
-        """A row a condition: RATES of sampled instructions; and, of the held-out pairs, how often
-        the chosen answer is the likelier one, by how many nats, and by how many fewer than with all
-        of the history, which is the personalisation: mean and standard error over people. Below:
-        what the RATES of the held-out answers themselves are."""
+        """A row a condition: RATES of sampled instructions and Table 2's cosine; and, of the
+        held-out pairs, how often the chosen answer is the likelier one, by how many nats, and by
+        how many fewer than with all of the history, which is the personalisation: mean and standard
+        error over people. Below: the same of the held-out answers themselves."""
         settings = self.settings
         captions = [texts * settings.answers for texts in self.captions]
         rows = []
         with open(settings.out or f"{Path(settings.policy)}_answers.txt", "w") as file:
             for name, known in self.known().items():
-                answers = self.answers(known, captions, settings.policy, seed=settings.seed)
-                soft, at = self.soft_tokens(known, settings.policy)
-                margin = margins(self.model, self.tokenizer, self.pairs, self.owner, soft, at=at)
+                answers = self.answers(known, captions)
+                margin = self.margins(known)
                 if not rows:
                     own = margin
                 values = ((margin > 0).float(), margin, own - margin)
@@ -754,11 +814,13 @@ class Evaluation:
                 answers = [(i, pair["caption"], pair[key], True)
                            for i, pair in zip(self.owner, self.pairs)]
                 rows.append(self.rates(f"({key})", answers, file))
-        columns = ["the policy knows", *RATES, "accuracy", "margin", "less than with all"]
+        columns = ["the policy knows", *RATES, "CLIP liked", "accuracy", "margin",
+                   "less than with all"]
         return markdown_table(columns, rows)
 
     def rates(self, name, answers, file):
-        """The name and RATES, shares of the answers, which are written to an open file."""
+        """The name, RATES, shares of the answers, which are written to an open file, and mean and
+        standard deviation of their `cosines`."""
         verdicts = []
         print(f"\n{name}\n", file=file)
         for i, caption, text, ended in answers:
@@ -766,7 +828,18 @@ class Evaluation:
             verdicts.append(self.verdict(user, text, ended))
             counts = ", ".join(compress(RATES, verdicts[-1]))
             print(f"{user.name} | {caption} | {text} | {counts}", file=file)
-        return [name, *(f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0))]
+        shares = [f"{rate:.3f}" for rate in torch.tensor(verdicts).double().mean(0)]
+        near = self.cosines(answers)
+        return [name, *shares, f"{near.mean():.3f} +- {near.std(correction=0):.3f}"]
+
+    def cosines(self, answers):
+        """Table 2: of each answer (N,) the mean cosine to all that its user chose, by CLIP; nan
+        without one. (The paper says neither which nor over what its deviations are.)"""
+        if not self.settings.clip:
+            return torch.tensor([torch.nan])
+        liked = self.liked[[i for i, *_ in answers]]                        # (N, P)
+        texts = clip_texts([text for _, _, text, _ in answers], *self.clip)
+        return (texts * liked).sum(1)
 
     def verdict(self, user, text, ended):
         """Whether this answer counts, for each of RATES. A hit names what is liked or would be."""

@@ -242,7 +242,7 @@ def described(settings):
 
 def follow(settings, policy):
     """Language model and people are those of the policy's own training where no flag says
-    otherwise; a line where a flag names another model."""
+    otherwise; a line where a flag names another model. -> what its prompts said of a user."""
     trained = read_json(policy / "config.json", {})
     own = shipped(trained.get("qwen", "mini/qwen"))
     settings.qwen = settings.qwen or own
@@ -251,6 +251,7 @@ def follow(settings, policy):
     people = shipped(trained.get("users_test", USERS))
     if not settings.users and Path(people).exists():
         settings.users = people
+    return trained.get("profile", "none")
 
 
 def find_users(settings, graph):
@@ -297,41 +298,49 @@ def embedding(user, tokens):
 
 def write_instructions(settings):
     """[(user, note, the policy's instruction, its `reasons`)] for the people asked for. One person
-    at a time, with a seed of their own, so that no answer depends on who else asks."""
+    at a time, with a seed of their own, so that no answer depends on who else asks. Who likes and
+    dislikes nothing gets the SFT adapter's edit: see cdpo.generic."""
     if not settings.user:
         return [(User("nobody", [], []), "no policy is asked", settings.instruction, {})]
     wishes = []
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy)
-        follow(settings, folder)
+        kind = follow(settings, folder)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = [(user, *soft_tokens(user, tokens)) for user in find_users(settings, tokens.graph)]
         at = tokens.soft.at
-        model, tokenizer = load_language_model(
-            settings.qwen, settings.device, DTYPES[settings.dtype])
-        lora.load_adapter(model, folder)
-        lora.merge(model)                                 # half the kernels a word
-        if settings.temperature is None:
-            settings.temperature = model.config.sampling["temperature"]
-        how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
-        message = cdpo.prompt(settings.caption, settings.instruction)
+        merged = None
         for (user, soft, note), more in product(people, range(settings.samples)):
+            adapter = cdpo.generic(folder) if soft is None else folder
+            if adapter != merged:
+                model = None                              # never two at a time
+                model, tokenizer = load_language_model(
+                    settings.qwen, settings.device, DTYPES[settings.dtype])
+                lora.load_adapter(model, adapter)
+                lora.merge(model)                         # half the kernels a word
+                merged = adapter
+            if settings.temperature is None:
+                settings.temperature = model.config.sampling["temperature"]
+            how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
             seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
+            others = [other for other in tokens.graph.people() if other.name != user.name]
+            words, = cdpo.profiles(kind, [user], others)
+            message = cdpo.prompt(settings.caption, settings.instruction, words)
             answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
                                    at=at, generator=generator, **how)
             text = answers[0][0]
             if settings.instruction:
-                note += heeded(settings, model, tokenizer, soft, text, at=at)
+                note += heeded(settings, model, tokenizer, soft, text, at=at, words=words)
             why = {} if soft is None else reasons(user, text, tokens.graph)
             wishes.append((user, note.strip("; "), text, why))
     return wishes
 
 
-def heeded(settings, model, tokenizer, soft, text, at=0):
+def heeded(settings, model, tokenizer, soft, text, at=0, words=""):
     """A note where --instruction hardly makes the policy's answer likelier, else an empty one."""
     def logprob(guidance):
-        asked = cdpo.prompt(settings.caption, guidance)
+        asked = cdpo.prompt(settings.caption, guidance, words)
         return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft, at)
 
     times = (logprob(settings.instruction) - logprob("")).exp().item()

@@ -308,6 +308,7 @@ class EdgeModel(nn.Module):
         torch.manual_seed(seed)
         width = graph.features.shape[1]
         self.graph = graph
+        self.signed = signed
         self.drop = drop
         self.vectors = nn.Parameter(torch.randn(len(graph.users), width) * 0.01)
         self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
@@ -358,10 +359,13 @@ class EdgeModel(nn.Module):
         return order, stay
 
     def loss(self, order, stay):
-        """Scalar. 30 % of the training edges are asked about, the others carry messages."""
+        """Scalar. 30 % of the training edges are asked about, the others carry messages (ours);
+        without signs all do both: a message that an edge is there does not say which."""
         edges = self.split["train"]
-        cut = max(1, int(0.3 * len(order)))
-        asked, messages = edges[:, order].tensor_split([cut], 1)
+        asked = messages = edges
+        if self.signed:
+            cut = max(1, int(0.3 * len(order)))
+            asked, messages = edges[:, order].tensor_split([cut], 1)
         vectors = self.vectors * moved(stay, self.vectors.device)
         logits = self.logits(messages, asked, vectors)
         liked = moved(asked[2] > 0, logits.device)
@@ -426,12 +430,15 @@ class GraphSettings:
     out_dim:      int   = flag(64, 1024, "width of h_u (not in the paper)")
     continue_from: str  = flag("", "", "folder of an earlier graph; people whom it knows"
                                " begin with their trained vectors (paper, App. B)")
-    unsigned:     bool  = flag(False, True, "one kind of edge, likes and dislikes alike")
+    unsigned:     bool  = flag(False, True, "one kind of edge, likes and dislikes alike; an epoch"
+                               " asks about all training edges, not 30 %")
     feature_norm: float = flag(4.0, 0.0, "length that centred name embeddings get (ours); 0: as is")
     drop:         float = flag(0.9, 0.0, "chance that a user's vector sits out an epoch (ours)",
                                bounds=(0, 1))
     steps:        int   = flag(300, 150, "epochs over the whole graph")
     lr:           float = flag(5e-3, 3e-5, "peak learning rate")
+    schedule:     str   = flag("cosine", "constant", "of the learning rate (the paper names one for"
+                               " the LoRA only)", small="cosine", choices=["cosine", "constant"])
     weight_decay: float = flag(1e-2, 0.0, "AdamW's, of the user vectors only (ours)")
     clip:         float = flag(1.0, 1.0, "largest gradient norm; 0 never clips (ours)")
     seed:         int   = flag(0, 0, "of everything random")

@@ -14,6 +14,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -32,7 +33,7 @@ import traceback
 import unittest
 import weakref
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -4146,6 +4147,19 @@ def test_graph_new_user_listens_and_is_not_heard():
     assert_close(h[:1], want)
 
 
+def test_graph_without_signs_asks_about_all_training_edges():
+    """An unsigned encoder's epoch asks about all training edges, and all carry messages; a signed
+    one's about 30 %, which then carry none."""
+    for signed in (True, False):
+        model = graph.EdgeModel(toy_graph(), 6, 5, signed)
+        with mock.patch.object(model, "logits", wraps=model.logits) as given:
+            model.loss(*model.draw(seeded()))
+        messages, asked, _ = given.call_args.args
+        count = model.split["train"].shape[1]
+        assert asked.shape[1] == (int(0.3 * count) if signed else count)
+        assert messages.shape[1] == (count - asked.shape[1] if signed else count)
+
+
 def test_graph_pretraining_learns_from_training_edges_alone():
     """60/20/20 is a partition, held-out edges carry no message, two tastes are learned."""
     built = toy_graph(80)
@@ -4509,6 +4523,27 @@ def test_cdpo_prompts_say_request_caption_guidance_and_profile():
     assert text("A mug", profile=taste) == ("Given this user's profile likes gold, wood; dislikes "
                                             "pink, suggest an edit for the following image: A mug")
     assert cdpo.profile(User("x", [], ["pink"])) == "dislikes pink"
+
+
+def test_cdpo_profiles_say_what_is_known_and_what_similar_users_like():
+    """Nothing, one's own history, or also what the three most similar users like; who says nothing
+    has no neighbours; a training user's are those of Eq. 6."""
+    ana = User("ana", ["gold", "wood"], ["pink"])
+    near = [User(f"near {n}", ["gold", "wood", f"new {n}"], ["pink"]) for n in range(3)]
+    far = User("far", ["pink", "snow"], ["gold"])
+    people = [ana, User("nobody", [], [])]
+    assert cdpo.profiles("none", people) == ["", ""]
+    assert cdpo.profiles("own", people) == ["likes gold, wood; dislikes pink", ""]
+    told = cdpo.profiles("neighbours", people, [far, *near])
+    assert told == ["likes gold, wood; dislikes pink; similar users like new 0, new 1, new 2", ""]
+    stage, _, _ = cdpo_stage("--profile neighbours")
+    index, score = graph.similar_users(graph.signs_of(stage.users), 3, "signed")
+    for pair, owner in zip(stage.pairs, stage.owner):
+        similar = [stage.users[i] for i, s in zip(index[owner], score[owner]) if s > 0]
+        assert pair["profile"] == cdpo.profile(stage.users[owner], similar)
+    asked, _ = cdpo.encode_pair(stage.tokenizer, stage.pairs[0])
+    text = stage.tokenizer.decode(asked)
+    assert f"this user's profile {stage.pairs[0]['profile']}" in text and "similar users" in text
 
 
 def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
@@ -4880,6 +4915,20 @@ def test_cdpo_vectors_rest_as_often_as_the_flag_says():
     assert 0.18 < share < 0.32
 
 
+def test_cdpo_dropout_is_the_policys_alone():
+    """With --dropout the policy's pass differs from draw to draw, the reference's does not."""
+    stage, settings, _ = cdpo_stage("--dropout 0.5")
+    rows = draw_batch(stage, settings)
+    found = []
+    for _ in range(2):
+        with mock.patch.object(cdpo, "dpo_loss", wraps=cdpo.dpo_loss) as given:
+            stage.loss(rows)
+        found.append(given.call_args.args)
+    for i, (one, other) in enumerate(zip(*found)):
+        if torch.is_tensor(one):
+            assert same(one, other) == (i in (2, 3))
+
+
 def test_cdpo_moves_only_lora_gnn_and_soft_tokens():
     """After training, base weights and reference adapter are bit-identical, and every LoRA, GNN,
     soft-prompt tensor and user vector has moved."""
@@ -4976,7 +5025,7 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
         f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl")
     asked = []
 
-    def answers(users, captions, policy, **how):
+    def answers(users, captions):
         asked.append(users)
         said = []
         for i, user in enumerate(users):
@@ -4986,24 +5035,25 @@ def test_cdpo_evaluation_shows_each_condition_its_part_of_the_history():
 
     with mock.patch.object(found, "answers", answers):
         rows = found.table().splitlines()
-    assert len(rows) == 9 and rows[0].count("|") == 11
+    assert len(rows) == 9 and rows[0].count("|") == 12
     both, likes, dislikes = ([cell.strip() for cell in row.split("|")[2:-1]] for row in rows[2:5])
     assert both[0] == both[2] == dislikes[0] == "1.000" and likes[0] == "0.000"
     assert likes[4] == "1.000" and both[3] == both[5] == "0.000"
     assert all(not user.dislikes for user in asked[1]) and all(not u.likes for u in asked[2])
     known = User("x", ["gold"], ["ice"])
     people = [known] * len(found.users)
-    said = found.answers(people, found.captions, settings.policy)
+    said = found.answers(people, found.captions)
     asked = [(i, text) for i, texts in enumerate(found.captions) for text in texts]
     strangers = [User("x", ["marble"], [])] * len(people)
-    assert said != found.answers(strangers, found.captions, settings.policy)
+    assert said != found.answers(strangers, found.captions)
     with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
-        found.answers(people, found.captions, settings.policy)
+        found.answers(people, found.captions)
     assert given.call_args.kwargs["temperature"] == 1
     assert [(i, text) for i, text, *_ in said] == asked
-    assert said == found.answers(people, found.captions, settings.policy)
-    assert said != found.answers(people, found.captions, settings.policy, seed=1)
-    assert said != found.answers(people, found.captions, settings.policy, with_profile=True)
+    assert said == found.answers(people, found.captions)
+    for name, value in (("seed", 1), ("profile", "own")):
+        with mock.patch.object(settings, name, value):
+            assert said != found.answers(people, found.captions)
 
 
 # ---- train.py: the loop --------------------------------------------------------------------------
@@ -5320,22 +5370,26 @@ def test_train_clips_the_gradient_and_uses_the_schedule():
         assert_close(norm, clip or line["grad_norm"], 1e-3)
 
 
-PAPER = {
-    "graph": dict(steps=150, lr=3e-5, hidden=1024, out_dim=1024, drop=0, feature_norm=0,
-                  embedder="Linq-AI-Research/Linq-Embed-Mistral"),
-    "sft": dict(steps=9375, batch=16, lr=2e-6, rank=16, alpha=32, dropout=0.05, dtype="bf16",
-                qwen="Qwen/Qwen2.5-7B-Instruct"),
-    "cdpo": dict(steps=3000, batch=12, lr=2e-7, gnn_lr=2e-8, k=3, lam=0.15, tokens=8, nll=0,
-                 similarity="shared", neighbours="exact", drop=0, qwen="Qwen/Qwen2.5-7B-Instruct"),
-}
-
-
 def test_train_paper_preset_is_table_12():
-    """--preset paper is Table 12, and nothing of ours that would change its loss; flags win."""
-    for name, want in PAPER.items():
-        _, settings, _ = train.parse([name, "--preset", "paper"])
-        for field, value in want.items():
-            assert getattr(settings, field) == value, (name, field)
+    """--preset paper is Table 12 whole, by bench/paper.py; what it says of the code is so, and
+    nothing of ours changes the losses; flags win."""
+    paper = bench("paper")
+    rows = paper.rows()
+    assert len(rows) == 41 and {word for *_, word in rows} == {"the same", "by code"}
+    with mock.patch.object(paper, "TABLE", [("C-DPO", "Train Steps", 3001, "cdpo.steps")]):
+        assert paper.rows()[0][-1] == "**differs**"
+    assert "torch.optim.AdamW(" in inspect.getsource(train.train)
+    assert inspect.signature(lora.inject).parameters["targets"].default == "all-linear"
+    _, sft, _ = train.parse("sft --preset paper".split())
+    assert sft.steps * sft.batch == 150_000
+    _, pretraining, _ = train.parse("graph --preset paper".split())
+    ours = (pretraining.weight_decay, pretraining.drop, pretraining.feature_norm)
+    assert ours == (0, 0, 0) and pretraining.warmup == 0 and pretraining.schedule == "constant"
+    assert [train.learning_rate(step, 9, 2, "constant") for step in (0, 2, 8)] == [1 / 3, 1, 1]
+    _, ours, _ = train.parse("cdpo --preset paper".split())
+    assert ours.nll == ours.drop == ours.warmup == ours.weight_decay == 0
+    flags = [flag for flag, *_ in paper.not_the_papers()]
+    assert "cdpo --beta" in flags and "cdpo --lam" not in flags
     _, settings, loop = train.parse("cdpo --preset paper --lam 0.3 --out x".split())
     assert settings.lam == 0.3 and settings.k == 3 and loop.out == "x"
     assert train.parse(["sft"])[2].out == "runs/sft" and train.parse(["sft"])[2].save_every == 50
@@ -5869,7 +5923,31 @@ def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     none, empty = edited(tmp_path, '--likes ""')
     alike, nothing = edited(tmp_path, '--dislikes ""')
     assert "generic" in empty["note"] and empty["note"] == nothing["note"] and not record["note"]
+    model, tokenizer = qwen.load_language_model(MINI / "qwen")
+    lora.load_adapter(model, MINI / "policy" / cdpo.REFERENCE)
+    lora.merge(model)
+    seed = qwen.seed_for(0, "you", edit.CAPTION)
+    sampling = {**model.config.sampling, "generator": torch.Generator().manual_seed(seed)}
+    said = cdpo.suggest(model, tokenizer, [cdpo.prompt(edit.CAPTION)], **sampling)
+    assert said[0][0] == empty["instruction"]
     assert (none == alike).all() and record["likes"] == ["gold", "crown", "marble"]
+
+
+def test_edit_asks_with_the_profile_that_the_policy_was_trained_with(tmp_path):
+    """config.json of the policy says which; neighbours are the graph's people, not oneself."""
+    policy = copied(MINI / "policy", tmp_path / "policy")
+    config = qwen.read_json(policy / "config.json")
+    people = graph.load_graph(policy / "collaborative.safetensors")[0].people()
+    user = people[0]
+    similar = cdpo.profiles("neighbours", [user], people[1:])[0]
+    for kind, words in (("own", cdpo.profile(user)), ("neighbours", similar)):
+        write_lines(policy / "config.json", config | {"profile": kind})
+        argv = ["--policy", str(policy), "--user", user.name, "--words-only"]
+        with mock.patch.object(cdpo, "suggest", wraps=cdpo.suggest) as given:
+            edited_words = edit.write_instructions(edit.parse(argv))
+        assert given.call_args.args[2] == [cdpo.prompt(edit.CAPTION, profile=words)]
+        assert len(edited_words) == 1 and words.startswith("likes ")
+    assert "similar users like" in similar
 
 
 def test_edit_knows_training_users_as_they_were_trained():
@@ -9075,21 +9153,13 @@ def test_train_stopped_run_is_exported_and_may_get_other_steps():
     assert metrics_of(out)[4]["lr"] < metrics_of(out)[3]["lr"]
 
 
-def test_train_logs_the_terms_of_the_loss_and_a_held_out_margin():
-    """dpo + nll + neighbours is the loss; the margin of held-out pairs stands in the first line
-    and in each N-th behind it, for a run that has soft tokens."""
+def test_train_logs_the_terms_of_the_loss():
+    """dpo + nll + neighbours is the loss."""
     command, d = prepared()
-    held = f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl"
-    train_here(f"{command} --steps 4 --check-every 3 --out {d}/terms {held}")
-    lines = metrics_of(d / "terms")
-    for line in lines:
+    train_here(f"{command} --steps 4 --out {d}/terms")
+    for line in metrics_of(d / "terms"):
         assert abs(line["dpo"] + line["nll"] + line["neighbours"] - line["loss"]) < 1e-3
         assert line["neighbours"] > 0 and line["nll"] > 0
-    assert ["held-out margin" in line for line in lines] == [True, False, False, True]
-    train_here(f"{command} --steps 1 --check-every 1 --user none --out {d}/termless {held}")
-    assert "held-out margin" not in metrics_of(d / "termless")[0]
-    train_here(f"{command} --steps 4 --out {d}/unchecked {held}")
-    assert [line["loss"] for line in metrics_of(d / "unchecked")] == [x["loss"] for x in lines]
 
 
 def evaluation(flags=""):
@@ -9110,7 +9180,7 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     rows = {}
     for line in found.table().splitlines()[2:]:
         name, *cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        rows[name] = cells[len(cdpo.RATES):]
+        rows[name] = cells[len(cdpo.RATES) + 1:]
     conditions = [*cdpo.CONDITIONS, "another's"]
     assert [*rows] == [*conditions, "(chosen)", "(rejected)"]
     known = found.known()
@@ -9118,6 +9188,8 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     margin = {}
     for name in ("likes + dislikes", "nothing", "another's"):
         margin[name] = []
+        adapter = cdpo.generic(settings.policy) if name == "nothing" else settings.policy
+        lora.load_adapter(found.model, adapter)
         soft = tokens.soft(tokens.new(known[name]))
         for pair, user in zip(found.pairs, found.owner):
             row = cdpo.encode_pair(found.tokenizer, pair)
@@ -9138,6 +9210,102 @@ def test_evaluation_compares_own_tokens_with_none_and_anothers():
     for user, other in zip(found.users, known["another's"]):
         clash = len(set(user.likes) & set(other.dislikes))
         assert clash >= max(len(set(user.likes) & set(one.dislikes)) for one in found.users) - 4
+
+
+def test_evaluation_gives_who_says_nothing_the_sft_adapters_answers():
+    """The policy's folder keeps the SFT adapter. Somebody without a history has its answers and
+    margins, without tokens, also in company; the others have the policy's."""
+    found, settings, d = evaluation()
+    policy = settings.policy
+    sft = lora.read_tensors(d / "sft/adapter_model.safetensors")
+    kept = lora.read_tensors(Path(policy) / cdpo.REFERENCE)
+    assert kept.keys() == sft.keys() and all(same(kept[name], sft[name]) for name in sft)
+    silent = [replace(user, likes=[], dislikes=[]) for user in found.users]
+    speaker = found.owner[0].item()
+    mixed = [*silent[:speaker], found.users[speaker], *silent[speaker + 1:]]
+    settings.temperature = 0
+    with mock.patch.object(settings, "policy", f"{d}/sft"):
+        generic = found.answers(silent, found.captions)
+    own = found.answers(found.users, found.captions)
+    assert found.answers(silent, found.captions) == generic != own
+    said = found.answers(mixed, found.captions)
+    assert said == [one if one[0] == speaker else other for one, other in zip(own, generic)]
+    margin = found.margins(mixed)
+    first = found.owner == speaker
+    assert_close(margin[first], found.margins(found.users)[first], 1e-4)
+    settings.policy = f"{d}/sft"
+    assert_close(margin[~first], found.margins(silent)[~first], 1e-4)
+    assert (margin[first] - found.margins(silent)[first]).abs().max() > 0.1
+
+
+def test_evaluation_tells_the_profile_that_the_condition_shows():
+    """--profile own: each condition cuts the prompt's words as it cuts the graph's edges."""
+    found, settings, _ = evaluation("--profile own")
+    known = found.known()
+    with mock.patch.object(cdpo, "suggest", return_value=[]) as given:
+        for name in cdpo.CONDITIONS:
+            found.answers(known[name], found.captions)
+            text = given.call_args_list[-1].args[2][0][0]["content"]
+            user = found.users[found.owner.min()]
+            shown = {"likes", "dislikes"} & set(name.split())
+            assert (f"profile likes {', '.join(user.likes)}" in text) == ("likes" in shown), name
+            assert (f"dislikes {', '.join(user.dislikes)}" in text) == ("dislikes" in shown), name
+    with mock.patch.object(cdpo, "encode_pair", wraps=cdpo.encode_pair) as given:
+        found.margins(known["dislikes only"])
+    told = {}
+    for call in given.call_args_list:
+        told[call.args[1]["user"]] = call.args[1]["profile"]
+    assert len(told) == 3
+    for user in found.users:
+        assert told.get(user.name) in (None, cdpo.profile(replace(user, likes=[])))
+
+
+def test_evaluation_measures_table_2s_cosine():
+    """The mean cosine, by CLIP's text tower, of an answer to all that its user chose in the file;
+    chosen answers are nearer than rejected ones; without --clip there is none."""
+    found, _, _ = evaluation()
+    one, *_, other = found.owner.tolist()
+    answers = [(one, "a mug", "Paint the mug gold", True), (other, "a mug", "Add a crown", True)]
+    clip = flux.CLIPText.load(MINI / "clip")
+    tokenizer = flux.TextTokenizer(MINI / "clip")
+
+    def unit(texts):
+        with torch.no_grad():
+            return nn.functional.normalize(clip.embed(tokenizer(texts)), dim=-1)
+
+    pairs = read_lines(SAMPLE / "pairs_test.jsonl")
+    for (i, _, text, _), cosine in zip(answers, found.cosines(answers)):
+        liked = [pair["chosen"] for pair in pairs if pair["user"] == found.users[i].name]
+        assert_close((unit(liked) @ unit([text]).T).mean(), cosine, 1e-5)
+    rows = found.table().splitlines()
+    chosen, rejected = (float(row.split(" | ")[7].split()[0]) for row in rows[-2:])
+    assert chosen > rejected + 0.02
+    found, _, _ = evaluation('--clip ""')
+    assert found.cosines(answers).isnan().all()
+
+
+def test_bench_methods_computes_a_seed_of_a_method_once(tmp_path):
+    """A second call reads what a seed came to; prompt engineering has the words, others do not."""
+    module = bench("methods")
+    command, d = prepared()
+    sample = ["--users", f"{SAMPLE}/users.jsonl", "--users-test", f"{SAMPLE}/users_test.jsonl",
+              "--pairs-test", f"{SAMPLE}/pairs_test.jsonl", "--answers", "1"]
+    args = SimpleNamespace(preset="mini", profile=None, steps=1, batch=4, seeds=1, sft=f"{d}/sft",
+                           graph=f"{d}/graph", pairs=f"{SAMPLE}/pairs.jsonl",
+                           edits=f"{SAMPLE}/edits.jsonl", out=str(tmp_path))
+    names = ["SFT", "SFT-Vanilla", "prompt engineering, own profile", module.PLAIN]
+    rows = {name: module.METHODS[name] for name in names}
+    with quiet():
+        methods = module.Methods(args, sample)
+        found = methods.units(rows)
+        with mock.patch.object(methods, "answers", None):
+            assert methods.units(rows) == found
+    shown = module.SHOWN
+    sft = found["SFT"]
+    assert sft[shown[0]] == sft[shown[1]] == sft[shown[2]]
+    own = found["prompt engineering, own profile"]
+    assert own[shown[0]] != own[shown[2]] and own[shown[0]][0]["hit"] > sft[shown[0]][0]["hit"]
+    assert len(read_lines(tmp_path / "units.jsonl")) == 4
 
 
 def test_evaluation_counts_gold_answers_as_what_they_are():
@@ -9178,7 +9346,7 @@ def test_evaluation_samples_as_told_and_leaves_answers_to_read(tmp_path):
     assert gold in text
     found.settings.out = ""
     with mock.patch.object(found, "answers", return_value=[(0, "a mug", "gold", True)]):
-        with mock.patch.object(cdpo, "margins", return_value=torch.zeros(len(found.pairs))):
+        with mock.patch.object(found, "margins", return_value=torch.zeros(len(found.pairs))):
             found.table()
     assert "| a mug | gold |" in Path(f"{settings.policy}_answers.txt").read_text()
 

@@ -18,7 +18,6 @@ its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device)
     loss(rows)                  -> (sum over these rows, {metric: sum}); reads nothing else
     save(folder)                the result, in public formats
     describe(rows)              which lines of which file, for an error
-    check()                     {metric: value} on held-out data, for --check-every; may be absent
 
 What the loop promises:
 - The global batch is the same for any number of processes. Its rows and every random draw are
@@ -66,7 +65,6 @@ class LoopSettings:
     """The loop's own flags; steps, batch, learning rate ... belong to each stage's settings."""
     out:        str = flag("", "", "folder to write; runs/STAGE when not given")
     save_every: int = flag(50, 50, "steps between resume points")
-    check_every: int = flag(0, 0, "steps between looks at held-out pairs (cdpo only); 0: never")
     export: bool = flag(False, False, "end here: write what a stopped run has come to")
 
 
@@ -84,10 +82,12 @@ def batch_indices(items, batch, seed, step):
     return order[start:start + batch]
 
 
-def learning_rate(step, steps, warmup):
-    """Factor on the peak rate. 1) linear warm-up, 2) half a cosine down to zero."""
+def learning_rate(step, steps, warmup, schedule="cosine"):
+    """Factor on the peak rate. 1) linear warm-up, 2) half a cosine down to zero, or constant."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
     done = (step - warmup) / (steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * done))
 
@@ -277,7 +277,8 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
     stopping = False
     with tqdm(total=settings.steps, initial=step, desc=out.name, disable=RANK > 0) as bar:
         while step < settings.steps and not stopping:
-            factor = learning_rate(step, settings.steps, settings.warmup)
+            schedule = getattr(settings, "schedule", "cosine")
+            factor = learning_rate(step, settings.steps, settings.warmup, schedule)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
             indices = batch_indices(stage.items, settings.batch, settings.seed, step)
@@ -297,8 +298,6 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
                 line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
-                if loop.check_every and (step - 1) % loop.check_every == 0:
-                    line |= getattr(stage, "check", dict)()
                 with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:

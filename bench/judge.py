@@ -46,6 +46,7 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,6 +57,7 @@ from clock import table
 from study import read_object
 from subjects import chosen, subjects_of
 
+from cdpo import clip_texts
 from flux import CLIPText, TextTokenizer, read_image, to_tensor
 from graph import read_jsonl, read_users, signs_of, similar_users
 from patch_dpo import ImageFeatures, read_scenes
@@ -162,23 +164,6 @@ class Pictures:
         return unit(vectors)
 
 
-class Texts:
-    """CLIP's text tower behind its tokenizer: [text] -> (N, P)."""
-
-    def __init__(self, folder, device):
-        limit = CLIPText.read_config(folder)["max_position_embeddings"]
-        self.tokenizer = TextTokenizer(folder, limit, "CLIP")
-        self.clip = CLIPText.load(folder, device)
-        self.device = device
-
-    def __call__(self, texts):
-        vectors = []
-        for start in range(0, len(texts), 64):
-            ids = self.tokenizer(texts[start:start + 64])                   # (N, T)
-            vectors.append(self.clip.embed(ids.to(self.device)))
-        return unit(vectors)
-
-
 def unit(vectors):
     """[(n, P)] -> (N, P) of length 1, on the CPU; of none (0, 0)."""
     if not vectors:
@@ -200,14 +185,17 @@ class Encoders:
                 folder = resolve(path, ["*.json", "*.txt", "model*.safetensors"])
                 self.pictures[name] = Pictures(folder, device)
                 if name != "DINO":
-                    self.texts[name] = Texts(folder, device)
+                    clip = CLIPText.load(folder, device)
+                    tokenizer = TextTokenizer(folder, 77, "CLIP")
+                    self.texts[name] = partial(clip_texts, tokenizer=tokenizer, clip=clip)
 
     @torch.no_grad()
     def see(self, pictures):
         return {name: encoder(pictures) for name, encoder in self.pictures.items()}
 
-    @torch.no_grad()
     def read(self, texts):
+        if not texts:
+            return {name: torch.zeros(0, 0) for name in self.texts}
         return {name: encoder(texts) for name, encoder in self.texts.items()}
 
 

@@ -1,7 +1,8 @@
 """C-DPO and its baselines, side by side: what held-out users get in words and, drawn, in pictures.
 Markdown tables, mean and standard deviation over training runs.
 
-    python bench/methods.py text                  # 7 methods x 3 seeds: half an hour on two cores
+    python bench/methods.py text                  # the paper's Table 2: 10 methods x 3 seeds
+    python bench/methods.py text --profile own    # the same, with the paper's prompt for all
     python bench/methods.py sweep --sweep lam,k   # C-DPO with other values of a flag, and what each
                                                   # gains over lambda 0 with the same seed
     python bench/methods.py unknown               # people who like what the graph does not know:
@@ -10,11 +11,16 @@ Markdown tables, mean and standard deviation over training runs.
                                                   # user a picture of each method's instruction
 
 They begin with what `python mini/world.py && python train.py graph && python train.py sft` wrote.
-A method is trained now unless its run stands in --out. Unknown flags are `train.py eval`'s.
+A method is trained now unless its run stands in --out. What a seed of a method comes to is a line
+of units.jsonl there, and is not computed again. Unknown flags are `train.py eval`'s.
+
+All methods have the same steps, pairs, rates and start, the SFT adapter. SFT-Vanilla, which the
+paper names and does not describe, is our reading: SFT goes on, on the pairs' chosen answers, as
+DPO-Vanilla with the likelihood term alone. The paper sends every method the profile in words
+(--profile own: in training and evaluation); here only prompt engineering has it unless asked.
 """
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
@@ -32,23 +38,43 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.utils import disable_progress_bars
 
+import lora
 import train
-from cdpo import CONDITIONS, Evaluation, UserTokens, markdown_table
+from cdpo import CONDITIONS, PROFILES, Evaluation, UserTokens, markdown_table
 from controlnet import FLUX_PARTS, canny, control_picture, render
 from flux import read_image
 from graph import PreferenceGraph, User, attribute_names, read_jsonl, read_users
 from mini.judge import Judge
 from patch_dpo import read_scenes
-from qwen import DTYPES, pick_device, resolve
+from qwen import DTYPES, load_language_model, pick_device, resolve
 
-METHODS = {                  # name -> flags of the cdpo stage; None: the SFT adapter as it stands
-    "SFT": None,
-    "profile in the prompt": None,
-    "DPO-Vanilla": "--user none",
-    "DPO-User, mean user": "--user id",
-    "DPO-User, nearest user": "--user id",
-    "C-DPO, lambda 0": "--lam 0",
-    "C-DPO": "",
+class Method(NamedTuple):
+    flags: str | None = None    # of the cdpo stage; None: the SFT adapter as it stands
+    profile: str = ""           # in words, of the SFT adapter's prompts
+    nearest: bool = False       # somebody new is read as the nearest training user
+
+
+METHODS = {
+    "untuned": Method(),
+    "SFT": Method(),
+    "SFT-Vanilla": Method("--user none --beta 0 --nll 1"),
+    "DPO-Vanilla": Method("--user none"),
+    "DPO-User, mean user": Method("--user id"),
+    "DPO-User, nearest user": Method("--user id", nearest=True),
+    "prompt engineering, own profile": Method(profile="own"),
+    "prompt engineering, neighbours' too": Method(profile="neighbours"),
+    "C-DPO, lambda 0": Method("--lam 0"),
+    "C-DPO": Method(""),
+}
+SHOWN = list(CONDITIONS)[:3]    # the paper's
+PAPER = {                       # Table 2: likes + dislikes, likes, dislikes; Table 8 the second
+    "untuned": ".274 .276 .229",
+    "SFT": ".227 .238 .196",
+    "SFT-Vanilla": ".276 .276 .185",
+    "DPO-Vanilla": ".272 .274 .172",
+    "DPO-User, mean user": ".307 .286 .269",
+    "prompt engineering, neighbours' too": ".270 .270 .200",
+    "C-DPO": ".354 .306 .294",
 }
 PLAIN = "C-DPO, lambda 0"    # what a gain is measured against
 SWEEPS = {
@@ -58,7 +84,7 @@ SWEEPS = {
     "neighbour-user": "target neighbour",
     "neighbours": "exact sampled",
 }
-RATES = ["likes", "would like", "hit", "dislikes", "malformed"]
+RATES = ["likes", "would like", "hit", "dislikes", "malformed", "CLIP liked"]
 MEASURES = ["asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike"]
 
 
@@ -67,10 +93,11 @@ class NearestUser(Evaluation):
     often with them and clashes least: the best that DPO-User's table can offer (ours)."""
     wanted = False
 
-    def soft_tokens(self, users, policy):
-        soft, at = super().soft_tokens(users, policy)
+    def soft_tokens(self, users):
+        soft, at = super().soft_tokens(users)
         if self.wanted:
-            tokens = UserTokens.load(Path(policy) / "collaborative.safetensors", soft.device)
+            file = Path(self.settings.policy) / "collaborative.safetensors"
+            tokens = UserTokens.load(file, soft.device)
             nearest = nearest_users(tokens.graph, users)
             soft = tokens.soft(tokens.vectors[nearest])                     # (N, S, D)
         return soft, at
@@ -108,8 +135,9 @@ class Methods:
         if flags is None:
             return args.sft
         words = flags.split()
-        if args.steps:
-            words += ["--steps", str(args.steps)]
+        for name in ("steps", "batch", "profile"):
+            value = getattr(args, name)
+            words += [f"--{name}", str(value)] if value else []
         name = "-".join(word.strip("-") for word in words) or "default"
         if files:
             name += "-without"
@@ -117,50 +145,85 @@ class Methods:
         start = ["--sft", args.sft, "--graph", args.graph, "--seed", str(seed), "--out", out]
         return train_once(["cdpo", *self.shared, *start, *words, *files])
 
-    def answers(self, method, flags, seed, users, captions):
-        """A method's instructions -> [(user index, caption, text, ended)]."""
-        self.evaluation.wanted = "nearest" in method
-        return self.evaluation.answers(
-            users, captions, self.trained(flags, seed), seed=seed,
-            with_profile="profile" in method,
-        )
+    def untuned(self):
+        """A folder with an adapter that changes nothing."""
+        folder = Path(self.args.out, "untuned")
+        model, _ = load_language_model(self.settings.qwen)
+        lora.inject(model)
+        lora.save_adapter(model, folder)
+        return folder
 
-    @functools.cache
-    def rates(self, method, flags, shown="likes + dislikes"):
-        """[{"likes": rate, ...}], one for each seed, where of each user's history only what
-        `shown`, a name in CONDITIONS, leaves is known."""
-        known = [replace(user, **CONDITIONS[shown]) for user in self.users]
-        times = self.settings.answers
-        captions = [np.repeat(texts, times).tolist() for texts in self.evaluation.captions]
-        found = []
-        for seed in range(self.args.seeds):
-            answers = self.answers(method, flags, seed, known, captions)
+    def answers(self, name, method, seed, users, captions):
+        """A method's instructions -> [(user index, caption, text, ended)]."""
+        settings = self.settings
+        settings.policy = self.untuned() if name == "untuned" else self.trained(method.flags, seed)
+        settings.profile = method.profile or self.args.profile or "none"
+        settings.seed = seed
+        self.evaluation.wanted = method.nearest
+        return self.evaluation.answers(users, captions)
+
+    def unit(self, name, method, seed):
+        """{condition: {"likes": rate, ..., "CLIP liked": cosine}} of one seed, where of each user's
+        history only what the condition leaves is known. From units.jsonl, where it stands there."""
+        args = self.args
+        key = [name, *method, seed, args.preset, args.profile, args.steps, args.batch]
+        file = Path(args.out, "units.jsonl")
+        for line in file.read_text().splitlines() if file.exists() else []:
+            row = json.loads(line)
+            if row["key"] == key:
+                return row["found"]
+        captions = [texts * self.settings.answers for texts in self.evaluation.captions]
+        found = {}
+        for shown in SHOWN:
+            known = [replace(user, **CONDITIONS[shown]) for user in self.users]
+            answers = self.answers(name, method, seed, known, captions)
             verdicts = [self.judge(self.users[i], *answer) for i, *answer in answers]
-            found.append({name: statistics.fmean(column(verdicts, name)) for name in RATES})
+            rates = {rate: statistics.fmean(column(verdicts, rate)) for rate in RATES[:-1]}
+            near = self.evaluation.cosines(answers)
+            found[shown] = {**rates, "CLIP liked": near.mean().item(), "spread": near.std().item()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        print(f"{name}, seed {seed}: {found}", file=sys.stderr)
+        with open(file, "a") as lines:
+            lines.write(json.dumps({"key": key, "found": found}) + "\n")
+        return found
+
+    def units(self, methods):
+        """{name: {condition: [{"likes": rate, ...} of each seed]}}; a seed of all methods first."""
+        found = {}
+        for name in methods:
+            found[name] = {shown: [] for shown in SHOWN}
+        for seed in range(self.args.seeds):
+            for name, method in methods.items():
+                for shown, rates in self.unit(name, method, seed).items():
+                    found[name][shown].append(rates)
         return found
 
     def rates_table(self, title, methods):
         """The last column is the gain over C-DPO without its neighbours' term, of the same seed."""
-        plain = column(self.rates(PLAIN, METHODS[PLAIN]), "hit")
+        units = self.units({PLAIN: METHODS[PLAIN], **methods})
+        plain = column(units[PLAIN][SHOWN[0]], "hit")
         rows = []
-        for method, flags in methods.items():
-            runs = self.rates(method, flags)
-            cells = [spread(column(runs, name)) for name in RATES]
+        for name in methods:
+            runs = units[name][SHOWN[0]]
+            cells = [spread(column(runs, rate)) for rate in RATES]
             gain = np.subtract(column(runs, "hit"), plain)
-            rows.append([method, *cells, spread(gain)])
+            rows.append([name, *cells, spread(gain)])
         answers = sum(map(len, self.evaluation.captions)) * self.settings.answers
         title += f" ({len(self.users)} held-out users, {answers} answers a seed"
         title += f" at temperature 1, {self.args.seeds} seeds)"
         return table(title, ["method", *RATES, "hit less lambda 0's"], rows)
 
     def text(self):
-        rows = []
-        for method, flags in METHODS.items():
-            runs = [self.rates(method, flags, shown) for shown in CONDITIONS]
-            rows.append([method, *(spread(column(run, "hit")) for run in runs)])
-        title = "Liked or would-be-liked, by what the history shows"
         asked = self.rates_table("What the instruction asks for", METHODS)
-        return asked + table(title, ["method", *CONDITIONS], rows)
+        rows = []
+        for name, runs in self.units(METHODS).items():
+            cells = []
+            for rate in ("hit", "CLIP liked"):
+                cells += [spread(column(runs[shown], rate)) for shown in SHOWN]
+            rows.append([name, *cells, PAPER.get(name, "")])
+        columns = [f"{rate}, {shown}" for rate in ("hit", "CLIP liked") for shown in SHOWN]
+        title = "Liked or would-be-liked, and Table 2's cosine, by what the history shows"
+        return asked + table(title, ["method", *columns, "the paper's cosines"], rows)
 
     def sweep(self):
         _, usual, _ = train.parse(["cdpo", *self.shared])
@@ -169,7 +232,7 @@ class Methods:
             default = str(getattr(usual, flag.replace("-", "_")))
             rows = {}
             for value in SWEEPS[flag].split():
-                rows[f"{flag} {value}"] = "" if value == default else f"--{flag} {value}"
+                rows[f"{flag} {value}"] = Method("" if value == default else f"--{flag} {value}")
             text += self.rates_table(f"C-DPO, --{flag}", rows)
         return text
 
@@ -226,9 +289,10 @@ class Methods:
         captions = [self.evaluation.captions[i] * self.settings.answers for i in fans]
         found = []
         for seed in range(self.args.seeds):
-            folder = self.trained("", seed, files)
+            self.settings.policy = self.trained("", seed, files)
+            self.settings.seed = seed
             verdicts = []
-            for place, *answer in self.evaluation.answers(shown, captions, folder, seed=seed):
+            for place, *answer in self.evaluation.answers(shown, captions):
                 user = self.users[fans[place]]
                 fan = replace(user, likes=common(user.likes, new), hidden=[])
                 verdicts.append([self.judge(one, *answer)["hit"] for one in (user, fan)])
@@ -249,20 +313,20 @@ class Methods:
         }
         for strength in sorted({1.0, self.args.strength}, reverse=True):
             rows[f"strength {strength:g}"] = self.draw(jobs, strength)
-        own = {method: self.draw(self.own_jobs(method, scenes)) for method in METHODS}
+        own = {name: self.draw(self.own_jobs(name, scenes)) for name in METHODS}
         text = picture_table("Every edit of every held-out scene", rows, MEASURES[:4])
         text += kind_table(rows)
         title = f"The methods' own instructions, strength {self.args.strength:g}; the picture "
         title += "shows the attribute whose true picture is nearest of all"
         return text + picture_table(title, own, MEASURES)
 
-    def own_jobs(self, method, scenes):
+    def own_jobs(self, name, scenes):
         """One instruction of the method (the first seed's) for each held-out user, left out where
         it names no attribute, several, or one that has no true picture."""
         mine = [scenes[i % len(scenes)] for i in range(len(self.users))]
         captions = [[scene.caption] for scene in mine]
         jobs = []
-        for i, _, text, _ in self.answers(method, METHODS[method], 0, self.users, captions):
+        for i, _, text, _ in self.answers(name, METHODS[name], 0, self.users, captions):
             names = self.judge.names.findall(text)
             if len(names) == 1 and names[0] in mine[i].edits:
                 jobs.append(Job(mine[i], names[0], text, self.users[i]))
@@ -454,6 +518,9 @@ def main():
     p.add_argument("--steps", type=int, help="steps of each, where the preset's are too many")
     p.add_argument("--sweep", default="lam,k", help=f"some of {','.join(SWEEPS)}")
     p.add_argument("--preset", default="mini", help="mini or paper")
+    p.add_argument("--batch", type=int, help="pairs of a step, where the preset's are too many")
+    p.add_argument("--profile", choices=PROFILES, help="in all prompts, of training pairs and of"
+                   " evaluation")
     p.add_argument("--pairs", default="mini/data/pairs.jsonl", help="of the training users")
     p.add_argument("--edits", default="mini/data/edits.jsonl", help="what sft was trained on")
     group = p.add_argument_group("pictures")

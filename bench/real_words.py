@@ -444,7 +444,7 @@ def measures(table):
         name, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
         rows[name] = [re.match(r"[-\d.]*", cell)[0] for cell in cells]
     own = rows["likes + dislikes"]
-    return float(own[2]), float(own[3]), float(own[6]), float(rows["nothing"][8])
+    return float(own[2]), float(own[3]), float(own[7]), float(rows["nothing"][9])
 
 
 def main():
