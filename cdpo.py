@@ -309,6 +309,18 @@ def encode_pair(tokenizer, pair):
     return encode(tokenizer, asked, pair["chosen"], pair["rejected"])
 
 
+@torch.no_grad()
+def margins(model, tokenizer, pairs, soft, at=0):
+    """log pi(chosen) - log pi(rejected) (N,) of N pairs; soft (N, S, D) read them, before
+    prompt[at]."""
+    found = []
+    for start in range(0, len(pairs), 16):
+        texts = [encode_pair(tokenizer, pair) for pair in pairs[start:start + 16]]
+        chosen, rejected = answer_logprobs(model, texts, soft[start:start + 16], at).T
+        found.append(chosen - rejected)
+    return torch.cat(found).cpu()
+
+
 def suggest(model, tokenizer, prompts, soft=None, max_new_tokens=48, at=0, **sampling):
     """One instruction for each of N prompts (lists of messages) -> [(text, whether the answer
     ended by itself)]; soft (N, S, D) or None, before prompt[at]."""
@@ -437,7 +449,7 @@ class PeopleSettings:
     """Whom C-DPO and its evaluation are about, and what speaks.    miniature, paper, what it is"""
     users:      str = flag("mini/data/users.jsonl", "users.jsonl", "training users")
     users_test: str = flag("mini/data/users_test.jsonl", "users_test.jsonl",
-                           "held-out users, for eval and edit.py")
+                           "held-out users, for eval and --check-every")
     pairs_test: str = flag("mini/data/pairs_test.jsonl", "pairs_test.jsonl", "their pairs")
     qwen:       str = flag("mini/qwen", "Qwen/Qwen2.5-7B-Instruct",
                            "language model: folder or hub repository", small=SMALL)
@@ -648,6 +660,21 @@ class CDPO:
         nll = -self.settings.nll * policy[0] / length
         return losses + nll, dpo_metrics(*policy, *rewards) | {"dpo": losses, "nll": nll}
 
+    @torch.no_grad()
+    def check(self):
+        """By how many nats the chosen answers of held-out people come out likelier than the
+        rejected ones, of 50 pairs or so, read with their own soft tokens."""
+        if not self.tokens:
+            return {}
+        settings = self.settings
+        users, pairs, owner = read_pairs(
+            settings.users_test, settings.pairs_test, settings.profile, self.users)
+        step = len(pairs) // 50 + 1
+        soft = self.tokens.soft(self.tokens.new(users))[owner[::step]]          # (N, S, D)
+        margin = margins(
+            self.model.eval(), self.tokenizer, pairs[::step], soft, self.tokens.soft.at)
+        return {"held-out margin": margin.mean().item()}
+
     def describe(self, rows):
         return lines_of(self.settings.pairs, [self.pairs[row.pairs[0]] for row in rows])
 
@@ -767,20 +794,15 @@ class Evaluation:
                 found += [(*question, *answer) for question, answer in zip(part, said)]
         return sorted(found, key=itemgetter(0))
 
-    @torch.no_grad()
     def margins(self, users):
         """log pi(chosen) - log pi(rejected) (N,) of the held-out pairs, asked as for `answers`."""
         words = profiles(self.settings.profile, users, self.others)
         margin = torch.zeros(len(self.pairs))
         for turn, soft, at in self.parties(users):
             mine = turn[self.owner].nonzero()[:, 0]                         # numbers of their pairs
-            for start in range(0, len(mine), 16):
-                part = mine[start:start + 16]
-                owner = self.owner[part]
-                pairs = [self.pairs[i] | {"profile": words[user]} for i, user in zip(part, owner)]
-                texts = [encode_pair(self.tokenizer, pair) for pair in pairs]
-                chosen, rejected = answer_logprobs(self.model, texts, soft[owner], at).T
-                margin[part] = (chosen - rejected).cpu()
+            owner = self.owner[mine]
+            pairs = [self.pairs[i] | {"profile": words[user]} for i, user in zip(mine, owner)]
+            margin[mine] = margins(self.model, self.tokenizer, pairs, soft[owner], at)
         return margin
 
     def known(self):

@@ -9153,13 +9153,21 @@ def test_train_stopped_run_is_exported_and_may_get_other_steps():
     assert metrics_of(out)[4]["lr"] < metrics_of(out)[3]["lr"]
 
 
-def test_train_logs_the_terms_of_the_loss():
-    """dpo + nll + neighbours is the loss."""
+def test_train_logs_the_terms_of_the_loss_and_a_held_out_margin():
+    """dpo + nll + neighbours is the loss; the margin of held-out pairs stands in the first line
+    and in each N-th behind it, for a run that has soft tokens."""
     command, d = prepared()
-    train_here(f"{command} --steps 4 --out {d}/terms")
-    for line in metrics_of(d / "terms"):
+    held = f"--users-test {SAMPLE}/users_test.jsonl --pairs-test {SAMPLE}/pairs_test.jsonl"
+    train_here(f"{command} --steps 4 --check-every 3 --out {d}/terms {held}")
+    lines = metrics_of(d / "terms")
+    for line in lines:
         assert abs(line["dpo"] + line["nll"] + line["neighbours"] - line["loss"]) < 1e-3
         assert line["neighbours"] > 0 and line["nll"] > 0
+    assert ["held-out margin" in line for line in lines] == [True, False, False, True]
+    train_here(f"{command} --steps 1 --check-every 1 --user none --out {d}/termless {held}")
+    assert "held-out margin" not in metrics_of(d / "termless")[0]
+    train_here(f"{command} --steps 4 --out {d}/unchecked {held}")
+    assert [line["loss"] for line in metrics_of(d / "unchecked")] == [x["loss"] for x in lines]
 
 
 def evaluation(flags=""):

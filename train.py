@@ -18,6 +18,7 @@ its settings (steps, batch, micro, lr, warmup, weight_decay, clip, seed, device)
     loss(rows)                  -> (sum over these rows, {metric: sum}); reads nothing else
     save(folder)                the result, in public formats
     describe(rows)              which lines of which file, for an error
+    check()                     {metric: value} on held-out data, for --check-every; may be absent
 
 What the loop promises:
 - The global batch is the same for any number of processes. Its rows and every random draw are
@@ -65,6 +66,7 @@ class LoopSettings:
     """The loop's own flags; steps, batch, learning rate ... belong to each stage's settings."""
     out:        str = flag("", "", "folder to write; runs/STAGE when not given")
     save_every: int = flag(50, 50, "steps between resume points")
+    check_every: int = flag(0, 0, "steps between looks at held-out pairs (cdpo only); 0: never")
     export: bool = flag(False, False, "end here: write what a stopped run has come to")
 
 
@@ -298,6 +300,8 @@ def run_steps(stage, settings, loop, *, optimizer, step, stop):
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
             if RANK == 0:
                 line = {"step": step, "lr": optimizer.param_groups[0]["lr"], **metrics}
+                if loop.check_every and (step - 1) % loop.check_every == 0:
+                    line |= getattr(stage, "check", dict)()
                 with open(out / "metrics.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 if stopping or step % loop.save_every == 0 or step == settings.steps:
