@@ -7245,7 +7245,8 @@ def test_patch_drops_text_reference_and_both():
     stage = moved(picture_stage()[0])
     N = len(stage.rows)
     one = torch.tensor([1])
-    x, t = noise(1, 4, 64), torch.ones(1)
+    x = noise(1, 4, 64)
+    t = torch.ones(1)
     empty = flux.encode_prompt(MINI / "flux", [""])
     for kind in range(4):
         item = one + kind * N
