@@ -99,7 +99,7 @@ OURS = [            # deviations that are no setting, and gaps of the paper that
     "pairs for each of four captions and six types (bench/make_data.py)",
     "SFT's 150,000 pairs are the first epoch's random draw of all prompts in the file",
     "FLUX's prompt is \"caption. instruction\"; the paper does not say (edit.py)",
-    "reference pictures (PatchDPO) are seen by DINOv2; PatchDPO's own tables use DINO ViT-S/16",
+    "edit --reference is not C-DPO's: image prompt and image encoder are PatchDPO's or XLabs'",
 ]
 
 
@@ -110,7 +110,7 @@ def paper_value(name):
 
 
 def rows():
-    """[(part, item, Table 12's value, the preset's, "as in Table 12" or how it differs)]"""
+    """[[part, item, Table 12's value, the preset's, "the same", "by code" or "**differs**"]]"""
     found = []
     for part, item, value, names in TABLE:
         preset = [paper_value(name) for name in names.split()]
