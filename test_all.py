@@ -9536,7 +9536,7 @@ def test_bench_real_words_are_people_of_two_themes(tmp_path):
     assert not captions[0] & captions[1]
     edits = cdpo.read_answers(tmp_path / "a/edits.jsonl", "edit", input=str)
     assert len(edits) == 480
-    table = """| the policy knows | a | x | hit | dislikes | y | z | CLIP | accuracy | margin | less |
+    table = """| it knows | a | x | hit | dislikes | y | z | CLIP | accuracy | margin | less |
 | --- |
 | likes + dislikes | .1 | .2 | 0.3 | 0.01 | 0 | 0 | nan +- nan | 0.9 +- 0.1 | 9 +- 1 | 0 |
 | nothing | 0 | 0 | 0 | 0 | 0 | 0 | nan +- nan | 0.5 +- 0.1 | 2 +- 1 | 7.5 +- 0.5 |"""
