@@ -57,9 +57,10 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
                   pick_device, read_json, reading, resolve, seed_for, set_precision, settings_from,
                   shipped, write_whole)
 
-# What is edited, and for whom, when nothing is said; the people are the paper's three.
-IMAGE = "mini/sample/scenes/00_apple.png"
-CAPTION = "A blue apple in front of a cream wall"
+# What is edited, and for whom, when nothing is said: scene 8 of mini/world.py, and three of the
+# paper's people.
+IMAGE = "mini/pictures/apple.png"
+CAPTION = "A beige apple in front of a mint wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
 USERS = "mini/sample/users_test.jsonl"
 

@@ -2474,9 +2474,9 @@ def test_flux_miniature_gives_the_recorded_velocity():
     )
     double, single = net(control=noise(2, 8, 64, seed=5), mode=0, scale=0.4, **x)
     residuals = torch.stack(double + single)
-    assert_recorded(residuals, 150.07, -167.17, 1235.5, 974.52, bound=1e-3)
+    assert_recorded(residuals, 56.43, 99.565, 2709.7, -43.323, bound=1e-3)
     velocity = model(**x, double_residuals=double, single_residuals=single)
-    assert_recorded(velocity, -4.3626, 4.3072, -5.5469, -7.3307, bound=1e-3)
+    assert_recorded(velocity, 9.3069, 8.9272, -20.356, -4.6828, bound=1e-3)
     assert not model.training and model.proj_out.weight.dtype == torch.float32
     rough = flux.Flux.load(MINI / "flux/transformer", dtype=torch.bfloat16)
     assert rough.proj_out.weight.dtype == torch.bfloat16
@@ -2907,8 +2907,8 @@ def test_flux_encoders_give_the_recorded_vectors():
     gelu = clip_config(hidden_act="gelu", eos_token_id=40)
     assert_recorded(loud(flux.CLIPText(gelu))(ids), -0.28765, 0.72125, 1.5403, -0.53828)
     states, pooled = flux.encode_prompt(MINI / "flux", PROMPTS)
-    assert_recorded(states, -0.78643, -0.20208, -0.33013, -0.33058)
-    assert_recorded(pooled, 0.76546, -0.50518, -0.31923, 0.13602)
+    assert_recorded(states, -0.26239, -0.27441, -0.79839, -0.025531)
+    assert_recorded(pooled, 0.3423, -0.28296, -0.15855, 0.07015)
 
 
 def test_flux_prompt_is_encoded_the_same_alone():
@@ -3628,14 +3628,14 @@ def test_flux_sampler_gives_the_recorded_latents():
     steering = {"guidance": 3.5, "scale": 0.7, "start": 0.2, "end": 0.9}
     control = controlnet.steer(net, noise(1, 16, 64, seed=5), **shared, **steering)
     found = flux.denoise(model, **x)
-    assert_recorded(found, -0.41499, -1.3869, 0.49498, 0.4437)
+    assert_recorded(found, -0.24124, 0.19132, -0.20214, -0.36616)
     found = flux.denoise(model, **x, negative=negative, cfg=2.0)
-    assert_recorded(found, -0.7359, -2.4828, 0.36319, 0.60045)
+    assert_recorded(found, -0.47517, 0.29684, -0.42358, -0.32492)
     found = flux.denoise(model, **x, control=control)
-    assert_recorded(found, -0.78603, -1.3778, -0.15878, 0.66385)
+    assert_recorded(found, -0.2132, -0.94734, 0.014389, 0.52487)
     source = noise(1, 16, 64, seed=3)
     found = flux.denoise(model, **x, control=control, source=source, strength=0.7)
-    assert_recorded(found, -0.37995, -1.0041, 0.20615, 0.51026)
+    assert_recorded(found, -0.0086001, 0.092341, -0.078502, -0.32136)
 
 
 # ---- controlnet.py: edges ------------------------------------------------------------------------
@@ -3811,12 +3811,12 @@ def test_render_gives_the_recorded_pictures():
     two = ("A red mug", "A white bowl")
     plain = render(two, controls=None)
     assert plain[0].shape == (64, 64, 3) and plain[0].dtype == np.uint8
-    assert_recorded(as_tensor(plain), -139.3, 165.35, 307.93, -27.688, bound=1e-3)
+    assert_recorded(as_tensor(plain), -120.48, 178.02, 295.37, -26.764, bound=1e-3)
     edges = [controlnet.control_picture(apple())] * 2
     steered = render(
         two, controls=edges, scale=1.0, guidance=2.0, batch=2, seeds=[5, 3]
     )
-    assert_recorded(as_tensor(steered), -165.84, 175.98, 257.71, -39.773, bound=1e-3)
+    assert_recorded(as_tensor(steered), -158.14, 147.98, 238.36, -33.827, bound=1e-3)
     edited = render(
         two,
         controls=edges,
@@ -3829,7 +3829,7 @@ def test_render_gives_the_recorded_pictures():
         mode="gray",
         scale=0.8,
     )
-    assert_recorded(as_tensor(edited), -155.47, 189.29, 331.27, -30.43, bound=1e-3)
+    assert_recorded(as_tensor(edited), -136.98, 195.52, 324.44, -15.359, bound=1e-3)
 
 
 def test_render_frees_each_part_before_the_next():
@@ -6342,9 +6342,9 @@ RECORDED_WORDS = {
     "futuristic-techie": "Change the background to night sky",
 }
 RECORDED_PIXELS = {
-    "usual": [126.8, 161.1, 137.3, 171.9],
-    "all noise": [126.8, 162.9, 137.9, 173.2],
-    "guided": [127.2, 155.3, 148.4, 180.8],
+    "usual": [136.5, 166.2, 147.5, 171.7],
+    "all noise": [136.9, 166.3, 147.7, 171.7],
+    "guided": [131.9, 158.5, 156.1, 178.5],
 }
 
 
@@ -6810,7 +6810,7 @@ def test_patch_image_prompt_of_the_miniature_gives_the_recorded_velocity():
         images = noise(2, 3, 64, 64, seed=3).clamp(-1, 1)
         maps = f(images).flatten(1, 2)
         prompt.attend_to(model, maps[None], ids)
-        assert_recorded(model(**inputs), 2.4491, -0.35995, 1.8224, 2.4107)
+        assert_recorded(model(**inputs), 0.82967, -0.39612, 1.2332, 2.2767)
 
 
 def write_xlabs(file, model, width, token=12, count=4):
@@ -7563,14 +7563,14 @@ def test_patch_first_steps_are_the_recorded_ones():
 
 
 RECORDED_PICTURE_STEPS = {
-    "patch": [[1.626365, 2.687963], [1.762334, 2.047004], [1.112929, 1.511732]],
+    "patch": [[1.661435, 2.831485], [1.792906, 2.518059], [1.114357, 1.517697]],
     "patch --loss reconstruction --power 1":
-        [[2.659521, 4.803002], [1.955533, 1.932104], [1.663687, 1.634103]],
-    "patch --loss dpo": [[0.693147, 8.335866], [0.147768, 1.940094], [0.029435, 0.469799]],
+        [[2.928946, 5.508413], [2.046064, 2.576541], [1.669325, 1.808918]],
+    "patch --loss dpo": [[0.693147, 11.713686], [0.052227, 0.889963], [0.00194, 0.043663]],
     "patch --loss dro --refresh 2 --lr 1e-7":
-        [[0.001, 7.609014], [0.000897, 6.55443], [0.000766, 7.744713]],
+        [[0.001, 8.651609], [0.000883, 7.022466], [0.000676, 10.414448]],
     "dro --rank 2 --refresh 2 --lr 1e-7":
-        [[0.001, 4.501099], [0.000993, 4.121212], [0.000959, 8.289098]],
+        [[0.001, 4.707477], [0.000988, 7.383172], [0.00096, 7.96663]],
 }
 
 
@@ -9627,7 +9627,7 @@ def test_house_is_written_for_readers():
             if file.stem in TOP and file.parent == ROOT:
                 tokens += count
                 lines += code
-    assert tokens <= 42_900 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+    assert tokens <= 43_900 and tokens <= 10.5 * lines, (tokens, tokens / lines)
 
 
 def quoted_commands(text):
