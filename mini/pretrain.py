@@ -901,7 +901,7 @@ RECIPES = {                                               # class, steps of the 
     "distil": (Distillation, 500),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
-    "image-prompt": (NewImagePrompt, 1000),
+    "image-prompt": (NewImagePrompt, 800),
     "qwen": (LanguageModel, 4000),
 }
 
