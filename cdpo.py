@@ -714,13 +714,18 @@ CONDITIONS = {                                    # what of their history the po
 RATES = ("likes", "would like", "hit", "dislikes", "no attribute", "unfinished")
 
 
-@torch.no_grad()
-def clip_texts(texts, tokenizer, clip):
-    """[text] -> (N, P) of length 1, on the CPU, by CLIP's text tower."""
-    device = next(clip.parameters()).device
-    ids = tokenizer(texts).to(device)                                       # (N, T)
-    vectors = torch.cat([clip.embed(part) for part in ids.split(64)])
-    return F.normalize(vectors, dim=-1).cpu()
+def clip_texts(folder, device):
+    """CLIP's text tower as a function: [text] -> (N, P) of length 1, on the CPU."""
+    tokenizer = TextTokenizer(folder, 77, "CLIP")
+    clip = CLIPText.load(folder, device)
+
+    @torch.no_grad()
+    def embed(texts):
+        ids = tokenizer(texts).to(device)                                   # (N, T)
+        vectors = torch.cat([clip.embed(part) for part in ids.split(64)])
+        return F.normalize(vectors, dim=-1).cpu()
+
+    return embed
 
 
 class Evaluation:
@@ -741,10 +746,8 @@ class Evaluation:
         self.names = find_names(attribute_names(people) + hidden)
         self.model, self.tokenizer = load_policy(settings, settings.policy)
         if settings.clip:
-            folder = resolve(settings.clip)
-            clip = CLIPText.load(folder, pick_device(settings.device))
-            self.clip = TextTokenizer(folder, 77, "CLIP"), clip
-            chosen = clip_texts([pair["chosen"] for pair in pairs], *self.clip)         # (N, P)
+            self.clip = clip_texts(resolve(settings.clip), pick_device(settings.device))
+            chosen = self.clip([pair["chosen"] for pair in pairs])              # (N, P)
             everybody = range(len(self.users))
             self.liked = torch.stack([chosen[owner == i].mean(0) for i in everybody])   # (U, P)
         step = len(pairs) // 1000 + 1                           # more say little more
@@ -860,7 +863,7 @@ class Evaluation:
         if not self.settings.clip:
             return torch.tensor([torch.nan])
         liked = self.liked[[i for i, *_ in answers]]                        # (N, P)
-        texts = clip_texts([text for _, _, text, _ in answers], *self.clip)
+        texts = self.clip([text for _, _, text, _ in answers])              # (N, P)
         return (texts * liked).sum(1)
 
     def verdict(self, user, text, ended):

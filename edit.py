@@ -310,6 +310,7 @@ def write_instructions(settings):
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = [(user, *soft_tokens(user, tokens)) for user in find_users(settings, tokens.graph)]
         at = tokens.soft.at
+        everybody = tokens.graph.people()
         merged = None
         for (user, soft, note), more in product(people, range(settings.samples)):
             adapter = cdpo.generic(folder) if soft is None else folder
@@ -325,7 +326,7 @@ def write_instructions(settings):
             how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
             seed = seed_for(settings.seed + more, user.name, settings.caption)
             generator = torch.Generator(settings.device).manual_seed(seed)
-            others = [other for other in tokens.graph.people() if other.name != user.name]
+            others = [other for other in everybody if other.name != user.name]
             words, = cdpo.profiles(kind, [user], others)
             message = cdpo.prompt(settings.caption, settings.instruction, words)
             answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,

@@ -46,7 +46,6 @@ import argparse
 import statistics
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,7 +57,7 @@ from study import read_object
 from subjects import chosen, subjects_of
 
 from cdpo import clip_texts
-from flux import CLIPText, TextTokenizer, read_image, to_tensor
+from flux import read_image, to_tensor
 from graph import read_jsonl, read_users, signs_of, similar_users
 from patch_dpo import ImageFeatures, read_scenes
 from qwen import pick_device, read_json, reading, resolve, shipped
@@ -185,9 +184,7 @@ class Encoders:
                 folder = resolve(path, ["*.json", "*.txt", "model*.safetensors"])
                 self.pictures[name] = Pictures(folder, device)
                 if name != "DINO":
-                    clip = CLIPText.load(folder, device)
-                    tokenizer = TextTokenizer(folder, 77, "CLIP")
-                    self.texts[name] = partial(clip_texts, tokenizer=tokenizer, clip=clip)
+                    self.texts[name] = clip_texts(folder, device)
 
     @torch.no_grad()
     def see(self, pictures):

@@ -148,6 +148,8 @@ class Methods:
     def untuned(self):
         """A folder with an adapter that changes nothing."""
         folder = Path(self.args.out, "untuned")
+        if (folder / "adapter_config.json").exists():        # written last
+            return folder
         model, _ = load_language_model(self.settings.qwen)
         lora.inject(model)
         lora.save_adapter(model, folder)

@@ -180,13 +180,14 @@ def chosen(folder, name, pictures):
 
 def paint_subjects(args, more):
     todo = []
-    for name, (pictures, prompts) in subjects_of(args.folder).items():
+    subjects = subjects_of(args.folder)
+    for name, (_, prompts) in subjects.items():
         for n, prompt in enumerate(prompts):
             for k in range(args.samples):
                 todo.append((name, prompt, k, args.out / name / f"{n:02d}_{k}.png"))
     todo = [one for one in todo[RANK::WORLD] if not one[3].exists()]
     for name in dict.fromkeys(one[0] for one in todo):
-        pictures, _ = subjects_of(args.folder)[name]
+        pictures, _ = subjects[name]
         first = chosen(args.folder, name, pictures)
         others = [picture for picture in pictures if picture != first]
         shown = [str(picture) for picture in [first, *others][:args.references]]
