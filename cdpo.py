@@ -235,25 +235,31 @@ def padded(rows, value):
 
 def pack(rows, device="cpu"):
     """B rows of `encode`, n answers each: one sequence a row, so that the prompt is computed once
-    for all its answers. Each block is padded on the right, with -1:
+    for all its answers:
 
-        prompt, room for soft tokens in it, without its last token | that token, answer 1 | ... 2
+        prompt without its last token | that token, answer 1 | that token, answer 2 | padding
 
-    -> ids (B, P + n*L), labels (B*n, L) on the CPU, and the mask (B, 1, T, T): a token sees the
-    prompt and its own answer so far. Prompts take P places, answers L each."""
-    prompts = padded([asked[:-1] for asked, _ in rows], -1)                 # (B, P)
-    labels = padded([answer for _, answers in rows for answer in answers], -100)    # (B*n, L)
-    shifted = [asked[-1:] + answer[:-1] for asked, answers in rows for answer in answers]
-    inputs = padded(shifted, -1).view(len(rows), -1)                        # (B, n*L)
-    ids = moved(torch.cat([prompts, inputs], 1), device)
-    real = ids != -1                                                        # (B, T)
-    place = torch.arange(ids.shape[1], device=device) - prompts.shape[1]    # 0: answers begin
-    block = place // labels.shape[1]                # (T,) the answer's number; below 0: prompt
-    before = place <= place[:, None]                                        # (T, T)
-    itself = place == place[:, None]
-    path = before & ((block < 0) | (block == block[:, None]))
-    mask = path & (real[:, None] | itself)          # padding sees itself: no empty row, no NaN
-    return ids, labels, mask[:, None]
+    -> ids (B, T), -1 for padding; labels (B, n, T) on the CPU: what follows each token of an
+    answer, else -100; mask (B, 1, T, T): a token sees the prompt and its own answer so far. With
+    one answer that is all that stands before it, and the mask None: attention needs none then."""
+    ids, targets, blocks = [], [], []
+    for asked, answers in rows:
+        ids.append(asked[:-1])
+        targets.append([-100] * len(asked[:-1]))
+        blocks.append([0] * len(asked[:-1]))                                # 0: the prompt
+        for number, answer in enumerate(answers, start=1):
+            ids[-1] = ids[-1] + asked[-1:] + answer[:-1]
+            targets[-1] += answer
+            blocks[-1] += [number] * len(answer)
+    blocks = padded(blocks, 0)                                              # (B, T)
+    numbers = torch.arange(1, len(answers) + 1)[:, None]                    # (n, 1)
+    labels = padded(targets, -100)[:, None].where(blocks[:, None] == numbers, -100)
+    mask = None
+    if len(answers) > 1:
+        blocks = moved(blocks, device)
+        key, query = blocks[:, None], blocks[:, :, None]
+        mask = ((key == 0) | (key == query)).tril()[:, None]
+    return moved(padded(ids, -1), device), labels, mask
 
 
 def chunk_logprobs(h, head, y):
@@ -290,17 +296,16 @@ def token_logprobs(hidden, head, labels, chunk=128):
 
 def answer_logprobs(model, rows, soft=None, at=0):
     """log pi(answer | prompt) (B, n) fp32 of B rows of `encode`; soft (B, S, D) are the users'
-    tokens, or None, which stand before prompt[at]. Soft tokens and prompt are cut off before the
-    head, padding is labelled -100: none of them counts; <|im_end|> does."""
+    tokens, or None, which stand before prompt[at]. They, the prompt and padding have no label: none
+    of them counts; <|im_end|> does."""
     rows = [(with_room(asked, soft, at), answers) for asked, answers in rows]
     head = model.lm_head.weight
     ids, labels, mask = pack(rows, head.device)
     embeds = embedded(model, ids, soft)                                     # (4) (B, T, D)
     hidden = model.model(embeds=embeds, attention_mask=mask)                # (B, T, D)
-    answers, length = labels.shape
-    n = answers // len(rows)
-    hidden = hidden[:, -n * length:].reshape(answers, length, -1)           # (B*n, L, D)
-    return token_logprobs(hidden, head, labels).view(-1, n)
+    n = labels.shape[1]
+    hidden = hidden.repeat_interleave(n, 0)                                 # (B*n, T, D)
+    return token_logprobs(hidden, head, labels.flatten(0, 1)).view(-1, n)
 
 
 def encode_pair(tokenizer, pair):

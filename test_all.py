@@ -4552,13 +4552,19 @@ def test_cdpo_pack_lays_rows_out_as_its_drawing_says():
     rows = [([0, 4, 5], [[6, 7], [0]]), ([8], [[9], [3, 2]])]
     rows = [(cdpo.with_room(asked, torch.ones(2, 1, 4), 0), answers) for asked, answers in rows]
     ids, labels, mask = cdpo.pack(rows)
-    assert ids.tolist() == [[-2, 0, 4, 5, 6, 5, -1], [-2, -1, -1, 8, -1, 8, 3]]
-    assert labels.tolist() == [[6, 7], [0, -100], [9, -100], [3, 2]]
+    assert ids.tolist() == [[-2, 0, 4, 5, 6, 5], [-2, 8, 8, 3, -1, -1]]
+    no = -100
+    assert labels[0].tolist() == [[no, no, no, 6, 7, no], [no, no, no, no, no, 0]]
+    assert labels[1].tolist() == [[no, 9, no, no, no, no], [no, no, 3, 2, no, no]]
     first = mask[0, 0].int()
-    assert first[4].tolist() == [1, 1, 1, 1, 1, 0, 0]                       # "6" in answer 1
-    assert first[5].tolist() == [1, 1, 1, 0, 0, 1, 0]                       # "5" before answer 2
-    assert mask[1, 0, 6].int().tolist() == [1, 0, 0, 0, 0, 1, 1]            # "3": no padding
+    assert first[4].tolist() == [1, 1, 1, 1, 1, 0]                          # "6" in answer 1
+    assert first[5].tolist() == [1, 1, 1, 0, 0, 1]                          # "5" before answer 2
+    assert mask[1, 0, 3].int().tolist() == [1, 0, 1, 1, 0, 0]               # "3" in answer 2
     assert mask.diagonal(dim1=2, dim2=3).all()
+    one = [(asked, answers[:1]) for asked, answers in rows]
+    ids, labels, mask = cdpo.pack(one)
+    assert ids.tolist() == [[-2, 0, 4, 5, 6], [-2, 8, -1, -1, -1]] and mask is None
+    assert labels.tolist() == [[[no, no, no, 6, 7]], [[no, 9, no, no, no]]]
 
 
 def test_cdpo_token_logprobs_of_labels_anywhere():
@@ -4988,9 +4994,9 @@ def test_cdpo_first_steps_are_the_recorded_ones():
 
 RECORDED_STEPS = {                          # (loss, gradient norm) of each step
     "graph": [[0.685766, 0.153595], [0.701898, 0.263786], [0.662948, 0.335301]],
-    "sft": [[0.977779, 0.523533], [0.947003, 0.452488]],
-    "recorded": [[13.6511, 36.7129], [13.1008, 9.91788], [14.1499, 21.8947]],
-    "baseline": [[9.15248, 20.9634], [9.22568, 10.3513], [9.66304, 15.242]],
+    "sft": [[0.9778, 0.5170], [0.9473, 0.4539]],
+    "recorded": [[13.6507, 37.0406], [13.0988, 9.9115], [14.1474, 21.8721]],
+    "baseline": [[9.1562, 21.7965], [9.2199, 10.4588], [9.6873, 15.1195]],
 }
 
 
