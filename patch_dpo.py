@@ -29,6 +29,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
 import lora
@@ -38,8 +39,8 @@ from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, Pretrained, attend, check_par
                   unpack, read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
-                  choose, fingerprint, flag, generator_for, pick_device,
-                  load_checkpoint, read_json, read_tensors, reading, resolve, seed_for, shipped,
+                  choose, fingerprint, flag, generator_for, load_checkpoint, moved, pick_device,
+                  read_json, read_tensors, reading, resolve, seed_for, shipped,
                   write_whole)
 
 
@@ -488,12 +489,12 @@ class DROSettings(PictureSettings):
 SAME_OBJECT = ("background", "lighting", "object")      # edits that leave the object what it was
 
 
-SCENE_KEYS = ("image", "caption", "edits", "edit_type", "attribute", "instruction")
+SCENE_KEYS = ("image", "caption", "edits", "edit_type", "attribute", "instruction", "references")
 
 
 def read_scenes(path, *needed):
     """Rows of scenes.jsonl whose edits have the string fields `needed`; pictures as paths. An edit
-    without a picture of its own has its scene's. ValueError naming the line."""
+    without a picture or references of its own has its scene's. ValueError naming the line."""
     folder = Path(path).parent
     rows = read_jsonl(path, image=str, caption=str)
     for row in rows:
@@ -508,6 +509,10 @@ def read_scenes(path, *needed):
                     raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
                 edit["image"] = folder / edit.get("image", name)
                 edit["scene"] = row["image"]
+                references = edit.get("references", [name])
+                if not references or not isinstance(references, list):
+                    raise ValueError("references: a list of file names")
+                edit["references"] = [folder / file for file in references]
                 edit["caption"] = row["caption"]
                 edit["line"] = row["line"]
     return rows
@@ -563,8 +568,13 @@ class Edits:
         without = torch.full_like(prompt, len(prompts))
         self.prompt = torch.cat([prompt, without]).repeat(2)                # (4N,)
         shown = [row[key] for key in ("scene", "image") for row in self.rows]
+        shown += [file for row in self.rows for file in row["references"]]
         files, place = different(shown)
-        self.scene, self.truth = place.view(2, -1).repeat(1, 4)             # (4N,) into pictures
+        count = len(self.rows)
+        self.scene, self.truth = place[:2 * count].view(2, -1).repeat(1, 4)     # (4N,)
+        each = place[2 * count:].split([len(row["references"]) for row in self.rows])
+        references = pad_sequence(each, batch_first=True, padding_value=-1)     # -1: none
+        self.references = references.repeat(4, 1)                           # (4N, M) into pictures
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
         dtype = DTYPES[settings.dtype]
@@ -678,7 +688,7 @@ class PictureStage(Edits):
         if isinstance(settings, PatchSettings):
             super().__init__(settings, SAME_OBJECT, [ALONE])
             prompt = ImagePrompt.load(settings.image_prompt, self.flux)
-            self.tuned = ImagePrompts(self, prompt, self.scene[:, None])
+            self.tuned = ImagePrompts(self, prompt, self.references)
         else:
             super().__init__(settings)
             self.tuned = Adapters(self)
@@ -729,18 +739,18 @@ class PictureStage(Edits):
         return v.float()
 
     def errors(self, who, item, t, *points):
-        """Prediction - target at two points (x, v) of every edit, in one pass -> (2, B, L, 64)."""
-        x, v = stack(points)                                                # (2, B, L, 64)
+        """Prediction - target at P points (x, v) of every edit, in one pass -> (P, B, L, 64)."""
+        x, v = stack(points)                                                # (P, B, L, 64)
         found = self.velocity(
             who,
-            item.repeat(2),
-            x.flatten(0, 1),                                                # (2B, L, 64)
-            t.repeat(2)
+            item.repeat(len(points)),
+            x.flatten(0, 1),                                                # (P B, L, 64)
+            t.repeat(len(points))
         )
         return found.view_as(v) - v.to(found)
 
     def squares(self, item, t, *points):
-        """Mean squared errors at those points -> the reference's and the policy's (2, B) each."""
+        """Mean squared errors at those points -> the reference's and the policy's (P, B) each."""
         found = [self.errors(who, item, t, *points) for who in ("reference", "policy")]
         return [errors.square().mean((2, 3)) for errors in found]
 
@@ -810,18 +820,20 @@ class Painted(PictureStage):
         self.painted = default_collate([read_tensors(file) for file in files])
 
     def paint_and_judge(self, f, item):
-        """Of one edit (1,): the latents of G pictures, the quality of their patches and, in each,
-        of the reference's, and the likeness of the whole picture, by the mean of its features."""
+        """Of one edit (1,): the latents of G pictures; the quality of their patches, beside all
+        references, and of each reference's beside them; and how like the references they are as a
+        whole, by the mean of the features."""
         seeds = [(self.settings.seed, sample) for sample in range(self.settings.samples)]
         latent = torch.cat([self.paint("reference", item, seed) for seed in seeds])
         f_gen = self.in_parts(f, self.decode(latent))                       # (G, H, W, D)
-        f_ref = self.in_parts(f, self.pictures[self.scene[item]])           # (1, H, W, D)
-        f_ref = f_ref.expand_as(f_gen)
-        quality = [patch_quality(f_gen, f_ref), patch_quality(f_ref, f_gen)]
+        f_ref = self.in_parts(f, self.pictures[self.references[item[0]]])   # (M, H, W, D)
+        known = f_ref[self.references[item[0]] >= 0].flatten(0, 1)[None]    # (1, M H, W, D)
+        quality = [patch_quality(f_gen, known.expand(len(f_gen), -1, -1, -1))]
+        quality += [patch_quality(one.expand_as(f_gen), f_gen) for one in f_ref]
         return {
             "latent": latent,                                               # (G, L, 64)
-            "quality": torch.stack(quality, 1),                             # (G, 2, H, W)
-            "likeness": F.cosine_similarity(f_gen.mean((1, 2)), f_ref.mean((1, 2)))
+            "quality": torch.stack(quality, 1),                             # (G, 1 + M, H, W)
+            "likeness": F.cosine_similarity(f_gen.mean((1, 2)), known.mean((1, 2)))
         }
 
 
@@ -830,7 +842,8 @@ class PatchDPO(Painted):
     where patches of it went missing. Quality p is each patch's best cosine (`patch_quality`, once,
     in `generate`); weight p~ is p stretched to 0 .. 1 and resized to the latent
     (`patch_weights`); the loss is p~^2 error^2 on the generated picture plus (1 - p~)^2 error^2 on
-    the reference (`patch_dpo_loss`). --loss reconstruction: p is .5, all patches weigh the same."""
+    the reference (`patch_dpo_loss`), the mean over several (ours). --loss reconstruction: p is .5,
+    all patches weigh the same."""
 
     def __init__(self, settings):
         super().__init__(settings)
@@ -839,20 +852,24 @@ class PatchDPO(Painted):
 
     def loss(self, rows):
         """An item is a generated picture, of which an edit has several (the first edit's come
-        first); it and its reference get the same noise and time."""
+        first); it and its references get the same noise and time."""
         picture, noise, t, edit = stack(rows)
         which = (picture // self.per_edit, picture % self.per_edit)
         gen = flow(self.painted["latent"][which], noise, t)
-        ref = flow(self.latent[self.scene[edit]], noise, t)
-        errors = self.errors("policy", edit, t, gen, ref)                   # (2, B, L, 64)
-        quality = self.painted["quality"][which].to(errors)                 # (B, 2, H, W)
+        places = self.references[edit].T                                    # (M, B)
+        refs = [flow(self.latent[place], noise, t) for place in places]
+        errors = self.errors("policy", edit, t, gen, *refs)                 # (1 + M, B, L, 64)
+        quality = self.painted["quality"][which].to(errors)                 # (B, 1 + M, H, W)
         if self.settings.loss == "reconstruction":
             quality.fill_(0.5)
-        losses = patch_dpo_loss(
-            *[unpack(error, *self.grid) for error in errors],               # (B, C, h, w)
-            *[patch_weights(p, self.grid) for p in quality.unbind(1)],      # (B, h, w)
-            self.settings.power
-        )
+        errors = [unpack(error, *self.grid) for error in errors]            # (B, C, h, w)
+        weights = [patch_weights(p, self.grid) for p in quality.unbind(1)]  # (B, h, w)
+        share = moved((places >= 0) / (places >= 0).sum(0), errors[0].device)   # (M, B)
+        losses = 0
+        for ref in range(len(places)):
+            loss = patch_dpo_loss(
+                errors[0], errors[1 + ref], weights[0], weights[1 + ref], self.settings.power)
+            losses = losses + share[ref] * loss
         return losses.sum(), {}
 
 

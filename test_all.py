@@ -6918,13 +6918,15 @@ def test_patch_scenes_reader_fills_in_pictures_and_names_the_line(tmp_path):
     assert plain["edits"] == []
     assert plain["image"] == tmp_path / "a.png"
     assert edited["edits"][0] == {**edit, "image": tmp_path / "a.png", "scene": tmp_path / "a.png",
-                                  "caption": "a mug", "line": 2}
+                                  "references": [tmp_path / "a.png"], "caption": "a mug", "line": 2}
     assert edited["edits"][1]["image"] == tmp_path / "b.png"
     number = {**edit, "instruction": 3}
     for bad, part in (
         ([1], "'int' object"),
         ([{"edit_type": "color"}], "'instruction'"),
         ([edit, number], "an edit has edit_type, instruction, all of them strings"),
+        ([{**edit, "references": "b.png"}], "references: a list of file names"),
+        ([{**edit, "references": []}], "references: a list of file names"),
         ("x", "TypeError"),
         (3, "TypeError"),
     ):
@@ -7292,6 +7294,42 @@ def test_patch_stage_loss_is_s1_of_both_pictures():
         assert metrics == {}
         assert stage.items == 8
         assert loss.requires_grad
+
+
+def test_patch_learns_of_several_references(tmp_path):
+    """An edit's "references" are what it sees, its patches are compared with the patches of all,
+    and the loss takes the mean over what went missing of each; an edit may have fewer."""
+    flags, d = pictured()
+    scenes = read_lines(d / "scenes.jsonl")
+    scenes[0]["edits"][1]["references"] = [scenes[0]["image"], scenes[1]["image"]]
+    write_lines(tmp_path / "scenes.jsonl", *scenes)
+    command = f"patch {flags} --scenes {tmp_path}/scenes.jsonl --generated {tmp_path}/generated"
+    stage, settings, _ = build_stage(command)
+    moved(stage)
+    n = [row["instruction"] for row in stage.rows].index(scenes[0]["edits"][1]["instruction"])
+    two = (stage.references >= 0).sum(1)
+    assert two.tolist() == [2 if i == n else 1 for i in range(len(stage.rows))] * 4
+    pictures = stage.pictures[stage.references[n]]
+    made = {key: value[n, 0] for key, value in stage.painted.items()}
+    f_gen = stage.features(stage.decode(made["latent"][None]))
+    f_ref = stage.features(pictures)
+    both = f_ref.flatten(0, 1)[None]                                        # (1, 2 H, W, D)
+    assert_close(made["quality"][0], patch_dpo.patch_quality(f_gen, both)[0], 1e-4)
+    for m in range(2):
+        want = patch_dpo.patch_quality(f_ref[m:m + 1], f_gen)[0]
+        assert_close(made["quality"][1 + m], want, 1e-4)
+    rows = [(torch.tensor(2 * n), noise(4, 64), torch.tensor(0.4), torch.tensor(n))]
+    good, *missed = [patch_dpo.patch_weights(q[None], (4, 4))[0] for q in made["quality"]]
+    targets = [(made["latent"], good, 1)]
+    for m in range(2):
+        targets.append((stage.latent[stage.references[n, m]], 1 - missed[m], 0.5))
+    want = 0
+    for x_0, weight, share in targets:
+        x, v = on_the_way(x_0, *rows[0][1:3])
+        error = velocity_of(stage, "policy", rows[0][3], x, rows[0][2]) - v
+        want += share * (weight ** 2 * flux.unpack(error[None], 4, 4) ** 2).mean()
+    assert_close(stage.loss(rows)[0], want, 1e-5)
+    assert settings.loss == "patch"
 
 
 def test_patch_dpo_prefers_the_picture_that_is_more_like_the_reference():

@@ -116,6 +116,7 @@ def stage_of(name):
     stage.ids = flux.image_ids(side, side)
     one = torch.zeros(4, dtype=torch.long)
     stage.prompt = stage.scene = stage.truth = stage.expert = one
+    stage.references = one[:, None]
     return stage
 
 
