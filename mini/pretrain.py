@@ -6,8 +6,8 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
     python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder,text_encoder_2} and
                                          # mini/controlnet, together; hours on one core
-    python mini/pretrain.py decoder      # mini/flux/vae: its decoder goes on; may run beside flux
     python mini/pretrain.py distil       # the guidance embedding, as FLUX.1-dev has it
+    python mini/pretrain.py decoder      # mini/flux/vae: its decoder learns what Flux paints
     python mini/pretrain.py vit          # mini/vit: patch features, in DINOv2's layout
     python mini/pretrain.py clip         # mini/clip: what pictures and texts have in common
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
@@ -74,7 +74,7 @@ from world import make_scenes, wish, wish_for_nothing, wish_for_type, write_json
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt
 from controlnet import ControlNet, control_picture
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack, unpack
 from graph import User
 from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow, stack)
@@ -309,18 +309,69 @@ class Autoencoder(Recipe):
 
 
 class Decoder(Autoencoder):
-    """The decoder goes on alone: the latents, and a Flux trained on them, stay valid."""
+    """The decoder goes on alone: the latents, and a Flux trained on them, stay valid. It learns
+    from latents as Flux paints them, which are softer than the encoder's, and for a quarter from
+    those."""
     lr = 1.5e-3
-    noise = 0.05
     sharpness = 0.3
 
+    def __init__(self, args):
+        self.start = args.start / "flux/vae" if args.start else args.out / "flux/vae"
+        super().__init__(args)
+        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args))
+        self.model.scale = self.config["scaling_factor"]
+        self.model.shift = self.config["shift_factor"]
+
     def new_model(self):
-        model = VAE.load(self.folder)
+        """The weights below --start, perhaps of fewer layers a block: what is new adds nothing."""
+        self.config = read_json(self.folder / "config.json")
+        model = VAE(self.config)
+        found = {key: 0 * p if "conv2" in key else p for key, p in model.state_dict().items()}
+        model.load_state_dict(found | read_tensors(self.start))
         model.encoder.requires_grad_(False)
         return model
 
+    def loss(self, generator, batch=16):
+        chosen = torch.randint(len(self.which), (batch,), generator=generator)
+        x = to_unit(self.images[self.which[chosen]].to(self.device))
+        latents = unpack(self.painted[chosen].float().to(self.device), SIZE // 4, SIZE // 4)
+        latents[:batch // 4] = self.model.encode(x[:batch // 4])
+        with torch.autocast(x.device.type, torch.bfloat16):
+            decoded = self.model.decode(latents)
+        return picture_error(decoded.float() - x, self.sharpness)
+
     def save_scale(self, average):
         """It stays as it was."""
+
+
+@torch.no_grad()
+def paint(args, count=3200, steps=8):
+    """What Flux + ControlNet paint where they begin with true latents, noised to a time between .4
+    and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each was (count,)."""
+    net = TextToImage(args)
+    for name, (part, kind) in PARTS.items():
+        net.model[name] = kind.load(args.out / part, args.device)
+    generator = torch.Generator().manual_seed(5)
+    painted = []
+    which = []
+    for _ in tqdm(range(count // 32), desc="painted"):
+        scene = torch.randint(len(net.targets), (32,), generator=generator)
+        picture = torch.multinomial(net.shares[scene], 1, generator=generator)[:, 0]
+        eps = torch.randn(32, TOKENS, 64, generator=generator)
+        t = 0.4 + 0.4 * torch.rand(32, 1, 1, generator=generator)
+        place = scene * PICTURES + picture
+        x = torch.lerp(net.targets[scene, picture].float(), eps, t)
+        for step in range(steps):
+            now = t[:, 0, 0] * (1 - step / steps)
+            control = net.controls[scene, 0].float()
+            batch = Batch(x, x, now, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place)
+            batch = Batch(*[part.to(args.device) for part in batch])
+            with fast(args.device):
+                v = net.velocity(net.model, batch, batch.prompt, torch.full_like(batch.t, 3.5))
+            x = x - v.cpu() * t / steps
+        painted.append(x.half())
+        which.append(place)
+    return torch.cat(painted), torch.cat(which)
 
 
 def picture_error(error, sharpness):
@@ -929,8 +980,8 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
     p.add_argument("--start", type=Path, metavar="FOLDER",
-                   help="flux, image-prompt: begin with the weights below it, perhaps of fewer "
-                        "single blocks")
+                   help="flux, decoder, image-prompt: begin with the weights below it, perhaps of "
+                        "fewer single blocks, or layers of the autoencoder")
     p.add_argument("--compile", action="store_true", help="flux, distil: by torch.compile")
     p.add_argument("--batch", type=int, help="of a step (default: the recipe's own)")
     args = p.parse_args()
