@@ -600,7 +600,7 @@ def grid(cells, columns=4):
     """[(PIL picture, heading, text, small print ...)] -> one PIL picture; small ones are enlarged.
     Words of the small print that begin with * are bold."""
     width, height = cells[0][0].size
-    scale = max(1, round(256 / width))
+    scale = max(1, round(224 / width))
     width *= scale
     height *= scale
     texts = [wrapped(texts, width) for _, *texts in cells]

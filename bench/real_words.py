@@ -297,11 +297,14 @@ def attributes():
     return themes, kinds
 
 
-def sentence(rng, kind, attribute, thing):
-    article = "an" if attribute[0] in "aeiou" else "a"
-    text = rng.choice(SENTENCES[kind])
-    text = text.format(thing=thing, a=attribute, an=f"{article} {attribute}")
-    return text + rng.choice(ENDINGS)
+def sentences(rng, kind, names, thing):
+    """One wording for all the attributes: what one likes is what it names, not how."""
+    text = rng.choice(SENTENCES[kind]) + rng.choice(ENDINGS)
+    found = []
+    for name in names:
+        article = "an" if name[0] in "aeiou" else "a"
+        found.append(text.format(thing=thing, a=name, an=f"{article} {name}"))
+    return found
 
 
 def some(rng, names, count):
@@ -325,7 +328,8 @@ def make_person(rng, name):
 
 def make_pairs(rng, person, captions, count):
     """Lines of pairs.jsonl: what the person likes, said or not, against what they dislike or, in
-    one of four, what says nothing to them; both of one kind of edit."""
+    one of four, what says nothing to them; both of one kind of edit, and in the same words but for
+    that: wording would be noise, of ten nats a pair."""
     _, kinds = attributes()
     likes = person["likes"] + person["hidden"]
     rows = []
@@ -338,10 +342,10 @@ def make_pairs(rng, person, captions, count):
         if not against:
             continue
         caption, thing = rng.choice(captions).split("|")
-        rows.append({
-            "user": person["user"], "caption": caption, "edit_type": kinds[chosen],
-            "chosen": sentence(rng, kinds[chosen], chosen, thing),
-            "rejected": sentence(rng, kinds[chosen], rng.choice(against), thing)})
+        names = chosen, rng.choice(against)
+        chosen, rejected = sentences(rng, kinds[chosen], names, thing)
+        rows.append({"user": person["user"], "caption": caption, "edit_type": kinds[names[0]],
+                     "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -353,8 +357,8 @@ def make_data(folder, users, seed):
     rows = {name: [] for name in ("users", "pairs", "users_test", "pairs_test", "edits")}
     for number in range(users):
         rows["users"].append(make_person(rng, f"p{number:03}"))
-        rows["pairs"] += make_pairs(rng, rows["users"][-1], old, 4)
-    for number in range(24):
+        rows["pairs"] += make_pairs(rng, rows["users"][-1], old, 8)
+    for number in range(40):
         rows["users_test"].append(make_person(rng, f"new{number:02}"))
         few = rng.sample(new, 3)                        # captions of this person
         rows["pairs_test"] += make_pairs(rng, rows["users_test"][-1], few, 8)
@@ -362,7 +366,8 @@ def make_data(folder, users, seed):
     for _ in range(480):
         caption, thing = rng.choice(old).split("|")
         name = rng.choice(list(kinds))
-        rows["edits"].append({"input": caption, "edit": sentence(rng, kinds[name], name, thing)})
+        edit, = sentences(rng, kinds[name], [name], thing)
+        rows["edits"].append({"input": caption, "edit": edit})
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -454,9 +459,9 @@ def main():
     p.add_argument("--qwen", help="another language model; the wheel's when not given")
     p.add_argument("--data", help="folder with other people: users, pairs, users_test, pairs_test")
     p.add_argument("--edits", help="their edits.jsonl, where --data has none")
-    p.add_argument("--users", type=int, default=200, help="training users, of four pairs each")
-    p.add_argument("--steps", type=int, default=100, help="of C-DPO")
-    p.add_argument("--lam", type=float, default=0.5, help="the neighbours' weight")
+    p.add_argument("--users", type=int, default=400, help="training users, of eight pairs each")
+    p.add_argument("--steps", type=int, default=500, help="of C-DPO")
+    p.add_argument("--lam", type=float, default=0.0, help="the neighbours' weight")
     p.add_argument("--dtype", default="bf16", help="fp32 where the CPU has no bf16 (avx512_bf16)")
     p.add_argument("--more", default="", help="other flags of train.py cdpo, in quotes")
     p.add_argument("--compare", action="store_true", help="lambda 0 against --lam, 3 seeds")

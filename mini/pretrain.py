@@ -13,11 +13,13 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
-The autoencoder was made at 64 pixels and serves at 96. Flux at 96 pixels came (seed 0) from the
-weights at 64 by 8,000 steps of AdamW, which are commit d7858d7's; with these in the folder OLD,
+The autoencoder's encoder was made at 64 pixels, with one layer a block, and serves at 96. Flux at
+96 pixels came (seed 0) from the weights at 64 by 8,000 steps of AdamW, which are commit d7858d7's,
+as is that autoencoder; with these in the folder OLD,
 
     python mini/pretrain.py flux --start OLD --batch 16 --compile
     python mini/pretrain.py distil --batch 16 --compile
+    python mini/pretrain.py decoder --start OLD
     python mini/pretrain.py image-prompt --start OLD
 
 made the shipped ones (the first 3,000 steps of flux under --steps 7500, which only moves the rate's
@@ -948,8 +950,8 @@ class LanguageModel(Recipe):
 RECIPES = {                                               # class, steps of the shipped files
     "vae": (Autoencoder, 1767),
     "flux": (TextToImage, 6500),
-    "decoder": (Decoder, 900),
     "distil": (Distillation, 500),
+    "decoder": (Decoder, 3000),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
     "image-prompt": (NewImagePrompt, 800),
