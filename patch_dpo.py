@@ -20,6 +20,7 @@ import copy
 import math
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -567,14 +568,11 @@ class Edits:
         prompts, prompt = different(row["prompt"] for row in self.rows)
         without = torch.full_like(prompt, len(prompts))
         self.prompt = torch.cat([prompt, without]).repeat(2)                # (4N,)
-        shown = [row[key] for key in ("scene", "image") for row in self.rows]
-        shown += [file for row in self.rows for file in row["references"]]
-        files, place = different(shown)
-        count = len(self.rows)
-        self.scene, self.truth = place[:2 * count].view(2, -1).repeat(1, 4)     # (4N,)
-        each = place[2 * count:].split([len(row["references"]) for row in self.rows])
-        references = pad_sequence(each, batch_first=True, padding_value=-1)     # -1: none
-        self.references = references.repeat(4, 1)                           # (4N, M) into pictures
+        shown = [(row["scene"], row["image"], *row["references"]) for row in self.rows]
+        files, places = different(chain(*shown))
+        places = pad_sequence(places.split([*map(len, shown)]), True, -1).repeat(4, 1)
+        self.scene, self.truth = places[:, :2].T                            # (4N,) into pictures
+        self.references = places[:, 2:]                                     # (4N, M), -1: none
         self.pictures = read_squares(files, settings.size)                  # (P, 3, size, size)
 
         dtype = DTYPES[settings.dtype]
@@ -820,19 +818,19 @@ class Painted(PictureStage):
         self.painted = default_collate([read_tensors(file) for file in files])
 
     def paint_and_judge(self, f, item):
-        """Of one edit (1,): the latents of G pictures; the quality of their patches, beside all
-        references, and of each reference's beside them; and how like the references they are as a
-        whole, by the mean of the features."""
+        """Of one edit (1,): the latents of G pictures; the quality (G, 1 + M, H, W) of their
+        patches, beside all references, and of each reference's beside them; and how like the
+        references they are as a whole, by the mean of the features."""
         seeds = [(self.settings.seed, sample) for sample in range(self.settings.samples)]
         latent = torch.cat([self.paint("reference", item, seed) for seed in seeds])
         f_gen = self.in_parts(f, self.decode(latent))                       # (G, H, W, D)
-        f_ref = self.in_parts(f, self.pictures[self.references[item[0]]])   # (M, H, W, D)
-        known = f_ref[self.references[item[0]] >= 0].flatten(0, 1)[None]    # (1, M H, W, D)
-        quality = [patch_quality(f_gen, known.expand(len(f_gen), -1, -1, -1))]
-        quality += [patch_quality(one.expand_as(f_gen), f_gen) for one in f_ref]
+        references = self.references[item][0]                               # (M,)
+        f_ref = self.in_parts(f, self.pictures[references])                 # (M, H, W, D)
+        known = f_ref[references >= 0].flatten(0, 1)[None]                  # (1, M H, W, D)
+        quality = [patch_quality(one.expand_as(f_gen), f_gen) for one in f_ref]
         return {
             "latent": latent,                                               # (G, L, 64)
-            "quality": torch.stack(quality, 1),                             # (G, 1 + M, H, W)
+            "quality": torch.stack([patch_quality(f_gen, known), *quality], 1),
             "likeness": F.cosine_similarity(f_gen.mean((1, 2)), known.mean((1, 2)))
         }
 
@@ -856,20 +854,20 @@ class PatchDPO(Painted):
         picture, noise, t, edit = stack(rows)
         which = (picture // self.per_edit, picture % self.per_edit)
         gen = flow(self.painted["latent"][which], noise, t)
-        places = self.references[edit].T                                    # (M, B)
-        refs = [flow(self.latent[place], noise, t) for place in places]
+        references = self.references[edit]                                  # (B, M)
+        refs = [flow(self.latent[one], noise, t) for one in references.T]
         errors = self.errors("policy", edit, t, gen, *refs)                 # (1 + M, B, L, 64)
-        quality = self.painted["quality"][which].to(errors)                 # (B, 1 + M, H, W)
+        quality = self.painted["quality"][which].to(errors)         # (B, 1 + M, H, W)
         if self.settings.loss == "reconstruction":
             quality.fill_(0.5)
-        errors = [unpack(error, *self.grid) for error in errors]            # (B, C, h, w)
-        weights = [patch_weights(p, self.grid) for p in quality.unbind(1)]  # (B, h, w)
-        share = moved((places >= 0) / (places >= 0).sum(0), errors[0].device)   # (M, B)
-        losses = 0
-        for ref in range(len(places)):
-            loss = patch_dpo_loss(
-                errors[0], errors[1 + ref], weights[0], weights[1 + ref], self.settings.power)
-            losses = losses + share[ref] * loss
+        error, *errors = [unpack(error, *self.grid) for error in errors]    # (B, C, h, w)
+        weight, *weights = [patch_weights(p, self.grid) for p in quality.unbind(1)]
+        losses = []
+        for error_ref, weight_ref in zip(errors, weights):
+            losses.append(
+                patch_dpo_loss(error, error_ref, weight, weight_ref, self.settings.power))
+        there = moved(references >= 0, error.device)
+        losses = (torch.stack(losses, 1) * there).sum(1) / there.sum(1)
         return losses.sum(), {}
 
 

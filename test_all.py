@@ -3811,12 +3811,12 @@ def test_render_gives_the_recorded_pictures():
     two = ("A red mug", "A white bowl")
     plain = render(two, controls=None)
     assert plain[0].shape == (64, 64, 3) and plain[0].dtype == np.uint8
-    assert_recorded(as_tensor(plain), -120.48, 178.02, 295.37, -26.764, bound=1e-3)
+    assert_recorded(as_tensor(plain), -126.75, 169.58, 282.7, -25.288, bound=1e-3)
     edges = [controlnet.control_picture(apple())] * 2
     steered = render(
         two, controls=edges, scale=1.0, guidance=2.0, batch=2, seeds=[5, 3]
     )
-    assert_recorded(as_tensor(steered), -158.14, 147.98, 238.36, -33.827, bound=1e-3)
+    assert_recorded(as_tensor(steered), -162.85, 151.36, 223.55, -32.344, bound=1e-3)
     edited = render(
         two,
         controls=edges,
@@ -3829,7 +3829,7 @@ def test_render_gives_the_recorded_pictures():
         mode="gray",
         scale=0.8,
     )
-    assert_recorded(as_tensor(edited), -136.98, 195.52, 324.44, -15.359, bound=1e-3)
+    assert_recorded(as_tensor(edited), -135.21, 202.15, 315.36, -14.027, bound=1e-3)
 
 
 def test_render_frees_each_part_before_the_next():
@@ -5732,9 +5732,9 @@ def test_edit_of_several_people_equals_each_alone_bit_for_bit(tmp_path):
     another picture; the grid shows the source and everybody."""
     sheet, record = edited(tmp_path)
     assert [one["user"] for one in record["edits"]] == edit.PERSONAS
-    assert sheet.shape[1] == 16 + 4 * (288 + 16) and sheet.shape[0] % 20 == (16 + 288 + 24) % 20
-    source = np.array(flux.read_image(ROOT / edit.IMAGE).resize((288, 288))).astype(int)
-    assert np.abs(sheet[16:304, 16:304] - source).mean() < 4
+    assert sheet.shape[1] == 16 + 4 * (192 + 16) and sheet.shape[0] % 20 == (16 + 192 + 24) % 20
+    source = np.array(flux.read_image(ROOT / edit.IMAGE).resize((192, 192))).astype(int)
+    assert np.abs(sheet[16:208, 16:208] - source).mean() < 4
     flags = ("", "--offload", "--seed 1")
     for name, in_company, more in zip(edit.PERSONAS, record["edits"], flags):
         picture, alone = edited(tmp_path, f"--user {name} {more}")
@@ -6348,9 +6348,9 @@ RECORDED_WORDS = {
     "futuristic-techie": "Change the background to night sky",
 }
 RECORDED_PIXELS = {
-    "usual": [136.5, 166.2, 147.5, 171.7],
-    "all noise": [136.9, 166.3, 147.7, 171.7],
-    "guided": [131.9, 158.5, 156.1, 178.5],
+    "usual": [137.1, 165.9, 146.9, 171.3],
+    "all noise": [137.4, 165.9, 147.3, 171.2],
+    "guided": [133.4, 158.9, 155.0, 177.2],
 }
 
 
@@ -7335,7 +7335,7 @@ def test_patch_learns_of_several_references(tmp_path):
 def test_patch_dpo_prefers_the_picture_that_is_more_like_the_reference():
     """Winner and loser are an edit's most and least like picture; the loss is Diffusion-DPO's of
     both at one noise and time, and ln 2 before the first step."""
-    stage, settings, _ = picture_stage("patch --loss dpo --beta 30 --samples 3")
+    stage, settings, _ = picture_stage("patch --loss dpo --beta 30 --samples 3 --seed 1")
     latent = stage.painted["latent"]
     likeness = stage.painted["likeness"]                                    # (4, 3)
     rows = draw_batch(stage, settings)
@@ -7607,10 +7607,10 @@ def test_patch_first_steps_are_the_recorded_ones():
 
 
 RECORDED_PICTURE_STEPS = {
-    "patch": [[1.661435, 2.831485], [1.792906, 2.518059], [1.114357, 1.517697]],
+    "patch": [[2.048229, 3.801336], [1.803362, 2.494581], [1.206296, 1.559746]],
     "patch --loss reconstruction --power 1":
         [[2.928946, 5.508413], [2.046064, 2.576541], [1.669325, 1.808918]],
-    "patch --loss dpo": [[0.693147, 11.713686], [0.052227, 0.889963], [0.00194, 0.043663]],
+    "patch --loss dpo": [[0.693147, 13.709288], [0.037334, 0.716051], [0.001854, 0.039383]],
     "patch --loss dro --refresh 2 --lr 1e-7":
         [[0.001, 8.651609], [0.000883, 7.022466], [0.000676, 10.414448]],
     "dro --rank 2 --refresh 2 --lr 1e-7":
@@ -9671,7 +9671,7 @@ def test_house_is_written_for_readers():
             if file.stem in TOP and file.parent == ROOT:
                 tokens += count
                 lines += code
-    assert tokens <= 43_900 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+    assert tokens <= 44_150 and tokens <= 10.5 * lines, (tokens, tokens / lines)
 
 
 def quoted_commands(text):

@@ -410,10 +410,16 @@ def prepare(args):
     return cdpo, f"{model} {people} --temperature 0.7"
 
 
+def learning(args, lam, seed=0):
+    """Flags of C-DPO: eight pairs a step, with lambda 0 all the users' own, else half of them the
+    neighbours'."""
+    return f"--steps {args.steps} --lam {lam} --batch {4 if lam else 8} --seed {seed} {args.more}"
+
+
 def demonstrate(args):
     cdpo, held_out = prepare(args)
     policy = Path(args.out).resolve() / "cdpo"
-    train("cdpo", policy, f"{cdpo} --steps {args.steps} --lam {args.lam} {args.more}")
+    train("cdpo", policy, f"{cdpo} {learning(args, args.lam)}")
     command(f"train.py eval --preset small --policy {policy} {held_out}")
     config = json.loads((policy / "config.json").read_text())
     lines = Path(config["users_test"]).read_text().splitlines()
@@ -423,14 +429,13 @@ def demonstrate(args):
 
 
 def compare(args):
-    """lambda 0 against lambda: each seed sees as many pairs, so lambda 0 has twice the batch."""
+    """lambda 0 against lambda, at as many pairs."""
     cdpo, held_out = prepare(args)
     found = {}
-    for lam, batch in ((0.0, 16), (args.lam, 8)):
+    for lam in (0.0, args.lam):
         for seed in range(3):
             policy = Path(args.out).resolve() / f"cdpo-lam{lam}-seed{seed}"
-            flags = f"--steps {args.steps} --lam {lam} --batch {batch} --seed {seed}"
-            train("cdpo", policy, f"{cdpo} {flags} {args.more}")
+            train("cdpo", policy, f"{cdpo} {learning(args, lam, seed)}")
             table = command(f"train.py eval --preset small --policy {policy} {held_out}")
             found.setdefault(lam, []).append(measures(table))
     print("\n| lambda | hit | dislikes | accuracy | margin over no tokens |")

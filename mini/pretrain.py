@@ -366,8 +366,8 @@ def paint(args, count=3200, steps=8):
         for step in range(steps):
             now = t[:, 0, 0] * (1 - step / steps)
             control = net.controls[scene, 0].float()
-            batch = Batch(x, x, now, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place)
-            batch = Batch(*[part.to(args.device) for part in batch])
+            parts = x, x, now, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place
+            batch = Batch(*[part.to(args.device) for part in parts])
             with fast(args.device):
                 v = net.velocity(net.model, batch, batch.prompt, torch.full_like(batch.t, 3.5))
             x = x - v.cpu() * t / steps
