@@ -562,11 +562,12 @@ def write(out, source, edits, pictures):
     made = {}
     cells = []
     if source is not None:
-        cells.append((Image.fromarray(source), "source", edits[0]["settings"]["caption"]))
+        caption = edits[0]["settings"]["caption"]
+        cells.append((Image.fromarray(source), "source", caption, "*bold: the like that is met"))
     for file, edit, pixels in zip(files, edits, pictures):
         picture = Image.fromarray(pixels)
         made[file] = picture, edit
-        cells.append((picture, edit["user"], edit["instruction"], *explanation(edit)))
+        cells.append((picture, f"for {edit['user']}", edit["instruction"], *explanation(edit)))
     if len(edits) > 1:
         made = {out: (grid(cells), {"edits": edits}), **made}
     write_whole(out.parent, partial(save, made), "the pictures")
@@ -617,9 +618,10 @@ def grid(cells, columns=4):
         y += height + 8
         for line, font, colour in texts[i]:
             x = left
-            for word in line.split():
+            for word in line.replace(",", " ,").split():
                 bold = word.startswith("*")
                 word = word.removeprefix("*")
+                x -= font.getlength(" ") * (word == ",")
                 pen.text((x, y), word, "black" if bold else colour, font, stroke_width=0.3 * bold)
                 x += font.getlength(word + " ")
             y += 20
