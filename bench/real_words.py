@@ -1,6 +1,6 @@
 """C-DPO with a real language model and ordinary sentences, from nothing, on a laptop.
 
-    python bench/real_words.py                    # an hour of one core, 94 MB to fetch
+    python bench/real_words.py                    # an hour on two cores, 94 MB to fetch
     python bench/real_words.py --steps 300        # half of that, and less to hear
     python bench/real_words.py --compare          # lambda 0 against lambda, 3 seeds: a night
 
