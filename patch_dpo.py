@@ -857,7 +857,7 @@ class PatchDPO(Painted):
         references = self.references[edit]                                  # (B, M)
         refs = [flow(self.latent[one], noise, t) for one in references.T]
         errors = self.errors("policy", edit, t, gen, *refs)                 # (1 + M, B, L, 64)
-        quality = self.painted["quality"][which].to(errors)         # (B, 1 + M, H, W)
+        quality = self.painted["quality"][which].to(errors)                 # (B, 1 + M, H, W)
         if self.settings.loss == "reconstruction":
             quality.fill_(0.5)
         error, *errors = [unpack(error, *self.grid) for error in errors]    # (B, C, h, w)

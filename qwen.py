@@ -898,8 +898,10 @@ def fingerprint(text):
         names = glob.glob("**", root_dir=path, recursive=True)
         files = [path / name for name in names if not name.startswith("step_")]
     else:
-        for name in re.findall(rb'"image"\s*:\s*("(?:[^"\\]|\\.)*")', path.read_bytes()):
-            files.append(path.parent / json.loads(name))
+        string = rb'"(?:[^"\\]|\\.)*"'
+        pictures = rb'"(?:image|references)"\s*:\s*(\[(?:[^"\]]|%b)*\]|%b)' % (string, string)
+        for found in re.findall(pictures, path.read_bytes()):
+            files += [path.parent / json.loads(name) for name in re.findall(string, found)]
     h = hashlib.sha256()
     for file in sorted(set(files)):
         if file.is_file():

@@ -69,21 +69,23 @@ def scenes_file(kind, out):
         return shipped
     scenes = read_scenes(shipped)
     for number, scene in enumerate(scenes):
-        name = Path(scene["image"]).stem.partition("_")[2]
         if kind == "plain":
-            scene["plain"] = on_white(scene["image"], name, number, out)
+            alone = on_white(scene["image"], number, out)
+            for row in scene["edits"]:
+                row["references"] = [alone]
+            continue
         other = (number + 1) % (len(scenes) - HELD_OUT)              # one that is trained on
         after = {row["attribute"]: row["image"] for row in scenes[other]["edits"]}
         for row in scene["edits"]:
-            second = [scene["image"], after[row["attribute"]]]
-            row["references"] = [scene["plain"]] if kind == "plain" else second
+            row["references"].append(after[row["attribute"]])
     file = out / f"scenes-{kind}.jsonl"
     file.write_text("".join(json.dumps(scene, default=str) + "\n" for scene in scenes))
     return file
 
 
-def on_white(picture, name, number, out):
+def on_white(picture, number, out):
     """The file of that scene's picture without all that is not its object."""
+    name = picture.stem.partition("_")[2]
     geometry = Geometry({"object": name.replace("_", " "), "seed": 1_000_000 + number})
     seen = torch.zeros(2 * geometry.size, 2 * geometry.size)
     seen.view(-1)[geometry.pixels] = 1

@@ -334,17 +334,17 @@ def make_pairs(rng, person, captions, count):
     likes = person["likes"] + person["hidden"]
     rows = []
     while len(rows) < count:
-        chosen = rng.choice(likes)
+        liked = rng.choice(likes)
+        kind = kinds[liked]
         against = person["dislikes"]
         if rng.random() < 0.25:
             against = [name for name in kinds if name not in likes]
-        against = [name for name in against if kinds[name] == kinds[chosen]]
+        against = [name for name in against if kinds[name] == kind]
         if not against:
             continue
         caption, thing = rng.choice(captions).split("|")
-        names = chosen, rng.choice(against)
-        chosen, rejected = sentences(rng, kinds[chosen], names, thing)
-        rows.append({"user": person["user"], "caption": caption, "edit_type": kinds[names[0]],
+        chosen, rejected = sentences(rng, kind, [liked, rng.choice(against)], thing)
+        rows.append({"user": person["user"], "caption": caption, "edit_type": kind,
                      "chosen": chosen, "rejected": rejected})
     return rows
 

@@ -144,7 +144,7 @@ def control_pictures(images, mode):
 
 
 def kept(file, find):
-    """find(), a tensor, found once and then read from the file."""
+    """find(), tensors, found once and then read from the file."""
     if not file.is_file():
         save_whole(partial(torch.save, find()), file)
     return torch.load(file)
@@ -275,11 +275,12 @@ class Autoencoder(Recipe):
         self.device = args.device
         self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 96, 96, 3)
         self.model = self.new_model()
-        self.model.scale = 1.0                            # while it trains
-        self.model.shift = 0.0
 
     def new_model(self):
-        return VAE(read_json(self.folder / "config.json"))
+        model = VAE(read_json(self.folder / "config.json"))
+        model.scale = 1.0                                 # while it trains
+        model.shift = 0.0
+        return model
 
     def loss(self, generator, batch=16):
         chosen = torch.randint(len(self.images), (batch,), generator=generator)
@@ -321,13 +322,10 @@ class Decoder(Autoencoder):
         self.start = args.start / "flux/vae" if args.start else args.out / "flux/vae"
         super().__init__(args)
         self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args))
-        self.model.scale = self.config["scaling_factor"]
-        self.model.shift = self.config["shift_factor"]
 
     def new_model(self):
         """The weights below --start, perhaps of fewer layers a block: what is new adds nothing."""
-        self.config = read_json(self.folder / "config.json")
-        model = VAE(self.config)
+        model = VAE(read_json(self.folder / "config.json"))
         found = {key: 0 * p if "conv2" in key else p for key, p in model.state_dict().items()}
         model.load_state_dict(found | read_tensors(self.start))
         model.encoder.requires_grad_(False)
@@ -350,7 +348,7 @@ class Decoder(Autoencoder):
 def paint(args, count=3200, steps=8):
     """What Flux + ControlNet paint where they begin with true latents, noised to a time between .4
     and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each was (count,)."""
-    net = TextToImage(args)
+    net = TextToImage(argparse.Namespace(**{**vars(args), "start": None}))
     for name, (part, kind) in PARTS.items():
         net.model[name] = kind.load(args.out / part, args.device)
     generator = torch.Generator().manual_seed(5)
@@ -363,15 +361,15 @@ def paint(args, count=3200, steps=8):
         t = 0.4 + 0.4 * torch.rand(32, 1, 1, generator=generator)
         place = scene * PICTURES + picture
         x = torch.lerp(net.targets[scene, picture].float(), eps, t)
+        control = net.controls[scene, 0].float()
+        parts = x, x, t, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place
+        batch = Batch(*[part.to(args.device) for part in parts])
         for step in range(steps):
-            now = t[:, 0, 0] * (1 - step / steps)
-            control = net.controls[scene, 0].float()
-            parts = x, x, now, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place
-            batch = Batch(*[part.to(args.device) for part in parts])
+            now = batch._replace(t=batch.t[:, 0, 0] * (1 - step / steps))
             with fast(args.device):
-                v = net.velocity(net.model, batch, batch.prompt, torch.full_like(batch.t, 3.5))
-            x = x - v.cpu() * t / steps
-        painted.append(x.half())
+                v = net.velocity(net.model, now, now.prompt, torch.full_like(now.t, 3.5))
+            batch = batch._replace(x=batch.x - v * batch.t / steps)
+        painted.append(batch.x.cpu().half())
         which.append(place)
     return torch.cat(painted), torch.cat(which)
 
