@@ -438,7 +438,7 @@ class PictureSettings(TrainSettings):
     features:     str   = flag("mini/vit", PUBLIC_CLIP,
                                "what an image prompt sees with: DINOv2 or ViT, XLabs' with CLIP")
     held_out:     int   = flag(4, 4, "scenes at the end of the file that only evaluate (ours)")
-    size:         int   = flag(96, 512, "side of the pictures in pixels")
+    size:         int   = flag(192, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
     refresh:      int   = flag(1, 1, "M, steps between copies of the policy into the sampler "
                                "(--loss dro only)")

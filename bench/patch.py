@@ -89,7 +89,7 @@ def on_white(picture, number, out):
     geometry = Geometry({"object": name.replace("_", " "), "seed": 1_000_000 + number})
     seen = torch.zeros(2 * geometry.size, 2 * geometry.size)
     seen.view(-1)[geometry.pixels] = 1
-    seen = F.avg_pool2d(seen[None], 2)[0][..., None].numpy()                # (96, 96, 1)
+    seen = F.avg_pool2d(seen[None], 2)[0][..., None].numpy()                # (192, 192, 1)
     pixels = seen * np.array(Image.open(picture).convert("RGB")) + (1 - seen) * 255
     file = (out / f"plain-{name}-{number}.png").resolve()
     Image.fromarray(pixels.round().astype(np.uint8)).save(file)

@@ -13,24 +13,19 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
-The autoencoder's encoder was made at 64 pixels, with one layer a block, and serves at 96. Flux at
-96 pixels came (seed 0) from the weights at 64 by 8,000 steps of AdamW, which are commit d7858d7's,
-as is that autoencoder; with these in the folder OLD,
+The shipped pictures came up by size. At 96 pixels and a factor of 4 all was trained as commit
+b820a01's docstring says. With that commit's mini/ in the folder OLD,
 
-    python mini/pretrain.py flux --start OLD --batch 16 --compile
-    python mini/pretrain.py distil --batch 16 --compile
-    python mini/pretrain.py decoder --start OLD
-    python mini/pretrain.py image-prompt --start OLD
+    python mini/pretrain.py decoder --start OLD --scenes 600 --steps 2800 --batch 4
 
-made the shipped ones (the first 3,000 steps of flux under --steps 7500, which only moves the rate's
-fall). The ViT came from `vit --batch 24`.
+gave the autoencoder one block more on either side and a factor of 8: its latents, and so all else,
+stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
+layer spread over 2 x 2 pixels.)
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
-    M="--out /tmp/mini --work /tmp/mini/data"
-    python mini/pretrain.py pictures --scenes 400 $M
-    python mini/pretrain.py vae --steps 500 $M
-    python mini/pretrain.py flux --steps 1200 $M
+    mkdir /tmp/mini && cp -r mini/flux mini/controlnet /tmp/mini
+    python mini/pretrain.py flux --scenes 200 --steps 600 --out /tmp/mini --work /tmp/mini/data
 
 It runs on a GPU where there is one (--device); all that is random is drawn on the CPU. A recipe
 goes on from --work/RECIPE.pt when started again; delete the file to start anew.
@@ -83,8 +78,9 @@ from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeat
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
                   read_tensors, set_precision)
 
-SIZE = 96                                                 # pixels
-TOKENS = (SIZE // 8) ** 2                                 # of a picture, each of width 64
+SIZE = 192                                                # pixels
+LATENT = 24                                               # pixels of its latent, on a side
+TOKENS = (LATENT // 2) ** 2                               # of a picture, each of width 64
 PICTURES = 14                                             # of each scene: plain, 13 times edited
 WORDS = 32                                                # tokens of a prompt
 
@@ -106,7 +102,7 @@ def draw_prompts(rng, obj, text):
 
 
 def render_pictures(args):
-    """Writes --work/pictures.pt: uint8 (S, 14, 96, 96, 3), and their prompts [S][14]."""
+    """Writes --work/pictures.pt: uint8 (S, 14, 192, 192, 3), and their prompts [S][14]."""
     rng = random.Random(args.seed)
     images = torch.empty(args.scenes, PICTURES, SIZE, SIZE, 3, dtype=torch.uint8)
     prompts = []
@@ -120,16 +116,29 @@ def render_pictures(args):
             images[i, j] = torch.from_numpy(geometry.shade(color, wall, attributes))
         prompts.append([words for words, _ in asked])
     save_whole(partial(torch.save, (images, prompts)), args.work / "pictures.pt")
-    for found in ("controls", "target_latents", "control_latents"):
-        (args.work / f"{found}.pt").unlink(missing_ok=True)
+    for found in args.work.glob("pictures-*.pt"):         # what was made of other pictures
+        found.unlink()
 
 
-def read_pictures(args):
-    """(images, prompts) of `render_pictures`, which runs now where it never did."""
+def read_pictures(args, side=SIZE):
+    """(images, prompts) of `render_pictures`, which runs now where it never did; the images shrunk
+    to `side` pixels."""
     file = args.work / "pictures.pt"
     if not file.is_file():
         render_pictures(args)
-    return torch.load(file)
+    images, prompts = torch.load(file)
+    return shrunk(images, SIZE // side), prompts
+
+
+def shrunk(images, k):
+    """uint8 (..., H, W, 3) -> (..., H/k, W/k, 3): the means of k x k pixels."""
+    if k == 1:
+        return images
+    parts = []
+    for part in images.flatten(0, -4).split(64):
+        means = F.avg_pool2d(part.movedim(-1, 1).float(), k)
+        parts.append(means.round().byte().movedim(1, -1))
+    return torch.cat(parts).unflatten(0, images.shape[:-3])
 
 
 def to_unit(images):
@@ -151,7 +160,7 @@ def kept(file, find):
 
 
 def find_controls(images):
-    """What the ControlNet sees of each scene, uint8 (S, 4, 96, 96, 3)."""
+    """What the ControlNet sees of each scene, uint8 (S, 4, H, W, 3)."""
     seen = [control_pictures(images[:, j], mode) for j, mode in CONTROLS]
     return torch.stack(seen, dim=1)
 
@@ -273,7 +282,7 @@ class Autoencoder(Recipe):
     def __init__(self, args):
         self.folder = args.out / "flux/vae"
         self.device = args.device
-        self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 96, 96, 3)
+        self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 192, 192, 3)
         self.model = self.new_model()
 
     def new_model(self):
@@ -312,45 +321,72 @@ class Autoencoder(Recipe):
 
 
 class Decoder(Autoencoder):
-    """The decoder goes on alone: the latents, and a Flux trained on them, stay valid. It learns
-    from latents as Flux paints them, which are softer than the encoder's, and for a quarter from
-    those."""
+    """The autoencoder below --start goes on. Its latents stay, and so does a Flux trained on them:
+    the encoder learns to give what that one gives. The decoder learns from latents as Flux paints
+    them, which are softer than an encoder's, and for a quarter from those. With a block more on
+    either side than --start has, the same latents stand for pictures twice as large."""
     lr = 1.5e-3
     sharpness = 0.3
 
     def __init__(self, args):
-        self.start = args.start / "flux/vae" if args.start else args.out / "flux/vae"
+        self.start = args.start or args.out
+        self.old = VAE.load(self.start / "flux/vae", args.device).requires_grad_(False)
         super().__init__(args)
-        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args))
+        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args, self.start))
 
+    @torch.no_grad()
     def new_model(self):
-        """The weights below --start, perhaps of fewer layers a block: what is new adds nothing."""
+        """The old weights; what is new (layers of a block, a finest block) adds nothing, halves or
+        doubles a picture."""
         model = VAE(read_json(self.folder / "config.json"))
-        found = {key: 0 * p if "conv2" in key else p for key, p in model.state_dict().items()}
-        model.load_state_dict(found | read_tensors(self.start))
-        model.encoder.requires_grad_(False)
+        self.times = model.factor // self.old.factor
+        found = {}
+        for key, p in model.state_dict().items():
+            if "conv2" in key:
+                nn.init.zeros_(p)
+            if "samplers" in key:
+                nn.init.zeros_(p) if p.ndim == 1 else nn.init.dirac_(p)
+            found[key] = p
+        for key, tensor in self.old.state_dict().items():
+            if key.startswith("encoder.down_blocks"):     # counted from the finest
+                _, _, number, rest = key.split(".", 3)
+                key = f"encoder.down_blocks.{int(number) + self.times // 2}.{rest}"
+            found[key] = tensor
+        model.load_state_dict(found)
         return model
 
-    def loss(self, generator, batch=16):
+    def loss(self, generator, batch=8):
+        some = batch // 4
         chosen = torch.randint(len(self.which), (batch,), generator=generator)
-        x = to_unit(self.images[self.which[chosen]].to(self.device))
-        latents = unpack(self.painted[chosen].float().to(self.device), SIZE // 4, SIZE // 4)
-        latents[:batch // 4] = self.model.encode(x[:batch // 4])
-        with torch.autocast(x.device.type, torch.bfloat16):
+        also = torch.randint(len(self.images), (batch // 2,), generator=generator)
+        images = self.images[self.which[chosen]]
+        seen = self.images[also]
+        small = shrunk(torch.cat([images[:some], seen]), self.times)
+        for pictures in (seen[:some], small[some:2 * some]):               # a ControlNet's pictures
+            pictures.copy_(control_pictures(pictures, "canny"))
+        latents = unpack(self.painted[chosen].float(), LATENT, LATENT).to(self.device)
+        targets = self.old.encode(to_unit(small).to(self.device))
+        latents[:some] = targets[:some]
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            encoded = self.model.encode(to_unit(seen).to(self.device))
             decoded = self.model.decode(latents)
-        return picture_error(decoded.float() - x, self.sharpness)
+        error = decoded.float() - to_unit(images).to(self.device)
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        moved = (encoded.float() - targets[some:]).square().mean()
+        return picture_error(error, self.sharpness) + 0.15 * edges + 0.1 * moved
 
     def save_scale(self, average):
         """It stays as it was."""
 
 
 @torch.no_grad()
-def paint(args, count=3200, steps=8):
-    """What Flux + ControlNet paint where they begin with true latents, noised to a time between .4
-    and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each was (count,)."""
-    net = TextToImage(argparse.Namespace(**{**vars(args), "start": None}))
+def paint(args, folder, count=1600, steps=8):
+    """What the Flux + ControlNet below `folder` paint where they begin with true latents, noised to
+    a time between .4 and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each
+    was (count,)."""
+    net = TextToImage(argparse.Namespace(**{**vars(args), "out": folder, "start": None}))
     for name, (part, kind) in PARTS.items():
-        net.model[name] = kind.load(args.out / part, args.device)
+        net.model[name] = kind.load(folder / part, args.device)
     generator = torch.Generator().manual_seed(5)
     painted = []
     which = []
@@ -453,10 +489,10 @@ def compiled(models, args):
 
 
 def encode_pictures(vae, images, device):
-    """uint8 (S, n, 96, 96, 3) -> packed latents (S, n, L, 64), bf16."""
+    """uint8 (S, n, H, W, 3) -> packed latents (S, n, L, 64), bf16."""
     latents = []
-    for part in to_unit(images.flatten(0, 1)).split(56):
-        latents.append(pack(vae.encode(part.to(device))).to("cpu", torch.bfloat16))
+    for part in images.flatten(0, 1).split(56):
+        latents.append(pack(vae.encode(to_unit(part).to(device))).to("cpu", torch.bfloat16))
     return torch.cat(latents).unflatten(0, images.shape[:2])
 
 
@@ -475,11 +511,13 @@ class TextToImage(Recipe):
             begin_with(self.model, args.start)
         compiled(self.model, args)
         vae = VAE.load(args.out / "flux/vae", device).requires_grad_(False)
-        images, prompts = read_pictures(args)
-        seen = kept(args.work / "controls.pt", partial(find_controls, images))
+        side = LATENT * vae.factor
+        images, prompts = read_pictures(args, side)
+        found = args.work / f"pictures-{side}"
+        seen = kept(found.with_suffix(".controls.pt"), partial(find_controls, images))
         encode = partial(encode_pictures, vae, device=device)
-        self.targets = kept(args.work / "target_latents.pt", partial(encode, images))
-        self.controls = kept(args.work / "control_latents.pt", partial(encode, seen))
+        self.targets = kept(found.with_suffix(".latents.pt"), partial(encode, images))
+        self.controls = kept(found.with_suffix(".control_latents.pt"), partial(encode, seen))
         self.shares = torch.tensor([how_often(texts) for texts in prompts])          # (S, 14)
         texts = [""]                                      # row 0: no words
         for scene in prompts:
@@ -530,7 +568,7 @@ class TextToImage(Recipe):
             "pooled": models["text_encoder"](self.clip_ids[prompt]),
             "timestep": batch.t,
             "guidance": guidance,
-            "img_ids": image_ids(SIZE // 4, SIZE // 4, self.device),
+            "img_ids": image_ids(LATENT, LATENT, self.device),
             "txt_ids": torch.zeros(WORDS, 3, device=self.device),
         }
         steering = models["controlnet"](batch.x, batch.control, mode=batch.mode, **inputs)
@@ -608,6 +646,7 @@ class Features(Recipe):
         self.images, prompts = read_pictures(args)
         self.labels = torch.stack([named_in(texts) for texts in prompts])  # (S, 14, names)
         config = read_json(self.folder / "config.json")
+        self.patch = config["patch_size"]
         self.model = nn.ModuleDict({
             "vit": ImageFeatures(config, mean_and_std(self.folder)),
             "name": nn.Linear(96, len(NAMES)),
@@ -617,14 +656,15 @@ class Features(Recipe):
     def loss(self, generator, batch=32):
         scene = torch.randint(len(self.images), (batch,), generator=generator)
         which = torch.randint(PICTURES, (batch,), generator=generator)
-        hidden = torch.rand(batch, 1, SIZE // 8, SIZE // 8, generator=generator) < 0.3
+        side = SIZE // self.patch                         # of a picture, in patches
+        hidden = torch.rand(batch, 1, side, side, generator=generator) < 0.3
         x = to_unit(self.images[scene, which].to(self.device))
-        shown = 1 - F.interpolate(hidden.float(), scale_factor=8).to(x)    # (B, 1, 96, 96)
+        shown = 1 - F.interpolate(hidden.float(), scale_factor=self.patch).to(x)
         with fast(self.device):
             tokens = self.model["vit"].tokens(x * shown)                   # (B, 1 + L, 96)
             named = self.model["name"](tokens[:, 0]).float()
             patches = self.model["patch"](tokens[:, 1:]).float()           # (B, L, 3 * 4 * 4)
-        coarse = F.pixel_unshuffle(F.avg_pool2d(x, 2), 4)
+        coarse = F.pixel_unshuffle(F.avg_pool2d(x, self.patch // 4), 4)
         truth = coarse.flatten(2).mT                                       # (B, L, 3 * 4 * 4)
         labels = self.labels[scene, which].to(named)
         naming = F.binary_cross_entropy_with_logits(named, labels)
@@ -647,9 +687,10 @@ class TextAndPicture(Recipe):
     def __init__(self, args):
         self.folder = args.out / "clip"
         self.device = args.device
-        self.images, self.prompts = read_pictures(args)
-        self.tokenizer = TextTokenizer(self.folder, WORDS)
         config = read_json(self.folder / "config.json")
+        side = config["vision_config"]["image_size"]
+        self.images, self.prompts = read_pictures(args, side)
+        self.tokenizer = TextTokenizer(self.folder, WORDS)
         self.model = nn.ModuleDict({
             "text": CLIPText(clip_half(config, "text")),
             "vision": ImageFeatures(config, mean_and_std(self.folder)),

@@ -285,7 +285,7 @@ class Geometry:
     scene: {"object": a name, "seed": an integer that draws the pose and the camera}; size: of the
     picture, in pixels. ValueError for an object that the world does not have."""
 
-    def __init__(self, scene, size=96):
+    def __init__(self, scene, size=192):
         if scene["object"] not in SHAPES:
             known = ", ".join(SHAPES)
             raise ValueError(f"no object {scene['object']!r}: the world has {known}")
