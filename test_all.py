@@ -3369,8 +3369,8 @@ SCHNELL = {**flux.SCHEDULE, "use_dynamic_shifting": False, "shift": 1.0}
 
 
 def apple():
-    """A shipped picture, uint8 (64, 64, 3)."""
-    return flux.read_square(SAMPLE / "scenes/00_apple.png", 64)
+    """A shipped picture, uint8 (128, 128, 3)."""
+    return flux.read_square(SAMPLE / "scenes/00_apple.png", 128)
 
 
 def quiet_pipeline(kind, *parts, **more):
@@ -3789,13 +3789,13 @@ def test_controlnet_steering_gives_the_nets_residuals_at_its_time():
 
 
 def render(prompts=("A red mug",), **how):
-    """controlnet.render on the miniature, 64 x 64, two steps, black control pictures."""
-    black = np.zeros((64, 64, 3), np.uint8)
+    """controlnet.render on the miniature, 128 x 128, two steps, black control pictures."""
+    black = np.zeros((128, 128, 3), np.uint8)
     paths = {"flux": MINI / "flux", "controlnet": MINI / "controlnet"}
     given = {
         **paths,
         "seeds": range(len(prompts)),
-        "shape": (64, 64),
+        "shape": (128, 128),
         "steps": 2,
         "controls": [black] * len(prompts),
     }
@@ -3810,7 +3810,7 @@ def test_render_gives_the_recorded_pictures():
     """Two prompts at once with true CFG, a mode, part of the steps and a source."""
     two = ("A red mug", "A white bowl")
     plain = render(two, controls=None)
-    assert plain[0].shape == (64, 64, 3) and plain[0].dtype == np.uint8
+    assert plain[0].shape == (128, 128, 3) and plain[0].dtype == np.uint8
     assert_recorded(as_tensor(plain), -126.75, 169.58, 282.7, -25.288, bound=1e-3)
     edges = [controlnet.control_picture(apple())] * 2
     steered = render(
@@ -5855,7 +5855,7 @@ def test_edit_paints_the_recorded_pixels(tmp_path):
     for name, flags in (("usual", ""), ("all noise", "--strength 1 --control-scale 0.5"),
                         ("guided", '--true-cfg 2 --negative "A red bowl" --guidance 2')):
         picture, _ = edited(tmp_path, f"{ONE} --temperature 0 {flags}")
-        quarters = picture.reshape(2, 48, 2, 48, 3).mean((1, 3, 4))
+        quarters = picture.reshape(2, 96, 2, 96, 3).mean((1, 3, 4))
         found[name] = quarters.flatten().tolist()
     for name, want in RECORDED_PIXELS.items():
         assert np.abs(np.array(found[name]) - want).max() < 1.5, (name, found[name])
@@ -6210,7 +6210,7 @@ def test_edit_hands_caption_and_instruction_apart():
 
 def doubts_about(flags, source=None, prompt=edit.CAPTION):
     settings = edit.parse(["--caption", edit.CAPTION, *flags.split()])
-    settings.size = settings.size or 96
+    settings.size = settings.size or 192
     with torch.no_grad():
         return list(edit.doubts(settings, MINI / "flux", [{"prompt": prompt}], source))
 
@@ -6221,8 +6221,8 @@ def test_edit_doubts_pictures_that_the_autoencoder_cannot_draw():
     for file in sorted((SAMPLE / "scenes").glob("*.png"))[:12]:
         assert not doubts_about("", np.array(flux.read_image(file))), file
     random = np.random.default_rng(0)
-    noise = random.integers(0, 256, (12, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    for picture in (np.full((96, 96, 3), 255, np.uint8), noise):
+    noise = random.integers(0, 256, (12, 12, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+    for picture in (np.full((192, 192, 3), 255, np.uint8), noise):
         (line,) = doubts_about("", picture)
         assert "dB" in line and int(re.search(r"at (\d+) dB", line)[1]) < edit.FAITHFUL
 
@@ -6258,8 +6258,8 @@ def test_edit_doubts_words_that_no_token_holds():
 def test_edit_doubts_sizes_that_the_autoencoder_was_not_made_for(tmp_path):
     """A quarter less or more than its size; a checkpoint that names none is not doubted. The lines
     are printed before anything is painted."""
-    for size in (48, 64, 80, 96, 112, 128, 144):
-        doubted = not 80 <= size <= 112
+    for size in (96, 128, 160, 192, 224, 256, 288):
+        doubted = not 160 <= size <= 224
         assert bool(doubts_about(f"--size {size}")) == doubted, size
     with mock.patch.object(flux.VAE, "read_config", return_value={}):
         assert not doubts_about("--size 512")
@@ -6614,7 +6614,7 @@ def test_patch_features_of_the_miniature_are_the_recorded():
     """mini/vit, at its own size, at another that its patch divides, and at one that it does not."""
     f = patch_dpo.ImageFeatures.load(MINI / "vit")
     assert not f.training
-    assert (f.patch, f.side) == (8, 96)
+    assert (f.patch, f.side) == (16, 192)
     with torch.no_grad():
         for (height, width), (H, W), numbers in RECORDED_FEATURES:
             x = noise(2, 3, height, width).clamp(-1, 1)
@@ -6628,10 +6628,10 @@ def test_patch_features_of_the_miniature_are_the_recorded():
 
 
 RECORDED_FEATURES = [
-    ((96, 96), (12, 12), (-1.9172, 3.4886, -3.6734, -0.41139)),
-    ((48, 80), (6, 10), (-0.87393, -1.3413, -1.1099, 1.332)),
-    ((37, 50), (5, 6), (-0.2322, -0.58478, -1.3255, -2.2882)),
-    ((3, 13), (1, 2), (-0.43286, 0.29047, -2.0157, -3.1687)),
+    ((192, 192), (12, 12), (-1.9172, 3.4886, -3.6734, -0.41139)),
+    ((96, 160), (6, 10), (-0.87393, -1.3413, -1.1099, 1.332)),
+    ((74, 100), (5, 6), (-0.2322, -0.58478, -1.3255, -2.2882)),
+    ((6, 26), (1, 2), (-0.43286, 0.29047, -2.0157, -3.1687)),
 ]
 
 
@@ -6814,7 +6814,7 @@ def test_patch_image_prompt_of_the_miniature_gives_the_recorded_velocity():
         "txt_ids": torch.zeros(5, 3),
     }
     with torch.no_grad():
-        images = noise(2, 3, 64, 64, seed=3).clamp(-1, 1)
+        images = noise(2, 3, 128, 128, seed=3).clamp(-1, 1)
         maps = f(images).flatten(1, 2)
         prompt.attend_to(model, maps[None], ids)
         assert_recorded(model(**inputs), 0.82967, -0.39612, 1.2332, 2.2767)
@@ -6953,7 +6953,7 @@ def pictured():
             three.append({**one, "image": str(SAMPLE / one["image"])})
         scenes.append({"image": three[0]["image"], "caption": f"mug {i}", "edits": three})
     write_lines(d / "scenes.jsonl", *scenes)
-    flags = "--size 16 --held-out 1 --paint-steps 3 --steps 3 --batch 4 --micro 2 --warmup 0"
+    flags = "--size 32 --held-out 1 --paint-steps 3 --steps 3 --batch 4 --micro 2 --warmup 0"
     return f"--scenes {d}/scenes.jsonl {flags} --lr 1e-3 --device cpu --buffer 5", d
 
 
@@ -6984,7 +6984,7 @@ def test_patch_edits_are_split_by_scene_and_know_their_pictures():
         scene = row["scene"]
         truth = row["image"]
         for file, place in ((scene, edits.scene[n]), (truth, edits.truth[n])):
-            picture = flux.to_tensor(flux.read_square(file, 16))
+            picture = flux.to_tensor(flux.read_square(file, 32))
             assert same(edits.pictures[place], picture)
             latent = flux.pack(edits.vae.encode(picture[None]))
             assert_close(edits.latent[place], latent[0], 1e-5)
@@ -7038,8 +7038,8 @@ def test_patch_edits_that_cannot_be_used_are_refused():
     """Too many scenes held out, no edit of the kinds that are wanted, a size between tokens."""
     raises("--held-out 3 leaves no edit (of any type)", picture_stage, "dro --held-out 3")
     raises("(background, lighting, object) to", picture_stage, "patch --loss dro --held-out 3")
-    raises("--size is 20; it must be a multiple of 8", picture_stage, "dro --size 20")
-    raises("--size is 18; it must be a multiple of 8", picture_stage, "dro --size 18")
+    raises("--size is 40; it must be a multiple of 16", picture_stage, "dro --size 40")
+    raises("--size is 36; it must be a multiple of 16", picture_stage, "dro --size 36")
     flags, d = pictured()
     rows = read_lines(d / "scenes.jsonl")
     write_lines(d / "held.jsonl", *rows[:2], {**rows[2], "edits": []})
@@ -7059,7 +7059,7 @@ def test_patch_pictures_go_through_the_networks_in_parts():
     assert same(edits.in_parts(twice, x), 2 * x)
     assert sizes == [16, 16, 8]
     decoded = edits.decode(9 * noise(2, 4, 64))
-    assert decoded.shape == (2, 3, 16, 16)
+    assert decoded.shape == (2, 3, 32, 32)
     assert decoded.abs().max() == 1
 
 
@@ -7160,7 +7160,7 @@ def test_patch_generated_pictures_of_something_else_stand_apart(tmp_path):
     """Of other edits, size, number, steps, seed or features: painted anew beside the others."""
     command = f"patch --samples 1 --generated {tmp_path}"
     picture_stage(command)
-    for n, flags in enumerate(("--held-out 2", "--size 32", "--samples 2", "--paint-steps 4",
+    for n, flags in enumerate(("--held-out 2", "--size 64", "--samples 2", "--paint-steps 4",
                                "--seed 1", f"--quality-features {MINI}/vit"), 2):
         before = painted_files(tmp_path)
         settings = picture_stage(f"{command} {flags}")[1]
@@ -7187,11 +7187,11 @@ def test_patch_processes_share_the_painting_out(tmp_path):
 
 def test_patch_quality_has_features_of_its_own(tmp_path):
     """--quality-features judges, --features is what the image prompt sees, of references alone."""
-    judge = features_of(patch_size=4)
+    judge = features_of(patch_size=8)
     f = tmp_path / "f"
     f.mkdir()
     save_file(judge.state_dict(), f / "model.safetensors")
-    write_lines(f / "config.json", {**ENCODER, "patch_size": 4})
+    write_lines(f / "config.json", {**ENCODER, "patch_size": 8})
     write_lines(f / "preprocessor_config.json", {"image_mean": MEAN, "image_std": STD})
     stage = picture_stage(f"patch --quality-features {f} --generated {tmp_path}/made")[0]
     assert stage.painted["quality"].shape == (4, 2, 2, 4, 4)
@@ -7545,20 +7545,20 @@ def test_patch_result_is_an_image_prompt_and_a_sheet_of_pictures(tmp_path):
     stage = picture_stage("patch --loss dro")[0]
     stage.save(tmp_path)
     sheet = np.array(Image.open(tmp_path / "pictures.png"))
-    assert sheet.shape == (4 * 16, 2 * 16, 3)
-    assert (sheet[16:32] == sheet[32:48]).all()
-    for n, at in ((4, 0), (5, 16)):
-        for row, key in ((0, "scene"), (48, "image")):
-            shown = sheet[row:row + 16, at:at + 16]
-            assert (shown == flux.read_square(stage.rows[n][key], 16)).all()
+    assert sheet.shape == (4 * 32, 2 * 32, 3)
+    assert (sheet[32:64] == sheet[64:96]).all()
+    for n, at in ((4, 0), (5, 32)):
+        for row, key in ((0, "scene"), (96, "image")):
+            shown = sheet[row:row + 32, at:at + 32]
+            assert (shown == flux.read_square(stage.rows[n][key], 32)).all()
     latent = stage.paint("policy", torch.tensor([5]), seed=0)
     painted = flux.to_picture(stage.decode(latent)[0])
-    apart = painted.astype(int) - sheet[32:48, 16:]
+    apart = painted.astype(int) - sheet[64:96, 32:]
     assert np.abs(apart).max() <= 1
     moved(stage).save(tmp_path)
     again = np.array(Image.open(tmp_path / "pictures.png"))
-    assert (again[16:32] == sheet[16:32]).all()
-    assert (again[32:48] != sheet[32:48]).any()
+    assert (again[32:64] == sheet[32:64]).all()
+    assert (again[64:96] != sheet[64:96]).any()
     saved = load_file(tmp_path / "image_prompt.safetensors")
     policy = stage.tuned.policy
     assert saved.keys() == policy.keys()
@@ -7580,7 +7580,7 @@ def test_dro_result_is_an_adapter_and_a_sheet_of_pictures(tmp_path):
     stage = picture_stage(f"dro --scenes {d}/many.jsonl --rank 3 --alpha 5 --micro 16")[0]
     moved(stage).save(tmp_path)
     with Image.open(tmp_path / "pictures.png") as sheet:
-        assert sheet.size == (12 * 16, 4 * 16)
+        assert sheet.size == (12 * 32, 4 * 32)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     policy = lora.tensors(stage.flux, "policy")
     assert saved.keys() == policy.keys()
