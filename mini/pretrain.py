@@ -16,7 +16,7 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
 The shipped pictures came up by size. At 96 pixels and a factor of 4 all was trained as commit
 b820a01's docstring says. With that commit's mini/ in the folder OLD,
 
-    python mini/pretrain.py decoder --start OLD --scenes 600 --steps 2800 --batch 4
+    python mini/pretrain.py decoder --start OLD --scenes 600
 
 gave the autoencoder one block more on either side and a factor of 8: its latents, and so all else,
 stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
@@ -355,7 +355,7 @@ class Decoder(Autoencoder):
         model.load_state_dict(found)
         return model
 
-    def loss(self, generator, batch=8):
+    def loss(self, generator, batch=4):
         some = batch // 4
         chosen = torch.randint(len(self.which), (batch,), generator=generator)
         also = torch.randint(len(self.images), (batch // 2,), generator=generator)
@@ -990,7 +990,7 @@ RECIPES = {                                               # class, steps of the 
     "vae": (Autoencoder, 1767),
     "flux": (TextToImage, 6500),
     "distil": (Distillation, 500),
-    "decoder": (Decoder, 3000),
+    "decoder": (Decoder, 2800),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
     "image-prompt": (NewImagePrompt, 800),
