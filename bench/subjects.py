@@ -224,7 +224,7 @@ def parse(argv=None):
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--wording", default=SIMPLE, help="what FLUX reads (%(default)s)")
     p.add_argument("--flux", default=shipped("mini/flux"))
-    p.add_argument("--size", type=int, default=96, help="side in pixels")
+    p.add_argument("--size", type=int, default=192, help="side in pixels")
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--guidance", type=float, default=1.0)
     p.add_argument("--seed", type=int, default=0)
