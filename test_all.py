@@ -7443,33 +7443,67 @@ def test_dro_processes_share_the_trajectories_out():
 
 
 def test_dro_sampler_becomes_the_policy_every_refresh_steps():
-    """--refresh 2: in steps 0, 2, 4 ... the sampler is the policy and paints a new buffer;
-    between them both stay; policy, sampler and step are what a checkpoint holds."""
+    """--refresh 2: in steps 0, 2, 4 ... the sampler is the policy and paints a new buffer, with its
+    own weights also after a break; between them both stay, and so does the policy while the
+    sampler paints; policy, sampler, average and step are what a checkpoint holds."""
     for command in ("patch --loss dro --refresh 2", "dro --refresh 2 --rank 2"):
         stage, settings, _ = picture_stage(command)
         (group,) = stage.parameter_groups()
         held = dict(group["params"])
-        assert set(held) == {"steps_drawn", *stage.tuned.policy,
-                             *[f"sampler.{name}" for name in stage.tuned.sampler]}
+        assert set(held) == {"steps_drawn", "sampler", "average", *stage.tuned.policy}
         assert {p.requires_grad for p in stage.tuned.policy.values()} == {True}
-        assert not any(p.requires_grad for p in stage.tuned.sampler.values())
-        assert not held["steps_drawn"].requires_grad
+        for name in ("sampler", "average", "steps_drawn"):
+            assert not held[name].requires_grad
         buffers = []
         for step in range(4):
             moved(stage)
+            before = end_to_end(stage.tuned.policy)
+            if step == 3:
+                stage.buffer = None                     # as after a break
             draw_batch(stage, settings, step)
             buffers.append(stage.buffer[2])
-            policy = list(stage.tuned.policy.values())
-            assert same(policy, list(stage.tuned.sampler.values())) == (step % 2 == 0)
+            assert same(end_to_end(stage.tuned.policy), before)
+            assert same(before, held["sampler"]) == (step % 2 == 0)
         assert buffers[0] is buffers[1]
-        assert buffers[2] is buffers[3]
+        assert same(buffers[2], buffers[3])
         assert relative(buffers[0], buffers[2]) > 0.1
         assert held["steps_drawn"] == 4
 
 
+def end_to_end(tensors):
+    """The values of a dict of tensors, end to end."""
+    return torch.cat([p.detach().flatten() for p in tensors.values()])
+
+
+def test_dro_saves_the_average_of_the_policy(tmp_path):
+    """--ema .15: of the weights after each step, n / (n + 9) after few; without it the policy
+    itself, bit for bit."""
+    for command, file in (("dro --rank 2", "adapter_model"), ("patch --loss dro", "image_prompt")):
+        for flags, decays in (
+            ("--ema 0.15", (0.1, 0.15)),
+            ("--ema 0.9", (1 / 10, 2 / 11)),
+            ("", (0, 0)),
+        ):
+            stage, settings, _ = picture_stage(f"{command} {flags}")
+            want = end_to_end(stage.tuned.policy)
+            draw_batch(stage, settings)
+            for step, decay in enumerate(decays, 1):
+                moved(stage)
+                want = decay * want + (1 - decay) * end_to_end(stage.tuned.policy)
+                if step < 2:
+                    draw_batch(stage, settings, step)
+            last = end_to_end(stage.tuned.policy)
+            stage.save(tmp_path)
+            found = end_to_end(stage.tuned.policy)
+            assert_close(found, want, 1e-5)
+            assert same(found, last) == (not flags)
+            saved = end_to_end(load_file(tmp_path / f"{file}.safetensors"))
+            assert_close(saved.sort().values, found.sort().values, 1e-6)
+
+
 def test_dro_reference_stays_where_the_policy_began():
-    """Whatever policy and sampler become, the reference's velocity is the first one, without a
-    gradient; the LoRA stands in the attention's four layers."""
+    """Whatever the policy becomes, the reference's velocity is the first one; the sampler's is the
+    policy's; neither has a gradient; the LoRA stands in the attention's four layers."""
     for command in ("patch --loss dro", "dro --rank 2"):
         stage = picture_stage(command)[0]
         item = torch.tensor([1, 0])
@@ -7483,7 +7517,7 @@ def test_dro_reference_stays_where_the_policy_began():
         moved(stage)
         after = [stage.velocity(who, item, x, t) for who in whose]
         assert same(after[0], before[0])
-        assert same(after[1], before[0])
+        assert same(after[1], after[2])
         assert relative(after[2], before[0]) > 1e-3
         alone = velocity_of(stage, "policy", item[1], x[1], t[1])
         assert_close(after[2][1], alone, 1e-5)
@@ -7625,7 +7659,7 @@ def test_dro_resumed_inside_a_refresh_period_is_bit_equal():
     flags, d = pictured()
     loss = patch_dpo.DiffusionDRO.loss
     for name, kind in (("prompt", "patch --loss dro"), ("lora", "dro --rank 2")):
-        command = f"{kind} {flags} --steps 4 --refresh 2 --save-every 9"
+        command = f"{kind} {flags} --steps 4 --refresh 2 --save-every 9 --ema 0.9"
         train_here(f"{command} --out {d}/{name}_whole")
         calls = []
 
@@ -7693,6 +7727,8 @@ PICTURE_PAPER = {
         "lr": 1e-4,
         "clip": 1,
         "buffer": 256,
+        "drop": 0.2,
+        "ema": 0.9999,
         "refresh": 1,
         "paint_steps": 20,
         "size": 512,
