@@ -920,8 +920,8 @@ class DiffusionDRO(PictureStage):
         return [{"params": list(named.items())}]
 
     def update_average(self):
-        """-> the policy's weights after n steps, which the average has come nearer to. It is short
-        at first, as diffusers' EMAModel, which the authors use."""
+        """The average comes nearer to the policy's weights after n steps, which are returned. It is
+        short at first, as diffusers' EMAModel has it."""
         n = int(self.steps_drawn)
         decay = min(self.settings.ema, n / (n + 9))
         now = parameters_to_vector(self.weights).detach()
@@ -942,9 +942,9 @@ class DiffusionDRO(PictureStage):
         if late == 0:
             self.sampler.copy_(now)
         if late == 0 or self.buffer is None:
-            vector_to_parameters(self.sampler, self.weights)
+            vector_to_parameters(self.sampler, self.weights)        # the policy is the sampler
             self.buffer = self.fill_buffer(period)
-            vector_to_parameters(now, self.weights)
+            vector_to_parameters(now, self.weights)                 # and is itself again
         self.steps_drawn += 1
         rows = []
         for n in random_indices(len(indices), len(self.buffer[0]), generator):
