@@ -8675,8 +8675,9 @@ def test_eval_concept101_is_painted_and_judged(tmp_path):
     lines = said.getvalue().splitlines()
     cells = [float(cell.split()[0]) for cell in lines[2].split("|")[2:7]]
     encoders = judge.Encoders(args)
-    see = [encoders.see([flux.read_image(file) for file in sorted(files)])
-           for files in (out.glob("*/*"), pictures.glob("plu*/*"), pictures.glob("things*/*"))]
+    see = []
+    for files in (out.glob("*/*"), pictures.glob("plu*/*"), pictures.glob("things*/*")):
+        see.append(encoders.see([flux.read_image(file) for file in sorted(files)]))
     text = encoders.read(["the mug beside the bear", "bear and a bear"])["CLIP"]
     wanted = []
     for count in (2, 1):
