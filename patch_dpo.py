@@ -30,6 +30,7 @@ from huggingface_hub.utils import tqdm
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import default_collate
 
@@ -209,12 +210,12 @@ class ImageFeatures(Pretrained):
     def __init__(self, config, mean_std=None):
         super().__init__()
         config = clip_half(config, "vision")
+        self.kind = config["model_type"]
         scale = choose(
             "model_type",
-            config["model_type"],
+            self.kind,
             {"dinov2": LayerScale, "vit": nn.Identity, "clip_vision_model": nn.Identity}
         )
-        self.kind = config["model_type"]
         clip = self.kind == "clip_vision_model"
         self.mean_std = mean_std
         self.patch = config["patch_size"]
@@ -301,8 +302,8 @@ class ImagePrompt(nn.Module):
         self.scale = scale
         self.to_k_ip = nn.ModuleList()
         self.to_v_ip = nn.ModuleList()
-        for block in flux.blocks():
-            inner = block.attn.to_q.out_features
+        inner = flux.x_embedder.out_features
+        for _ in flux.blocks():
             self.to_k_ip.append(nn.Linear(width, inner, bias=False))
             self.to_v_ip.append(nn.Linear(width, inner, bias=False))
             nn.init.zeros_(self.to_v_ip[-1].weight)
@@ -389,8 +390,7 @@ class IPAdapter(ImagePrompt):
 
     def __init__(self, flux, stored, scale=1.0):
         nn.Module.__init__(self)
-        blocks = flux.transformer_blocks
-        self.scale = scale if isinstance(scale, list) else [scale] * len(blocks)
+        self.scale = scale if isinstance(scale, list) else [scale] * len(flux.transformer_blocks)
         size, self.width = stored[XLABS].shape                              # S C, P
         token = len(stored["ip_adapter_proj_model.norm.weight"])            # C
         self.ip_adapter_proj_model = nn.ModuleDict({
@@ -399,8 +399,8 @@ class IPAdapter(ImagePrompt):
         })
         self.ip_adapter_proj_model.requires_grad_(False)
         self.double_blocks = nn.ModuleList()
-        for block in blocks:
-            inner = block.attn.to_q.out_features
+        inner = flux.x_embedder.out_features
+        for _ in flux.transformer_blocks:
             layers = nn.ModuleDict({
                 "ip_adapter_double_stream_k_proj": nn.Linear(token, inner),
                 "ip_adapter_double_stream_v_proj": nn.Linear(token, inner)
@@ -442,6 +442,8 @@ class PictureSettings(TrainSettings):
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
     refresh:      int   = flag(1, 1, "M, steps between copies of the policy into the sampler "
                                "(--loss dro only)")
+    ema:          float = flag(0.0, 0.9999, "decay of the average over the steps that is saved; "
+                               "0: the last step alone (--loss dro only)")
     weight_decay: float = flag(0.0, 0.01, "AdamW's")
 
 
@@ -596,7 +598,7 @@ class Edits:
     def texts(self, item):
         """What Flux reads of edits (B,): txt (B, T, 4096) and pooled (B, 768), on the device."""
         which = self.prompt[item]
-        return self.txt[which].to(self.device), self.pooled[which].to(self.device)
+        return [states[which].to(self.device) for states in (self.txt, self.pooled)]
 
     @torch.no_grad()
     def in_parts(self, function, images):
@@ -606,8 +608,7 @@ class Edits:
 
     def decode(self, latent):
         """(n, L, 64) -> pictures (n, 3, size, size)."""
-        images = self.in_parts(self.vae.decode, unpack(latent, *self.grid))
-        return images.clamp(-1, 1)
+        return self.in_parts(self.vae.decode, unpack(latent, *self.grid)).clamp(-1, 1)
 
     def noise(self, generator):
         return torch.randn(self.latent.shape[1:], generator=generator)
@@ -616,8 +617,8 @@ class Edits:
 # ---- what is tuned: something small beside the frozen Flux ---------------------------------------
 
 class ImagePrompts:
-    """The policy is an image prompt; sampler and reference are copies of it. `references` (4N, M):
-    the pictures that each edit sees, -1 for none."""
+    """The policy is an image prompt, the reference a copy of it. `references` (4N, M): the pictures
+    that each edit sees, -1 for none."""
     drops = (1, 2, 3)           # what may be dropped: see Edits
 
     def __init__(self, edits, prompt, references):
@@ -626,12 +627,9 @@ class ImagePrompts:
         encode = partial(prompt.encode, edits.features)
         self.maps = edits.in_parts(encode, edits.pictures[shown])           # (R, S, D) or (R, P)
         self.maps[shown < 0] = 0                            # no reference: no keys, no values
-        self.prompts = {}
-        for who in ("policy", "sampler", "reference"):
-            self.prompts[who] = copy.deepcopy(prompt).to(edits.device)
-        self.prompts["sampler"].requires_grad_(False)
-        self.policy = dict(self.prompts["policy"].named_parameters())
-        self.sampler = dict(self.prompts["sampler"].named_parameters())
+        prompt.to(edits.device)
+        self.prompts = {"policy": prompt, "sampler": prompt, "reference": copy.deepcopy(prompt)}
+        self.policy = dict(prompt.named_parameters())
 
     def select(self, who, item):
         edits = self.edits
@@ -644,9 +642,7 @@ class ImagePrompts:
 
 
 class Adapters:
-    """The policy is a LoRA, the sampler stands in the second adapter's place (lora.py), and the
-    reference is Flux without either."""
-    names = {"policy": "policy", "sampler": "reference", "reference": None}
+    """The policy is a LoRA, the reference is Flux without it."""
     drops = (1,)
 
     def __init__(self, edits):
@@ -661,10 +657,9 @@ class Adapters:
             targets=["to_q", "to_k", "to_v", "to_out.0"]
         )
         self.policy = lora.tensors(edits.flux, "policy")
-        self.sampler = lora.tensors(edits.flux, "reference")
 
     def select(self, who, item):
-        lora.use(self.edits.flux, self.names[who])
+        lora.use(self.edits.flux, None if who == "reference" else "policy")
 
     def save(self, folder):
         lora.save_adapter(self.edits.flux, folder, base_model=self.edits.settings.flux)
@@ -672,10 +667,9 @@ class Adapters:
 
 class PictureStage(Edits):
     """Edits and what is tuned on them: what the methods below share. That is what train.py asks of
-    a stage (see there), but for the loss, and Flux with three velocities: the policy's, which is
-    trained, the sampler's, which is the policy's of up to --refresh steps ago, and the reference's,
-    where the policy began. `tuned` holds policy and sampler, {name: Parameter}, and selects whose
-    velocity comes next.
+    a stage (see there), but for the loss, and Flux with two velocities: the policy's, which is
+    trained ("sampler": without a gradient), and the reference's, where the policy began. `tuned`
+    holds the policy, {name: Parameter}, and selects whose velocity comes next.
 
     With DROSettings that is a LoRA, with PatchSettings an image prompt, which learns edits that
     leave the object what it was. Flux reads the instruction alone then, as the paper's "An {object}
@@ -698,13 +692,13 @@ class PictureStage(Edits):
         """Rows (item, noise (L, 64), time, edit as it is shown), the time logit-normal as Flux was
         trained."""
         items = torch.tensor(indices)
-        rows = []
-        for item in items:
-            noise = self.noise(generator)
-            t = torch.randn((), generator=generator).sigmoid()
-            rows.append((item, noise, t))
-        shown = self.drop(items // self.per_edit, generator)
-        return [(*row, edit) for row, edit in zip(rows, shown)]
+        noises = []
+        times = []
+        for _ in items:
+            noises.append(self.noise(generator))
+            times.append(torch.randn((), generator=generator).sigmoid())
+        edits = self.drop(items // self.per_edit, generator)
+        return list(zip(items, noises, times, edits))
 
     def drop(self, edit, generator):
         """Edits (B,), of each kind of drop a share of --drop."""
@@ -713,8 +707,8 @@ class PictureStage(Edits):
         return edit + kind * len(self.rows)
 
     def describe(self, rows):
-        edits = [row[0] // self.per_edit % len(self.rows) for row in rows]
-        lines = [str(self.rows[edit]["line"]) for edit in edits]
+        edits = [self.rows[row[0] // self.per_edit % len(self.rows)] for row in rows]
+        lines = [str(edit["line"]) for edit in edits]
         return f"{self.settings.scenes}, lines {', '.join(lines)}"
 
     def velocity(self, who, item, x, t):
@@ -722,19 +716,17 @@ class PictureStage(Edits):
         has a gradient. Under checkpointing the policy must be the last that was selected."""
         txt, pooled = self.texts(item)
         t = t.to(self.device)
-        guidance = torch.ones_like(t) if self.flux.guided else None        # 1: none (ours)
         with torch.set_grad_enabled(who == "policy"):
             self.tuned.select(who, item)
-            v = self.flux(
+            return self.flux(
                 img=x.to(txt),
                 txt=txt,
                 pooled=pooled,
                 timestep=t,
-                guidance=guidance,
+                guidance=torch.ones_like(t) if self.flux.guided else None,  # 1: none (ours)
                 img_ids=self.ids,
                 txt_ids=txt.new_zeros(txt.shape[1], 3)
-            )
-        return v.float()
+            ).float()
 
     def errors(self, who, item, t, *points):
         """Prediction - target at P points (x, v) of every edit, in one pass -> (P, B, L, 64)."""
@@ -749,8 +741,8 @@ class PictureStage(Edits):
 
     def squares(self, item, t, *points):
         """Mean squared errors at those points -> the reference's and the policy's (P, B) each."""
-        found = [self.errors(who, item, t, *points) for who in ("reference", "policy")]
-        return [errors.square().mean((2, 3)) for errors in found]
+        return [self.errors(who, item, t, *points).square().mean((2, 3))
+                for who in ("reference", "policy")]
 
     @torch.no_grad()
     def paint(self, who, items, seed):
@@ -779,8 +771,8 @@ class PictureStage(Edits):
         painted = [self.decode(self.paint(who, held, seed=0)) for who in ("reference", "policy")]
         scene = self.pictures[self.scene[held]]                             # (n, 3, size, size)
         truth = self.pictures[self.truth[held]]
-        rows = [torch.cat([*row], 2) for row in (scene, *painted, truth)]   # (3, size, n size)
-        sheet = torch.cat(rows, 1)                                          # (3, 4 size, n size)
+        columns = torch.cat([scene, *painted, truth], 2)                    # (n, 3, 4 size, size)
+        sheet = torch.cat([*columns], 2)                                    # (3, 4 size, n size)
         Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
 
 
@@ -821,8 +813,8 @@ class Painted(PictureStage):
         """Of one edit (1,): the latents of G pictures; the quality (G, 1 + M, H, W) of their
         patches, beside all references, and of each reference's beside them; and how like the
         references they are as a whole, by the mean of the features."""
-        seeds = [(self.settings.seed, sample) for sample in range(self.settings.samples)]
-        latent = torch.cat([self.paint("reference", item, seed) for seed in seeds])
+        latent = torch.cat([self.paint("reference", item, (self.settings.seed, sample))
+                            for sample in range(self.settings.samples)])
         f_gen = self.in_parts(f, self.decode(latent))                       # (G, H, W, D)
         references = self.references[item][0]                               # (M,)
         f_ref = self.in_parts(f, self.pictures[references])                 # (M, H, W, D)
@@ -862,10 +854,8 @@ class PatchDPO(Painted):
             quality.fill_(0.5)
         error, *errors = [unpack(error, *self.grid) for error in errors]    # (B, C, h, w)
         weight, *weights = [patch_weights(p, self.grid) for p in quality.unbind(1)]
-        losses = []
-        for error_ref, weight_ref in zip(errors, weights):
-            losses.append(
-                patch_dpo_loss(error, error_ref, weight, weight_ref, self.settings.power))
+        losses = [patch_dpo_loss(error, error_ref, weight, weight_ref, self.settings.power)
+                  for error_ref, weight_ref in zip(errors, weights)]
         there = moved(references >= 0, error.device)
         losses = (torch.stack(losses, 1) * there).sum(1) / there.sum(1)
         return losses.sum(), {}
@@ -893,8 +883,7 @@ class DiffusionDPO(Painted):
         lose = flow(latent[item, likeness.argmin(1)], noise, t)
         reference, policy = self.squares(edit, t, win, lose)
         losses = diffusion_dpo_loss(*policy, *reference, self.settings.beta)
-        accuracy = losses < math.log(2)
-        return losses.sum(), {"accuracy": accuracy.sum()}
+        return losses.sum(), {"accuracy": (losses < math.log(2)).sum()}
 
 
 def random_indices(n, limit, generator):
@@ -907,32 +896,55 @@ class DiffusionDRO(PictureStage):
     learns, and the experts are the scenes' pictures; with DROSettings a LoRA, and they are the
     edits' true pictures. The negatives are points of the sampler's own trajectories, with the
     velocity that it had there. Every --refresh steps the sampler becomes the policy and paints a
-    new buffer of them, so a negative is 0 to refresh - 1 steps old."""
+    new buffer of them, so a negative is 0 to refresh - 1 steps old. What is saved at the end is an
+    average of the policy's weights (--ema). The sampler's weights and the average are one vector
+    each, all tensors end to end."""
 
     def __init__(self, settings):
         super().__init__(settings)
-        prompted = isinstance(settings, PatchSettings)
-        self.expert = self.scene if prompted else self.truth                # (N,) into pictures
-        self.steps_drawn = nn.Parameter(torch.zeros(()), False)
+        self.expert = self.scene if isinstance(settings, PatchSettings) else self.truth     # (4N,)
+        self.weights = self.tuned.policy.values()
+        self.sampler = parameters_to_vector(self.weights).detach()
+        self.average = self.sampler.clone()
+        self.steps_drawn = torch.zeros(())
         self.buffer = None
 
     def parameter_groups(self):
-        """Sampler and step are saved with the policy: a resumed run paints the same buffer."""
-        named = {**self.tuned.policy, "steps_drawn": self.steps_drawn}
-        for name, p in self.tuned.sampler.items():
-            named[f"sampler.{name}"] = p
+        """What a resumed run needs for the same buffer and average is saved with the policy."""
+        named = {
+            **self.tuned.policy,
+            "sampler": self.sampler,
+            "average": self.average,
+            "steps_drawn": self.steps_drawn
+        }
         return [{"params": list(named.items())}]
 
-    @torch.no_grad()
+    def update_average(self):
+        """The average comes nearer to the policy's weights after n steps, which are returned. It is
+        short at first, as diffusers' EMAModel has it."""
+        n = int(self.steps_drawn)
+        decay = min(self.settings.ema, n / (n + 9))
+        now = parameters_to_vector(self.weights).detach()
+        self.average.lerp_(now, 1 - decay)
+        return now
+
+    def save(self, folder):
+        """The average."""
+        self.update_average()
+        vector_to_parameters(self.average, self.weights)
+        super().save(folder)
+
     def draw(self, indices, generator):
         """Random points of the buffer, of its edits, not those of `indices`: rows (edit, t, x, v,
         the expert's noise)."""
+        now = self.update_average()
         period, late = divmod(int(self.steps_drawn), self.settings.refresh)
         if late == 0:
-            for name, p in self.tuned.sampler.items():
-                p.copy_(self.tuned.policy[name])
+            self.sampler.copy_(now)
         if late == 0 or self.buffer is None:
+            vector_to_parameters(self.sampler, self.weights)        # the policy is the sampler
             self.buffer = self.fill_buffer(period)
+            vector_to_parameters(now, self.weights)                 # and is itself again
         self.steps_drawn += 1
         rows = []
         for n in random_indices(len(indices), len(self.buffer[0]), generator):
@@ -950,8 +962,7 @@ class DiffusionDRO(PictureStage):
         steps = settings.paint_steps
         g = generator_for(settings.seed, "buffer", period)
         item = random_indices(settings.buffer, self.items, g)
-        noise = [self.noise(g) for _ in item]
-        noise = torch.stack(noise).to(self.device)                          # (N, L, 64)
+        noise = torch.stack([self.noise(g) for _ in item]).to(self.device)  # (N, L, 64)
         start = torch.rand(len(item), 1, generator=g)
         item = self.drop(item, g)
         t = (torch.arange(steps, 0, -1) - start) / steps                    # (N, steps)
@@ -969,12 +980,9 @@ class DiffusionDRO(PictureStage):
         """Expert and policy share prompt and time."""
         item, t, x, v, noise = stack(rows)
         expert = flow(self.latent[self.expert[item]], noise, t)
-        reference, policy = self.squares(item, t, expert, (x, v))
-        ref_expert, ref_own = reference
-        on_expert, on_own = policy
+        (ref_expert, ref_own), (on_expert, on_own) = self.squares(item, t, expert, (x, v))
         losses = dro_loss(on_expert, ref_expert, on_own, ref_own)
-        active = losses > 0
-        return losses.sum(), {"active": active.sum(), "drift": ref_own.sum()}
+        return losses.sum(), {"active": (losses > 0).sum(), "drift": ref_own.sum()}
 
 
 LOSSES = {                      # of `train.py patch --loss`

@@ -7443,33 +7443,67 @@ def test_dro_processes_share_the_trajectories_out():
 
 
 def test_dro_sampler_becomes_the_policy_every_refresh_steps():
-    """--refresh 2: in steps 0, 2, 4 ... the sampler is the policy and paints a new buffer;
-    between them both stay; policy, sampler and step are what a checkpoint holds."""
+    """--refresh 2: in steps 0, 2, 4 ... the sampler is the policy and paints a new buffer, with its
+    own weights also after a break; between them both stay, and so does the policy while the
+    sampler paints; policy, sampler, average and step are what a checkpoint holds."""
     for command in ("patch --loss dro --refresh 2", "dro --refresh 2 --rank 2"):
         stage, settings, _ = picture_stage(command)
         (group,) = stage.parameter_groups()
         held = dict(group["params"])
-        assert set(held) == {"steps_drawn", *stage.tuned.policy,
-                             *[f"sampler.{name}" for name in stage.tuned.sampler]}
+        assert set(held) == {"steps_drawn", "sampler", "average", *stage.tuned.policy}
         assert {p.requires_grad for p in stage.tuned.policy.values()} == {True}
-        assert not any(p.requires_grad for p in stage.tuned.sampler.values())
-        assert not held["steps_drawn"].requires_grad
+        for name in ("sampler", "average", "steps_drawn"):
+            assert not held[name].requires_grad
         buffers = []
         for step in range(4):
             moved(stage)
+            before = end_to_end(stage.tuned.policy)
+            if step == 3:
+                stage.buffer = None                     # as after a break
             draw_batch(stage, settings, step)
             buffers.append(stage.buffer[2])
-            policy = list(stage.tuned.policy.values())
-            assert same(policy, list(stage.tuned.sampler.values())) == (step % 2 == 0)
+            assert same(end_to_end(stage.tuned.policy), before)
+            assert same(before, held["sampler"]) == (step % 2 == 0)
         assert buffers[0] is buffers[1]
-        assert buffers[2] is buffers[3]
+        assert same(buffers[2], buffers[3])
         assert relative(buffers[0], buffers[2]) > 0.1
         assert held["steps_drawn"] == 4
 
 
+def end_to_end(tensors):
+    """The values of a dict of tensors, end to end."""
+    return torch.cat([p.detach().flatten() for p in tensors.values()])
+
+
+def test_dro_saves_the_average_of_the_policy(tmp_path):
+    """--ema .15: of the weights after each step, n / (n + 9) after few; without it the policy
+    itself, bit for bit."""
+    for command, file in (("dro --rank 2", "adapter_model"), ("patch --loss dro", "image_prompt")):
+        for flags, decays in (
+            ("--ema 0.15", (0.1, 0.15)),
+            ("--ema 0.9", (1 / 10, 2 / 11)),
+            ("", (0, 0)),
+        ):
+            stage, settings, _ = picture_stage(f"{command} {flags}")
+            want = end_to_end(stage.tuned.policy)
+            draw_batch(stage, settings)
+            for step, decay in enumerate(decays, 1):
+                moved(stage)
+                want = decay * want + (1 - decay) * end_to_end(stage.tuned.policy)
+                if step < 2:
+                    draw_batch(stage, settings, step)
+            last = end_to_end(stage.tuned.policy)
+            stage.save(tmp_path)
+            found = end_to_end(stage.tuned.policy)
+            assert_close(found, want, 1e-5)
+            assert same(found, last) == (not flags)
+            saved = end_to_end(load_file(tmp_path / f"{file}.safetensors"))
+            assert_close(saved.sort().values, found.sort().values, 1e-6)
+
+
 def test_dro_reference_stays_where_the_policy_began():
-    """Whatever policy and sampler become, the reference's velocity is the first one, without a
-    gradient; the LoRA stands in the attention's four layers."""
+    """Whatever the policy becomes, the reference's velocity is the first one; the sampler's is the
+    policy's; neither has a gradient; the LoRA stands in the attention's four layers."""
     for command in ("patch --loss dro", "dro --rank 2"):
         stage = picture_stage(command)[0]
         item = torch.tensor([1, 0])
@@ -7483,7 +7517,7 @@ def test_dro_reference_stays_where_the_policy_began():
         moved(stage)
         after = [stage.velocity(who, item, x, t) for who in whose]
         assert same(after[0], before[0])
-        assert same(after[1], before[0])
+        assert same(after[1], after[2])
         assert relative(after[2], before[0]) > 1e-3
         alone = velocity_of(stage, "policy", item[1], x[1], t[1])
         assert_close(after[2][1], alone, 1e-5)
@@ -7625,7 +7659,7 @@ def test_dro_resumed_inside_a_refresh_period_is_bit_equal():
     flags, d = pictured()
     loss = patch_dpo.DiffusionDRO.loss
     for name, kind in (("prompt", "patch --loss dro"), ("lora", "dro --rank 2")):
-        command = f"{kind} {flags} --steps 4 --refresh 2 --save-every 9"
+        command = f"{kind} {flags} --steps 4 --refresh 2 --save-every 9 --ema 0.9"
         train_here(f"{command} --out {d}/{name}_whole")
         calls = []
 
@@ -7693,6 +7727,8 @@ PICTURE_PAPER = {
         "lr": 1e-4,
         "clip": 1,
         "buffer": 256,
+        "drop": 0.2,
+        "ema": 0.9999,
         "refresh": 1,
         "paint_steps": 20,
         "size": 512,
@@ -8511,15 +8547,62 @@ prompt_list = [
 """
 
 
+def write_objects(folder, **pictures):
+    """Pictures of the miniature's camera, folder/NAME/00.png ..., of (object, attributes ...)."""
+    for name, scenes in pictures.items():
+        (folder / name).mkdir(parents=True)
+        for n, (thing, *attributes) in enumerate(scenes):
+            geometry = world.Geometry({"object": thing, "seed": n}, size=48)
+            pixels = geometry.shade("white", "cream", attributes)
+            Image.fromarray(pixels).save(folder / name / f"{n:02d}.png")
+
+
 def write_dreambench(folder):
     """Three objects in DreamBench's layout, and a fourth that is named and has no pictures."""
-    for name, scenes in (("mug", ["01_mug"]), ("dog2", ["03_teddy_bear"]),
-                         ("blue_apple", ["00_apple", "00_apple_snow", "00_apple_gold"])):
-        (folder / name).mkdir(parents=True)
-        for n, scene in enumerate(scenes):
-            shutil.copy(SAMPLE / f"scenes/{scene}.png", folder / name / f"{n:02d}.png")
+    write_objects(
+        folder,
+        mug=[["mug"]],
+        dog2=[["teddy bear"]],
+        blue_apple=[["apple"], ["apple", "snow"], ["apple", "gold"]]
+    )
     (folder / "prompts_and_classes.txt").write_text(DREAMBENCH)
     return folder
+
+
+def write_concept101(folder):
+    """Three concepts in CustomConcept101's layout, two of them a pair."""
+    write_objects(
+        folder / "benchmark_dataset",
+        things_mug=[["mug"], ["mug", "beach"]],
+        plushie_bear=[["teddy bear"], ["teddy bear", "forest"]],
+        fruit=[["apple"]]
+    )
+    (folder / "prompts").mkdir()
+    (folder / "prompts/mug.txt").write_text("photo of a {}.\n{} at a beach. \n")
+    (folder / "prompts/bear_mug.txt").write_text("the {1} beside the {0}\n{0} and a {0}")
+    concepts = []
+    for name, kind in (("things_mug", "mug"), ("plushie_bear", "bear"), ("fruit", "apple")):
+        concepts.append({
+            "instance_prompt": f"photo of a <new1> {kind}",
+            "class_prompt": kind,
+            "instance_data_dir": f"./benchmark_dataset/{name}",
+            "class_data_dir": f"./regularization/{name}",
+            "prompt_filename": "prompts/mug.txt"
+        })
+    mug, bear, _ = concepts
+    pair = [bear, mug, {"prompt_filename_compose": "prompts/bear_mug.txt"}]
+    (folder / "dataset.json").write_text(json.dumps(concepts))
+    (folder / "dataset_multiconcept.json").write_text(json.dumps([pair]))
+    return folder
+
+
+def paint_subjects(kind, folder, out, *flags):
+    """bench/subjects.py's pictures, their names; and what `render` was asked for."""
+    subjects = bench("subjects")
+    with quiet(), mock.patch.object(subjects, "render", wraps=subjects.render) as render:
+        subjects.main([kind, str(folder), "--out", str(out), "--steps", "1", *flags])
+    names = sorted(str(file.relative_to(out)) for file in out.glob("*/*"))
+    return names, [call.kwargs for call in render.call_args_list]
 
 
 def test_eval_dreambench_is_painted_and_judged(tmp_path):
@@ -8527,45 +8610,122 @@ def test_eval_dreambench_is_painted_and_judged(tmp_path):
     over all references, one reference, the prompt; the references beside one another."""
     folder = write_dreambench(tmp_path / "dataset")
     write_lines(folder / "chosen.json", {"blue_apple": "01.png"})
-    subjects = bench("subjects")
-    found = subjects.subjects_of(folder)
-    assert {name: prompts for name, (_, prompts) in found.items()} == {
+    found = bench("subjects").dreambench(folder)
+    assert {subject.name: subject.prompts for subject in found} == {
         "mug": ["a mug in front of forest", "a red mug"],
         "blue_apple": ["a apple in front of forest", "a red apple"],
         "dog2": ["a dog wearing a red hat"],
     }
     out = tmp_path / "mine"
-    command = ["dreambench", str(folder), "--out", str(out), "--samples", "2", "--steps", "2"]
-    with quiet():
-        subjects.main(command)
-    files = sorted(str(file.relative_to(out)) for file in out.glob("*/*"))
+    files, _ = paint_subjects("dreambench", folder, out, "--samples", "2")
     assert files == ["blue_apple/00_0.png", "blue_apple/00_1.png", "blue_apple/01_0.png",
                      "blue_apple/01_1.png", "dog2/00_0.png", "dog2/00_1.png", "mug/00_0.png",
                      "mug/00_1.png", "mug/01_0.png", "mug/01_1.png"]
     (out / files[3]).unlink()
-    with quiet(), mock.patch.object(subjects, "render", wraps=subjects.render) as render:
-        subjects.main(command)
-    assert [call.kwargs["prompts"] for call in render.call_args_list] == [["a red apple"]]
+    _, (asked,) = paint_subjects("dreambench", folder, out, "--samples", "2")
+    assert asked["prompts"] == ["a red apple"]
+    shown = asked["equip"].args[0].reference
+    assert shown == [str(folder / "blue_apple/01.png")]
     judge = bench_judge()
     args = judge.parse([str(out), "--dreambench", str(folder)])
     encoders = judge.Encoders(args)
-    scores = judge.subject_scores(out, args, encoders, found)
+    references = judge.see_references(encoders, found)
+    scores = judge.subject_scores(out, encoders, found, references)
     assert scores["absent"] == [] and len(scores["CLIP-T"]) == 10
     seen = encoders.see([flux.read_image(out / "blue_apple/01_0.png")])
-    shown = encoders.see([flux.read_image(file) for file in found["blue_apple"][0]])
+    shown = encoders.see([flux.read_image(file) for file in found[1].objects[0]])
     at = 4                                          # mug's four come first; its third
     assert_close(scores["DINO, all"][at + 2], (shown["DINO"] @ seen["DINO"][0]).mean(), 1e-5)
     assert_close(scores["CLIP-I, one"][at + 2], shown["CLIP"][1] @ seen["CLIP"][0], 1e-5)
     said = encoders.read(["a red apple"])["CLIP"][0]
     assert_close(scores["CLIP-T"][at + 2], said @ seen["CLIP"][0], 1e-5)
-    alike = judge.reference_scores(encoders, found)["DINO, all"]
+    alike = judge.reference_scores(references)["DINO, all"]
     assert_close(alike[0], (shown["DINO"][0] @ shown["DINO"][1:].T).mean(), 1e-5)
-    table = judge.dreambench(args)
-    assert "0.838" in table and "10 pictures of 3 objects" in table
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        judge.main([str(out), "--dreambench", str(folder)])
+    assert "0.838" in said.getvalue() and "10 pictures of 3 subjects" in said.getvalue()
     (out / "mug/02_0.png").write_bytes((out / "mug/01_0.png").read_bytes())
-    raises("02_0.png must be called N_K.png, N one of the prompts 0 to 1", judge.dreambench, args)
-    raises("holds no OBJECT", judge.dreambench,
-           judge.parse([str(tmp_path), "--dreambench", str(folder)]))
+    judged = judge.judge_subjects
+    raises("02_0.png must be called N_K.png, N one of the prompts 0 to 1",
+           judged, args, "dreambench", folder)
+    args.folders = [str(tmp_path)]
+    raises("holds no NAME/N_K.png", judged, args, "dreambench", folder)
+
+
+def test_eval_concept101_is_painted_and_judged(tmp_path):
+    """Concepts alone by dataset.json, two together by dataset_multiconcept.json: Flux sees one
+    picture of each, a picture is compared with both, CLIP-T is 2.5 times the cosine."""
+    folder = write_concept101(tmp_path / "customconcept101")
+    subjects = bench("subjects")
+    alone = subjects.concept101(folder)
+    assert [subject.name for subject in alone] == ["things_mug", "plushie_bear", "fruit"]
+    assert alone[1].prompts == ["photo of a bear.", "bear at a beach."]
+    listed = folder / "dataset_multiconcept.json"
+    out = tmp_path / "two"
+    files, (asked,) = paint_subjects("concept101", listed, out, "--samples", "1")
+    assert files == ["plushie_bear+things_mug/00_0.png", "plushie_bear+things_mug/01_0.png"]
+    assert asked["prompts"] == ["the mug beside the bear", "bear and a bear"]
+    pictures = folder / "benchmark_dataset"
+    assert asked["equip"].args[0].reference == [
+        str(pictures / "plushie_bear/00.png"), str(pictures / "things_mug/00.png")]
+    judge = bench_judge()
+    args = judge.parse([str(out), "--concept101", str(listed)])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        judge.main([str(out), "--concept101", str(listed)])
+    lines = said.getvalue().splitlines()
+    cells = [float(cell.split()[0]) for cell in lines[2].split("|")[2:7]]
+    encoders = judge.Encoders(args)
+    see = []
+    for files in (out.glob("*/*"), pictures.glob("plu*/*"), pictures.glob("things*/*")):
+        see.append(encoders.see([flux.read_image(file) for file in sorted(files)]))
+    text = encoders.read(["the mug beside the bear", "bear and a bear"])["CLIP"]
+    wanted = []
+    for count in (2, 1):
+        for encoder in ("DINO", "CLIP"):
+            seen, bear, mug = [found[encoder] for found in see]
+            both = torch.cat([bear[:count], mug[:count]])
+            wanted.append((seen @ both.T).mean())
+    wanted.append(2.5 * (see[0]["CLIP"] * text).sum(1).clamp_min(0).mean())
+    assert_close(torch.tensor(cells), torch.stack(wanted), 2e-3)
+    assert "0.7726" in said.getvalue() and "times 2.5" in said.getvalue()
+
+
+def test_eval_several_objects_of_dreambench_stand_in_a_file(tmp_path):
+    """A line names them: their pictures, and the prompts of live subjects only where all live."""
+    folder = write_dreambench(tmp_path / "dataset")
+    pairs = folder / "pairs.txt"
+    pairs.write_text("mug dog2\n\ndog2 dog2\n")
+    first, second = bench("subjects").dreambench(pairs)
+    assert (first.name, second.name) == ("mug+dog2", "dog2+dog2")
+    assert first.prompts == ["a mug and a dog in front of forest", "a red mug and a dog"]
+    assert second.prompts == ["a dog and a dog wearing a red hat"]
+    assert first.objects == [[folder / "mug/00.png"], [folder / "dog2/00.png"]]
+
+
+def test_eval_bad_files_of_a_benchmark_are_named(tmp_path):
+    """An object that there is not or that has no picture, a prompt with a place too many, a key or
+    a file that is missing, another --references than there are pictures of chosen.json."""
+    subjects = bench("subjects")
+    folder = write_dreambench(tmp_path / "dataset")
+    pairs = folder / "pairs.txt"
+    for text, message in (("mug mouse", "pairs.txt: prompts_and_classes.txt has no mouse"),
+                          ("mug cat", "dataset/cat holds no picture (.jpg, ")):
+        pairs.write_text(text)
+        raises(message, subjects.dreambench, pairs)
+    raises("dataset/no.txt", subjects.dreambench, folder / "no.txt")
+    write_lines(folder / "chosen.json", {"mug": "07.png"})
+    (mug, *_) = subjects.dreambench(folder)
+    raises("chosen.json names 07.png, which is not in", subjects.chosen, mug.objects[0])
+    folder = write_concept101(tmp_path / "customconcept101")
+    (folder / "prompts/mug.txt").write_text("the {1} beside the {0}")
+    raises("prompts/mug.txt is truncated or not what is expected", subjects.concept101, folder)
+    (folder / "prompts/mug.txt").unlink()
+    raises("there is no file", subjects.concept101, folder)
+    listed = folder / "dataset_multiconcept.json"
+    shutil.rmtree(folder / "benchmark_dataset/things_mug")
+    raises("things_mug holds no picture", subjects.concept101, listed)
+    listed.write_text('[{"class_prompt": "mug"}]')
+    raises("dataset_multiconcept.json has no 'prompt_filename'", subjects.concept101, listed)
 
 
 def test_eval_subjects_make_scenes_of_prompts_and_of_captions(tmp_path):

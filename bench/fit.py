@@ -133,12 +133,13 @@ def add_host(stage):
 
 
 def add_tuned(stage, name):
-    """The image prompt in three copies, or the LoRA, and AdamW's two moments and the gradient."""
+    """The image prompt in two copies, or the LoRA, its sampler and its average; AdamW's two moments
+    and the gradient."""
     if name == "patch":
         tuned = patch_dpo.ImagePrompts.__new__(patch_dpo.ImagePrompts)
         stored = {key: torch.empty(shape) for key, shape in PROMPT.items()}
-        prompts = [patch_dpo.IPAdapter(stage.flux, stored) for _ in range(3)]
-        tuned.prompts = dict(zip(("policy", "sampler", "reference"), prompts))
+        prompts = [patch_dpo.IPAdapter(stage.flux, stored) for _ in range(2)]
+        tuned.prompts = dict(zip(("policy", "reference"), prompts))
         tuned.policy = dict(tuned.prompts["policy"].named_parameters())
         tuned.maps = torch.empty(1, 768)
         tuned.references = torch.zeros(4, 1, dtype=torch.long)
@@ -149,7 +150,8 @@ def add_tuned(stage, name):
     trained = [p for p in tuned.policy.values() if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
-    moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
+    copies = 2 if name == "patch" else 4
+    moments = [torch.zeros_like(p) for p in trained for _ in range(copies)]
     return sum(p.numel() for p in trained), moments
 
 

@@ -5,6 +5,7 @@
         --scenes scenes.jsonl --clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16
 
     python bench/judge.py out/mine --dreambench dreambooth/dataset      # see at the end
+    python bench/judge.py out/two --concept101 customconcept101/dataset_multiconcept.json
 
 A folder is a method; it holds what edit.py writes, a PNG and its JSON for each person's edit, of
 any people, pictures and captions. Every number is the mean and the standard deviation, over the
@@ -36,11 +37,15 @@ tokenizer. Where the hub has but a pickle (openai/clip-vit-base-patch32), once:
 HPS (v2.1) is published as a pickle, in open_clip's names; it is a CLIP ViT-H/14. bench/hps.py makes
 a folder of it that --hps reads as any CLIP.
 
---dreambench: DreamBench's layout instead (bench/subjects.py: FOLDER/OBJECT/*.jpg and its prompts).
-A method's folder holds OBJECT/N_K.png, picture K of the object's prompt N, as bench/subjects.py
-paints them. DINO and CLIP-I: each picture and all references of its object, their mean ("all"), or
-one reference (Kosmos-G's protocol, "one"); CLIP-T: each picture and its prompt. Means over all
-pictures and, behind it, the deviation. The control is the references, each beside the others.
+--dreambench, --concept101: what bench/subjects.py painted of these benchmarks' subjects instead, an
+object or several together; FOLDER as there. A method's folder holds NAME/N_K.png, picture K of the
+subject's prompt N. DINO and CLIP-I: each picture and all references of each object in it, their
+mean ("all"), or one reference of each (Kosmos-G's protocol, "one"); of several objects, the mean
+over them (ours; Custom Diffusion's evaluate.py prints a number for each). CLIP-T: each picture and
+its prompt; of Concept101 it is 2.5 times that and nothing below 0, as in evaluate.py and in
+PatchDPO's table. Means over all pictures and, behind it, the deviation. The control is the
+references, each beside the others of its object. evaluate.py cuts 224 of 256 pixels for DINO; here
+preprocessor_config.json says how.
 """
 import argparse
 import statistics
@@ -54,7 +59,7 @@ from PIL import Image, ImageOps
 
 from clock import table
 from study import read_object
-from subjects import chosen, subjects_of
+from subjects import LAYOUTS, chosen
 
 from cdpo import clip_texts
 from flux import read_image, to_tensor
@@ -368,17 +373,29 @@ def report(args):
     return table(["", *REF, *PREF], rows) + "\n" + "\n".join(lines)
 
 
-# ---- DreamBench ----------------------------------------------------------------------------------
+# ---- DreamBench and Concept101 -------------------------------------------------------------------
 
 SUBJECT = ["DINO, all", "CLIP-I, all", "DINO, one", "CLIP-I, one", "CLIP-T"]
-SUBJECT_PAPER = {             # PatchDPO, Table S4; it says of neither how many references it takes
-    "IP-Adapter-Plus": ["0.692", "0.826", "-", "-", "0.281"],
-    "PatchDPO": ["0.727", "0.838", "-", "-", "0.292"],
+SUBJECT_PAPER = {             # PatchDPO's supplement; it does not say how many references it takes
+    ("dreambench", 1): {                                                    # Table 4
+        "IP-Adapter-Plus": ["0.692", "0.826", "-", "-", "0.281"],
+        "PatchDPO": ["0.727", "0.838", "-", "-", "0.292"],
+    },
+    ("dreambench", 2): {                                                    # Table 2
+        "Subject-Diffusion": ["0.506", "0.696", "-", "-", "0.310"],
+        "IP-Adapter-Plus": ["0.468", "0.683", "-", "-", "0.315"],
+        "PatchDPO": ["0.506", "0.705", "-", "-", "0.322"],
+    },
+    ("concept101", 2): {                                                    # Table 1
+        "Custom Diffusion (Joint)": ["0.3799", "0.6704", "-", "-", "0.7534"],
+        "IP-Adapter-Plus": ["0.3992", "0.6904", "-", "-", "0.7655"],
+        "PatchDPO": ["0.4168", "0.6945", "-", "-", "0.7726"],
+    },
 }
 
 
 def painted_for(folder, prompts):
-    """[(prompt, picture's file)] of one object. ValueError for a name without a prompt's number."""
+    """[(prompt, picture's file)] of a subject. ValueError for a name without a prompt's number."""
     found = []
     for file in sorted(Path(folder).glob("*.png")):
         number = file.stem.partition("_")[0]
@@ -389,56 +406,76 @@ def painted_for(folder, prompts):
     return found
 
 
-def subject_scores(folder, args, encoders, subjects):
-    """{measure: [number of each picture]} of a method, with "absent": objects without pictures."""
+def see_references(encoders, subjects):
+    """{an object's folder: its references as the encoders see them, {encoder: (M, P)}}."""
+    shown = {}
+    for subject in subjects:
+        for pictures in subject.objects:
+            folder = pictures[0].parent
+            if folder not in shown:
+                shown[folder] = encoders.see([read_image(file) for file in pictures])
+    return shown
+
+
+def subject_scores(folder, encoders, subjects, shown):
+    """{measure: [number of each picture]} of a method, and "absent": subjects without a picture."""
     found = {what: [] for what in SUBJECT}
     found["absent"] = []
-    for name, (pictures, prompts) in subjects.items():
-        painted = painted_for(Path(folder) / name, prompts)
+    for subject in subjects:
+        painted = painted_for(Path(folder) / subject.name, subject.prompts)
         if not painted:
-            found["absent"].append(name)
+            found["absent"].append(subject.name)
             continue
-        one = pictures.index(chosen(args.dreambench, name, pictures))
-        shown = encoders.see([read_image(file) for file in pictures])
         seen = encoders.see([read_image(file) for _, file in painted])
         said = encoders.read([prompt for prompt, _ in painted])
         found["CLIP-T"] += cosines(seen["CLIP"], said["CLIP"])
         for encoder, what in (("DINO", "DINO"), ("CLIP", "CLIP-I")):
-            cosine = seen[encoder] @ shown[encoder].T                       # (N, M)
-            found[f"{what}, all"] += cosine.mean(1).tolist()
-            found[f"{what}, one"] += cosine[:, one].tolist()
+            all_of = []
+            one_of = []
+            for pictures in subject.objects:
+                references = shown[pictures[0].parent][encoder]
+                cosine = seen[encoder] @ references.T                       # (N, M)
+                all_of.append(cosine.mean(1))
+                one_of.append(cosine[:, chosen(pictures)])
+            found[f"{what}, all"] += torch.stack(all_of).mean(0).tolist()
+            found[f"{what}, one"] += torch.stack(one_of).mean(0).tolist()
     return found
 
 
-def reference_scores(encoders, subjects):
+def reference_scores(shown):
     """The same of the references: each beside the others of its object."""
     found = {what: [] for what in SUBJECT[:2]}
-    for pictures, _ in subjects.values():
-        shown = encoders.see([read_image(file) for file in pictures])
+    for seen in shown.values():
         for encoder, what in zip(("DINO", "CLIP"), SUBJECT):
-            cosine = shown[encoder] @ shown[encoder].T                      # (M, M)
-            others = (cosine.sum(1) - 1) / max(1, len(pictures) - 1)
-            found[what] += others.tolist() if len(pictures) > 1 else []
+            cosine = seen[encoder] @ seen[encoder].T                        # (M, M)
+            others = (cosine.sum(1) - 1) / max(1, len(cosine) - 1)
+            found[what] += others.tolist() if len(cosine) > 1 else []
     return found
 
 
-def dreambench(args):
+def judge_subjects(args, layout, path):
     """The Markdown text for all folders."""
     encoders = Encoders(args)
-    subjects = subjects_of(args.dreambench)
+    subjects = LAYOUTS[layout](Path(path))
+    shown = see_references(encoders, subjects)
     rows = []
     lines = []
     for folder in args.folders:
-        found = subject_scores(folder, args, encoders, subjects)
+        found = subject_scores(folder, encoders, subjects, shown)
         if not found["CLIP-T"]:
-            raise ValueError(f"{folder} holds no OBJECT/N_K.png of {args.dreambench}")
+            raise ValueError(f"{folder} holds no NAME/N_K.png of {path}")
+        if layout == "concept101":
+            found["CLIP-T"] = [2.5 * max(0, cosine) for cosine in found["CLIP-T"]]
         rows.append(row(folder, found, SUBJECT))
         absent = f"; none of {', '.join(found['absent'])}" if found["absent"] else ""
-        lines.append(f"{folder}: {len(found['CLIP-T'])} pictures of {len(subjects)} objects in "
-                     f"DreamBench's layout{absent}")
-    rows.append(row("the references, each beside the others",
-                    reference_scores(encoders, subjects), SUBJECT))
-    rows += [[f"the paper's {name}", *cells] for name, cells in SUBJECT_PAPER.items()]
+        lines.append(f"{folder}: {len(found['CLIP-T'])} pictures of {len(subjects)} subjects in "
+                     f"{path}{absent}")
+    if layout == "concept101":
+        lines.append("CLIP-T is times 2.5, as Custom Diffusion has it")
+    rows.append(row("the references, each beside the others", reference_scores(shown), SUBJECT))
+    together = max(len(subject.objects) for subject in subjects)
+    paper = SUBJECT_PAPER.get((layout, together), {})
+    rows += [[f"the paper's {name}", *cells] for name, cells in paper.items()]
     return table(["", *SUBJECT], rows) + "\n" + "\n".join(lines)
 
 
@@ -461,15 +498,26 @@ def parse(argv=None):
     p.add_argument("--clip", default=shipped("mini/clip"), help="a whole CLIP: folder or hub name")
     p.add_argument("--dino", default=shipped("mini/vit"), help="DINO or DINOv2: the same")
     p.add_argument("--hps", default="", help="HPS, converted: a folder as CLIP's")
-    p.add_argument("--dreambench", help="folder of objects and prompts in DreamBench's layout")
+    for layout in LAYOUTS:
+        p.add_argument(f"--{layout}", metavar="FOLDER", help="the benchmark's folder, or a file in "
+                       "it that says which objects go together: as for bench/subjects.py")
     p.add_argument("--device", default="", help="cpu, cuda ... (the best there is)")
     return p.parse_args(argv)
 
 
+def main(argv=None):
+    args = parse(argv)
+    for layout in LAYOUTS:
+        path = getattr(args, layout)
+        if path:
+            print(judge_subjects(args, layout, path))
+            return
+    print(report(args))
+
+
 if __name__ == "__main__":
     try:
-        args = parse()
-        print(dreambench(args) if args.dreambench else report(args))
+        main()
     except (ValueError, OSError) as error:
         print("judge.py:", error, file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
     python bench/subjects.py references prompts.txt --out data     # PatchDPO's data construction
     python bench/subjects.py captions FOLDER                       # pictures that you have
     python bench/subjects.py dreambench dreambooth/dataset --out out/mine --image-prompt ...
+    python bench/subjects.py concept101 customconcept101/dataset_multiconcept.json --out out/two ...
     torchrun --nproc_per_node=8 bench/subjects.py references prompts.txt --out data --size 512 \\
         --flux black-forest-labs/FLUX.1-dev --dtype bf16 --guidance 3.5
 
@@ -17,17 +18,29 @@ captions: a folder of pictures with metadata.jsonl ("file_name" and "text" a lin
 it) or a NAME.txt beside each picture (as kohya has it) gets a scenes.jsonl: experts for `train.py
 dro --scenes FOLDER/scenes.jsonl`, or natural pictures for `train.py patch` (the paper's D_natural).
 
-dreambench: FOLDER is the `dataset` of github.com/google/dreambooth: OBJECT/*.jpg and
-prompts_and_classes.txt. Each object, known by its first picture (--references 9: by nine, S5-S7),
-in each of its 25 prompts, --samples times, as OUT/OBJECT/N_K.png. Flags that are not listed are
-edit.py's (--preset paper, --image-prompt, --reference-scale ...). `bench/judge.py OUT --dreambench
-FOLDER` measures them.
+dreambench, concept101: each subject, an object or several together, in each of its prompts,
+--samples times, as OUT/NAME/N_K.png (NAME: of the object, or A+B). Flux is shown one picture of
+each object (--references 3: three of each), the attentions to all of them add up (S5-S7; of XLabs'
+prompt it is one attention). Flags that are not listed are edit.py's (--preset paper ...).
+`bench/judge.py OUT --dreambench FOLDER` (or --concept101) measures the pictures. FOLDER is
+
+    dreambench    the `dataset` of github.com/google/dreambooth: OBJECT/*.jpg and
+                  prompts_and_classes.txt, 25 prompts for each object alone. Several together, as
+                  in MultiDreamBench: a text file in that folder instead, "cat dog2" a line. That
+                  form is ours, and so are its prompts, DreamBench's with "cat and a dog" for the
+                  class: the benchmark's list is not public, the few prompts that Subject-Diffusion
+                  published read so.
+    concept101    `customconcept101` of github.com/adobe-research/custom-diffusion, with the
+                  pictures in its benchmark_dataset/: dataset.json has 101 concepts, 20 prompts
+                  each. Or dataset_multiconcept.json there: 101 pairs, 12 prompts each. A class's
+                  name stands where a prompt has a concept's place.
 """
 import argparse
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -149,52 +162,106 @@ def captions(args):
     write_scenes(args.folder, rows)
 
 
-# ---- DreamBench ----------------------------------------------------------------------------------
+# ---- subjects in prompts: DreamBench and Concept101 ----------------------------------------------
 
-def subjects_of(folder):
-    """DreamBench's layout -> {object: (its pictures, its prompts without the token's place)}."""
-    file = Path(folder) / "prompts_and_classes.txt"
-    with reading(file):
-        text = file.read_text()
-        head, objects, live = re.split("Object Prompts|Live Subject Prompts", text)
-    classes = re.findall(r"^(\w+),(.+)$", head, re.MULTILINE)[1:]
-    found = {}
-    for name, kind in classes:
-        prompts = re.findall(r"'(.*)'\.format", live if kind in LIVE else objects)
-        prompts = [prompt.replace("{0} ", "").replace("{1}", kind) for prompt in prompts]
-        pictures = sorted(picture for picture in (Path(folder) / name).glob("*")
-                          if picture.suffix.lower() in PICTURES)
-        if pictures:
-            found[name] = (pictures, prompts)
+@dataclass
+class Subject:
+    """What pictures are painted of: an object, or several together."""
+    name: str
+    objects: list                 # of each object its pictures, the references
+    prompts: list
+
+
+def pictures_in(folder):
+    found = [file for file in folder.glob("*") if file.suffix.lower() in PICTURES]
     if not found:
+        raise ValueError(f"{folder} holds no picture ({', '.join(PICTURES)})")
+    return sorted(found)
+
+
+def dreambench(path):
+    """list[Subject] of DreamBench: the objects that have a folder, or those together that a file
+    names."""
+    folder = path.parent if path.is_file() else path
+    file = folder / "prompts_and_classes.txt"
+    with reading(file):
+        head, objects, live = re.split("Object Prompts|Live Subject Prompts", file.read_text())
+    classes = dict(re.findall(r"^(\w+),(.+)$", head, re.MULTILINE)[1:])
+    together = [[name] for name in classes if (folder / name).is_dir()]
+    if path.is_file():
+        together = [line.split() for line in read_prompts(path)]
+    if not together:
         raise ValueError(f"{folder} holds no folder of pictures for any subject of {file.name}")
+    found = []
+    for names in together:
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            raise ValueError(f"{path}: {file.name} has no {', '.join(unknown)}")
+        kinds = [classes[name] for name in names]
+        prompts = re.findall(r"'(.*)'\.format", live if set(kinds) <= set(LIVE) else objects)
+        words = " and a ".join(kinds)
+        prompts = [prompt.replace("{0} ", "").replace("{1}", words) for prompt in prompts]
+        pictures = [pictures_in(folder / name) for name in names]
+        found.append(Subject("+".join(names), pictures, prompts))
     return found
 
 
-def chosen(folder, name, pictures):
-    """The one reference of Kosmos-G's protocol: FOLDER/chosen.json, {object: file}, names it (the
-    authors chose theirs by hand); else the first."""
-    names = read_json(Path(folder) / "chosen.json", {})
-    return Path(folder) / name / names.get(name, pictures[0].name)
+def concept101(path):
+    """list[Subject] of CustomConcept101: of dataset.json, or of the file that is given, whose rows
+    are concepts, or lists of concepts with the file of their prompts at the end."""
+    file = path if path.is_file() else path / "dataset.json"
+    found = []
+    with reading(file):
+        for row in json.loads(file.read_text()):
+            if isinstance(row, dict):
+                row = [row, {"prompt_filename_compose": row["prompt_filename"]}]
+            *concepts, last = row
+            folders = [file.parent / concept["instance_data_dir"] for concept in concepts]
+            classes = [concept["class_prompt"] for concept in concepts]
+            listed = file.parent / last["prompt_filename_compose"]
+            with reading(listed):                         # "{}" is one concept's place, or
+                prompts = [line.format(*classes) for line in read_prompts(listed)]      # {0}, {1}
+            pictures = [pictures_in(folder) for folder in folders]
+            found.append(Subject("+".join(folder.name for folder in folders), pictures, prompts))
+    return found
+
+
+LAYOUTS = {"dreambench": dreambench, "concept101": concept101}
+
+
+def chosen(pictures):
+    """Which of an object's pictures is the one reference of Kosmos-G's protocol: chosen.json beside
+    the objects' folders, {object: file}, names it (the authors chose theirs by hand); else the
+    first."""
+    folder = pictures[0].parent
+    file = folder.parent / "chosen.json"
+    name = read_json(file, {}).get(folder.name, pictures[0].name)
+    names = [picture.name for picture in pictures]
+    if name not in names:
+        raise ValueError(f"{file} names {name}, which is not in {folder}")
+    return names.index(name)
 
 
 def paint_subjects(args, more):
+    subjects = LAYOUTS[args.kind](args.folder)
     todo = []
-    subjects = subjects_of(args.folder)
-    for name, (_, prompts) in subjects.items():
-        for n, prompt in enumerate(prompts):
+    for subject in subjects:
+        for n, prompt in enumerate(subject.prompts):
             for k in range(args.samples):
-                todo.append((name, prompt, k, args.out / name / f"{n:02d}_{k}.png"))
+                todo.append((subject.name, prompt, k, args.out / subject.name / f"{n:02d}_{k}.png"))
     todo = [one for one in todo[RANK::WORLD] if not one[3].exists()]
-    for name in dict.fromkeys(one[0] for one in todo):
-        pictures, _ = subjects[name]
-        first = chosen(args.folder, name, pictures)
-        others = [picture for picture in pictures if picture != first]
-        shown = [str(picture) for picture in [first, *others][:args.references]]
-        settings = edit.parse(["--caption", name, "--reference", *shown, *more])
+    for subject in subjects:
+        mine = [one for one in todo if one[0] == subject.name]
+        if not mine:
+            continue
+        shown = []
+        for pictures in subject.objects:
+            one = chosen(pictures)
+            shown += [pictures[one], *pictures[:one], *pictures[one + 1:]][:args.references]
+        shown = [str(picture) for picture in shown]
+        settings = edit.parse(["--caption", subject.name, "--reference", *shown, *more])
         flux = resolve(settings.flux, FLUX_PARTS)
         _, _, shape = edit.read_pictures(settings, flux)
-        mine = [one for one in todo if one[0] == name]
         painted = render(
             flux=flux,
             controlnet=None,
@@ -210,7 +277,7 @@ def paint_subjects(args, more):
         for (*_, file), pixels in zip(mine, painted):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_whole(Image.fromarray(pixels), file)
-        print(f"{name}: {len(mine)} pictures in {args.out / name}")
+        print(f"{subject.name}: {len(mine)} pictures in {args.out / subject.name}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -233,13 +300,14 @@ def parse(argv=None):
     p.add_argument("--device", default="")
     p = kinds.add_parser("captions", help="scenes.jsonl for pictures with captions")
     p.add_argument("folder", type=Path)
-    p = kinds.add_parser("dreambench", help="paint DreamBench's subjects in its prompts")
-    p.add_argument("folder", type=Path)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--samples", type=int, default=4, help="pictures of each prompt")
-    p.add_argument("--references", type=int, default=1, help="pictures that show the subject")
+    for kind in LAYOUTS:
+        p = kinds.add_parser(kind, help="paint a benchmark's subjects in its prompts")
+        p.add_argument("folder", type=Path, help="or a file in it that says which go together")
+        p.add_argument("--out", type=Path, required=True)
+        p.add_argument("--samples", type=int, default=4, help="pictures of each prompt")
+        p.add_argument("--references", type=int, default=1, help="pictures that show an object")
     args, more = top.parse_known_args(argv)
-    if more and args.kind != "dreambench":
+    if more and args.kind not in LAYOUTS:
         top.error(f"unrecognized arguments: {' '.join(more)}")
     return args, more
 
