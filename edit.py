@@ -57,10 +57,10 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
                   pick_device, read_json, reading, resolve, seed_for, set_precision, settings_from,
                   shipped, write_whole)
 
-# What is edited, and for whom, when nothing is said: scene 8 of mini/world.py, and three of the
-# paper's people.
+# What is edited, and for whom, when nothing is said: an apple that nothing was trained on, and three
+# of the paper's people.
 IMAGE = "mini/pictures/apple.png"
-CAPTION = "A beige apple in front of a mint wall"
+CAPTION = "A brown apple in front of a cream wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
 USERS = "mini/sample/users_test.jsonl"
 
@@ -74,8 +74,8 @@ CLEAR = 3
 ALIKE = str.maketrans("øØłŁđĐıß–—‘’“”", "oOlLdDis--''\"\"")
 
 # In dB, how well an autoencoder gives the colours of a picture back that it was made for: of 123 of
-# the miniature's scenes all are above, of 26 pictures of scikit-image 20 and a blank page below.
-FAITHFUL = 34
+# the miniature's scenes all are above, of 21 pictures of scikit-image 12 and a blank page below.
+FAITHFUL = 32
 
 
 # ---- the command line ----------------------------------------------------------------------------
