@@ -57,8 +57,8 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_langua
                   pick_device, read_json, reading, resolve, seed_for, set_precision, settings_from,
                   shipped, write_whole)
 
-# What is edited, and for whom, when nothing is said: an apple that nothing was trained on, and three
-# of the paper's people.
+# What is edited, and for whom, when nothing is said: an apple that no training saw, and three of
+# the paper's people.
 IMAGE = "mini/pictures/apple.png"
 CAPTION = "A brown apple in front of a cream wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]

@@ -17,7 +17,7 @@ nothing but evaluation may read it.
                                     in InstructPix2Pix's format, for supervised fine-tuning
     scenes.jsonl, scenes/*.png      held-out pictures, each with its true picture after every edit
 
-    python mini/world.py                       # mini/data: 900 + 100 users, 16 scenes; about 15 s
+    python mini/world.py                       # mini/data: 900 + 100 users, 16 scenes; about 25 s
     python mini/world.py --users 2900          # the paper's size: 139,200 + 4,800 pairs
     python mini/world.py --sample              # the small sample that is shipped, mini/sample
 """
