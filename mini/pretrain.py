@@ -25,7 +25,8 @@ layer spread over 2 x 2 pixels.)
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
     mkdir /tmp/mini && cp -r mini/flux mini/controlnet /tmp/mini
-    python mini/pretrain.py flux --scenes 200 --steps 600 --out /tmp/mini --work /tmp/mini/data
+    M="--out /tmp/mini --work /tmp/mini/data"
+    python mini/pretrain.py flux --scenes 100 --steps 600 --batch 16 $M
 
 It runs on a GPU where there is one (--device); all that is random is drawn on the CPU. A recipe
 goes on from --work/RECIPE.pt when started again; delete the file to start anew.
