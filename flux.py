@@ -1104,4 +1104,4 @@ if __name__ == "__main__":
     noise = pack(torch.randn(1, 16, 24, 24))
     x = denoise(flux, noise, txt, pooled, image_ids(24, 24), levels=sigmas(20, 144))
     image = VAE.load(f"{folder}/vae").decode(unpack(x, 24, 24))             # (1, 3, 192, 192)
-    print("R, G, B in the middle of the apple:", to_picture(image[0])[54, 36])
+    print("R, G, B in the middle of the apple:", to_picture(image[0])[108, 72])

@@ -429,14 +429,14 @@ def subject_scores(folder, encoders, subjects, shown):
         seen = encoders.see([read_image(file) for _, file in painted])
         said = encoders.read([prompt for prompt, _ in painted])
         found["CLIP-T"] += cosines(seen["CLIP"], said["CLIP"])
+        objects = [(shown[files[0].parent], chosen(files)) for files in subject.objects]
         for encoder, what in (("DINO", "DINO"), ("CLIP", "CLIP-I")):
             all_of = []
             one_of = []
-            for pictures in subject.objects:
-                references = shown[pictures[0].parent][encoder]
-                cosine = seen[encoder] @ references.T                       # (N, M)
+            for references, one in objects:
+                cosine = seen[encoder] @ references[encoder].T              # (N, M)
                 all_of.append(cosine.mean(1))
-                one_of.append(cosine[:, chosen(pictures)])
+                one_of.append(cosine[:, one])
             found[f"{what}, all"] += torch.stack(all_of).mean(0).tolist()
             found[f"{what}, one"] += torch.stack(one_of).mean(0).tolist()
     return found

@@ -330,10 +330,10 @@ class Decoder(Autoencoder):
     sharpness = 0.3
 
     def __init__(self, args):
-        self.start = args.start or args.out
-        self.old = VAE.load(self.start / "flux/vae", args.device).requires_grad_(False)
+        start = args.start or args.out
+        self.old = VAE.load(start / "flux/vae", args.device).requires_grad_(False)
         super().__init__(args)
-        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args, self.start))
+        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args, start))
 
     @torch.no_grad()
     def new_model(self):
@@ -341,19 +341,18 @@ class Decoder(Autoencoder):
         doubles a picture."""
         model = VAE(read_json(self.folder / "config.json"))
         self.times = model.factor // self.old.factor
-        found = {}
-        for key, p in model.state_dict().items():
-            if "conv2" in key:
+        for name, p in model.named_parameters():
+            if "samplers" in name and p.ndim == 4:
+                nn.init.dirac_(p)
+            elif "conv2" in name or "samplers" in name:
                 nn.init.zeros_(p)
-            if "samplers" in key:
-                nn.init.zeros_(p) if p.ndim == 1 else nn.init.dirac_(p)
-            found[key] = p
+        found = {}
         for key, tensor in self.old.state_dict().items():
             if key.startswith("encoder.down_blocks"):     # counted from the finest
                 _, _, number, rest = key.split(".", 3)
                 key = f"encoder.down_blocks.{int(number) + self.times // 2}.{rest}"
             found[key] = tensor
-        model.load_state_dict(found)
+        model.load_state_dict(model.state_dict() | found)
         return model
 
     def loss(self, generator, batch=4):
@@ -1023,7 +1022,7 @@ def main():
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
     p.add_argument("--start", type=Path, metavar="FOLDER",
                    help="flux, decoder, image-prompt: begin with the weights below it, perhaps of "
-                        "fewer single blocks, or layers of the autoencoder")
+                        "fewer blocks, or layers of the autoencoder's")
     p.add_argument("--compile", action="store_true", help="flux, distil: by torch.compile")
     p.add_argument("--batch", type=int, help="of a step (default: the recipe's own)")
     args = p.parse_args()
