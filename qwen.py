@@ -366,20 +366,17 @@ def sample(logits, temperature, top_k, top_p, generator):
     one of them is drawn."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / max(temperature, 1e-9)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]                          # (B, 1)
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p < 1:
-        p, token = logits.softmax(-1).sort(descending=True)                # (B, V), likeliest first
-        share = (p * 2 ** 40).long()                   # whole: sums do not depend on their order
-        before = share.cumsum(-1) - share                                  # of all likelier ones
-        reached = before >= max(top_p, 1e-9) * 2 ** 40                     # never before the first
-        outside = reached.scatter(-1, token, reached)                      # (B, V), by token
-        logits = logits.masked_fill(outside, -torch.inf)
-    p = logits.softmax(-1)
+    p = (logits / max(temperature, 1e-9)).softmax(-1)                      # (B, V)
     waits = torch.empty_like(p).exponential_(generator=generator)
-    return (p / waits).argmax(-1)       # torch.multinomial's draw, which makes a GPU wait
+    if not top_k and top_p >= 1:
+        return (p / waits).argmax(-1)   # torch.multinomial's draw, which makes a GPU wait
+    V = p.shape[-1]
+    p, token = p.topk(min(top_k or V, V))                                  # (B, k), likeliest first
+    share = (p / p.sum(-1, keepdim=True) * 2 ** 40).long()     # whole: sums do not depend on order
+    before = share.cumsum(-1) - share                                      # of all likelier ones
+    p = p.masked_fill(before >= max(top_p, 1e-9) * 2 ** 40, 0)             # never the first
+    drawn = (p / waits.gather(-1, token)).argmax(-1, keepdim=True)         # (B, 1)
+    return token.gather(-1, drawn)[:, 0]
 
 
 def replayed(step, token):
