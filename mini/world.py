@@ -310,7 +310,7 @@ def write_world(args):
         write_jsonl(args.out / "scenes.jsonl", scenes)
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description="Write the miniature world's files.")
     p.add_argument("--out", type=Path, default=HERE / "data", help="folder to write")
     p.add_argument("--users", type=int, default=900, help="training users (the paper: 2900)")
@@ -321,10 +321,10 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--sample", action="store_true",
                    help="write the shipped sample, mini/sample: nine archetypes, a little of all")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.sample:                                       # other defaults; given flags still win
         p.set_defaults(out=HERE / "sample", users=12, test_users=3, edits=60, scenes=6)
-        args = p.parse_args()
+        args = p.parse_args(argv)
     write_world(args)
 
 
