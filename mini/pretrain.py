@@ -295,7 +295,7 @@ class Autoencoder(Recipe):
     def loss(self, generator, batch=16):
         chosen = torch.randint(len(self.images), (batch,), generator=generator)
         images = self.images[chosen]
-        some = batch // 8                                 # a ControlNet's pictures pass through it
+        some = max(1, batch // 8)                         # a ControlNet's pictures pass through it
         images[:some] = control_pictures(images[:some], "canny")
         x = to_unit(images.to(self.device))
         with torch.autocast(x.device.type, torch.bfloat16):
