@@ -53,9 +53,8 @@ from flux import VAE, TextTokenizer, joined, read_image, read_square, to_tensor
 from graph import (User, attribute_names, find_attribute, in_words_of, load_graph, near, read_users,
                    tastes)
 from patch_dpo import ImageFeatures, ImagePrompt
-from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, load_language_model,
-                  pick_device, read_json, reading, resolve, seed_for, set_precision, settings_from,
-                  shipped, write_whole)
+from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, pick_device, read_json,
+                  reading, resolve, seed_for, set_precision, settings_from, shipped, write_whole)
 
 # What is edited, and for whom, when nothing is said: an apple that no training saw, and three of
 # the paper's people.
@@ -298,51 +297,52 @@ def embedding(user, tokens):
 # ---- the instruction -----------------------------------------------------------------------------
 
 def write_instructions(settings):
-    """[(user, note, the policy's instruction, its `reasons`)] for the people asked for. One person
-    at a time, with a seed of their own, so that no answer depends on who else asks. Who likes and
-    dislikes nothing gets the SFT adapter's edit: see cdpo.generic."""
+    """[(user, note, the policy's instruction, its `reasons`)] for the people asked for, in their
+    order. One person at a time, with a seed of their own, so that no answer depends on who else
+    asks. Who likes and dislikes nothing gets the SFT adapter's edit: see cdpo.generic."""
     if not settings.user:
         return [(User("nobody", [], []), "no policy is asked", settings.instruction, {})]
-    wishes = []
+    wishes = {}
     with measure(settings.device, "policy"):
         folder = resolve(settings.policy)
         kind = follow(settings, folder)
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = [(user, *soft_tokens(user, tokens)) for user in find_users(settings, tokens.graph)]
         at = tokens.soft.at
-        everybody = tokens.graph.people()
-        merged = None
-        for (user, soft, note), more in product(people, range(settings.samples)):
-            adapter = cdpo.generic(folder) if soft is None else folder
-            if adapter != merged:
-                model = None                              # never two at a time
-                model, tokenizer = load_language_model(
-                    settings.qwen, settings.device, DTYPES[settings.dtype])
-                lora.load_adapter(model, adapter)
-                lora.merge(model)                         # half the kernels a word
-                merged = adapter
+        adapters = [cdpo.generic(folder) if soft is None else folder for _, soft, _ in people]
+        for adapter in dict.fromkeys(adapters):           # each is loaded once,
+            model = None                                  # and never two at a time
+            model, tokenizer = cdpo.language_model(settings)
+            lora.load_adapter(model, adapter)
+            lora.merge(model)                             # half the kernels a word
             if settings.temperature is None:
                 settings.temperature = model.config.sampling["temperature"]
             how = {**model.config.sampling, "temperature": round(settings.temperature, 6)}
-            seed = seed_for(settings.seed + more, user.name, settings.caption)
-            generator = torch.Generator(settings.device).manual_seed(seed)
-            others = [other for other in everybody if other.name != user.name]
-            words, = cdpo.profiles(kind, [user], others)
-            message = cdpo.prompt(settings.caption, settings.instruction, words)
-            answers = cdpo.suggest(model, tokenizer, [message], soft, settings.max_new_tokens,
-                                   at=at, generator=generator, **how)
-            text = answers[0][0]
-            if settings.instruction:
-                note += heeded(settings, model, tokenizer, soft, text, at=at, words=words)
-            why = {} if soft is None else reasons(user, text, tokens.graph)
-            wishes.append((user, note.strip("; "), text, why))
-    return wishes
+            theirs = [i for i, own in enumerate(adapters) if own == adapter]
+            for i, more in product(theirs, range(settings.samples)):
+                user, soft, note = people[i]
+                seed = seed_for(settings.seed + more, user.name, settings.caption)
+                generator = torch.Generator(settings.device).manual_seed(seed)
+                (profile,) = cdpo.profiles(kind, [user], others_than(user, tokens.graph))
+                asked = cdpo.prompt(settings.caption, settings.instruction, profile)
+                [(text, _)] = cdpo.suggest(model, tokenizer, [asked], soft, settings.max_new_tokens,
+                                           at=at, generator=generator, **how)
+                if settings.instruction:
+                    note += heeded(settings, model, tokenizer, soft, text, at=at, profile=profile)
+                why = {} if soft is None else reasons(user, text, tokens.graph)
+                wishes[i, more] = (user, note.strip("; "), text, why)
+    return [wishes[number] for number in sorted(wishes)]
 
 
-def heeded(settings, model, tokenizer, soft, text, at=0, words=""):
+def others_than(user, graph):
+    """The graph's people but the user, who may be one of them."""
+    return [other for other in graph.people() if other.name != user.name]
+
+
+def heeded(settings, model, tokenizer, soft, text, at=0, profile=""):
     """A note where --instruction hardly makes the policy's answer likelier, else an empty one."""
     def logprob(guidance):
-        asked = cdpo.prompt(settings.caption, guidance, words)
+        asked = cdpo.prompt(settings.caption, guidance, profile)
         return cdpo.answer_logprobs(model, [cdpo.encode(tokenizer, asked, text)], soft, at)
 
     times = (logprob(settings.instruction) - logprob("")).exp().item()
@@ -357,8 +357,7 @@ def reasons(user, instruction, graph):
     def agreement(other):
         return sum(len(a & b) for a, b in zip(tastes(user), tastes(other)))
 
-    others = [other for other in graph.people() if other.name != user.name]
-    alike = sorted(others, key=agreement)[-5:]
+    alike = sorted(others_than(user, graph), key=agreement)[-5:]
     known = graph.attributes + user.likes + user.dislikes
     found = {}
     for word in cdpo.find_names(known).findall(instruction):
@@ -475,9 +474,9 @@ def doubts(settings, flux, edits, source):
     usual = VAE.read_config(f"{flux}/vae").get("sample_size") or settings.size
     if not usual * 0.75 < settings.size < usual * 1.25:
         yield f"--size is {settings.size}; the autoencoder was made for {usual}"
-    words = unknown_words(flux, " ".join(edit["prompt"] for edit in edits))
-    if words:
-        yield f"the text encoders have less than two letters a token for {', '.join(words):.200}"
+    unknown = unknown_words(flux, " ".join(edit["prompt"] for edit in edits))
+    if unknown:
+        yield f"the text encoders have less than two letters a token for {', '.join(unknown):.200}"
     if source is not None:
         faithful = fidelity(VAE.load(f"{flux}/vae", settings.device), source, settings.device)
         if faithful < FAITHFUL:
@@ -581,8 +580,9 @@ def save(made, folder):
         text = json.dumps(record, indent=1)
         info = PngImagePlugin.PngInfo()
         info.add_text("edit", text)
-        picture.save(folder / file.name, pnginfo=info)
-        (folder / file.name).with_suffix(".json").write_text(text + "\n")
+        file = folder / file.name
+        picture.save(file, pnginfo=info)
+        file.with_suffix(".json").write_text(text + "\n")
 
 
 def explanation(edit):

@@ -26,7 +26,8 @@ ADAPTERS = ("policy", "reference")
 
 class LoRALinear(Linear):
     """The linear layer `base`, its parameters and their names kept, and an A and a B for each
-    adapter. PEFT's initialisation: A is random and B zero, so at first nothing changes."""
+    adapter. PEFT's initialisation: A is random, as nn.Linear draws its weight, and B zero, so at
+    first nothing changes."""
 
     def __init__(self, base, rank, alpha, dropout):
         # without memory: weight and bias are those of `base`
@@ -42,9 +43,8 @@ class LoRALinear(Linear):
         self.lora_B = nn.ParameterDict()
         device = base.weight.device
         for name in ADAPTERS:                               # in fp32, torch's default
-            A = torch.empty(rank, base.in_features, device=device)
+            A = nn.Linear(base.in_features, rank, bias=False, device=device).weight
             B = torch.zeros(base.out_features, rank, device=device)
-            nn.init.kaiming_uniform_(A, a=5 ** 0.5)
             trained = name == "policy"
             self.lora_A[name] = nn.Parameter(A, trained)
             self.lora_B[name] = nn.Parameter(B, trained)
@@ -200,9 +200,9 @@ def save_adapter(model, folder, adapter="policy", base_model=None):
 
 
 def read_settings(file, stored):
-    """The settings of an adapter, as PEFT calls them. They stand in adapter_config.json; those of
-    diffusers' files in the header, or nowhere: {}. ValueError naming each that is not written here:
-    DoRA, rank patterns, ..."""
+    """(rank, alpha, dropout) of an adapter. They stand in adapter_config.json; those of diffusers'
+    files in the header, or nowhere: None. ValueError for one that is absent, and naming what is not
+    written here: DoRA, rank patterns, ..."""
     if any(name.startswith("base_model.") for name in stored):
         file = file.with_name("adapter_config.json")
         config = read_json(file)
@@ -214,10 +214,15 @@ def read_settings(file, stored):
                if value and name not in KNOWN and value not in FIXED.get(name, [])]
     if refused:
         raise ValueError(f"{file}: not supported: {few(refused)}")
-    absent = [name for name in ("r", "lora_alpha") if name not in config]
-    if config and absent:
-        raise ValueError(f"{file} has no {few(absent)}")
-    return config
+    if not config:
+        return None
+    with reading(file):
+        rank = config["r"]
+        alpha = config["lora_alpha"]
+        if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
+            alpha *= rank ** 0.5
+        dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
+    return rank, alpha, dropout
 
 
 def by_layer(model, stored):
@@ -258,19 +263,16 @@ def load_adapter(model, path, adapter="policy"):
     that are missing or misshapen."""
     file = find_tensors(path, [PEFT_FILE, DIFFUSERS_FILE])
     stored = read_tensors(file)
-    config = read_settings(file, stored)
+    settings = read_settings(file, stored)
     check_fit(file, stored, stored)                         # no integers
     with reading(file):
         parts = by_layer(model, stored)
-        if config:
-            rank = config["r"]
-            alpha = config["lora_alpha"]
+        if settings:
+            rank, alpha, dropout = settings
         else:
             rank = alpha = max(len(part["lora_A.weight"]) for part in parts.values())
+            dropout = 0.0
             parts = {name: widen(part, rank) for name, part in parts.items()}
-        if config.get("use_rslora"):                        # rank-stabilised: alpha / sqrt(rank)
-            alpha *= rank ** 0.5
-        dropout = nn.Dropout(config.get("lora_dropout", 0.0)).p     # refuses what is none
         if not injected(model):
             inject(model, rank, alpha, dropout, list(parts))
         stored = {f"base_model.model.{public(model, name)}.{what}": tensor

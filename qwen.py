@@ -804,7 +804,7 @@ class TrainSettings:
     """What the stages beside a large model share; a stage's own table may say otherwise.
                                 miniature, paper, what it is"""
     dtype:         str   = flag("fp32", "bf16", "of the frozen weights; what is trained is fp32",
-                                choices=list(DTYPES))
+                                choices=DTYPES)
     checkpointing: bool  = flag(False, True, "recompute layers: less memory, a third more time")
     warmup:        int   = flag(10, 0, "steps of linear warm-up before the cosine (ours)")
     weight_decay:  float = flag(0.0, 0.0, "AdamW's (ours)")

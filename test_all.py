@@ -578,7 +578,7 @@ def test_lora_names_the_file_that_lacks_a_setting_and_refuses_integers(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     del config["lora_alpha"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    raises("adapter_config.json has no lora_alpha", lora.load_adapter, model, tmp_path)
+    raises("adapter_config.json has no 'lora_alpha'", lora.load_adapter, model, tmp_path)
     for wrong in ("lora_A", "lora_B"):
         tensors = {"transformer.0.lora_A.weight": noise(2, 8),
                    "transformer.0.lora_B.weight": noise(8, 2)}
@@ -5925,7 +5925,7 @@ def test_edit_reads_references_with_an_ip_adapter(tmp_path):
 
 def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     """Likes and dislikes make a user; somebody without any gets the generic edit, and a note that
-    says so."""
+    says so. Among others too, who come in the order asked for, each adapter loaded once."""
     mine, record = edited(tmp_path, '--likes "gold, crown, marble" --dislikes moonlight')
     none, empty = edited(tmp_path, '--likes ""')
     alike, nothing = edited(tmp_path, '--dislikes ""')
@@ -5938,6 +5938,16 @@ def test_edit_knows_a_stranger_by_likes_and_says_when_it_cannot(tmp_path):
     said = cdpo.suggest(model, tokenizer, [cdpo.prompt(edit.CAPTION)], **sampling)
     assert said[0][0] == empty["instruction"]
     assert (none == alike).all() and record["likes"] == ["gold", "crown", "marble"]
+    rows = [{"user": name, "likes": likes, "dislikes": []} for name, likes in (
+        ("you", []), ("ana", ["gold"]), ("mute", []), ("bo", ["snow"]))]
+    write_lines(tmp_path / "u.jsonl", *rows)
+    flags = ["--users", f"{tmp_path}/u.jsonl", "--user"]
+    with mock.patch.object(lora, "load_adapter", wraps=lora.load_adapter) as loaded:
+        several = edit_words(*flags, *[row["user"] for row in rows], "--samples", "2",
+                             "--words-only")
+    assert loaded.call_count == 2 and several[0] == said[0][0]
+    for row, text in zip(rows, several[::2]):
+        assert edit_words(*flags, row["user"]) == [text]
 
 
 def test_edit_asks_with_the_profile_that_the_policy_was_trained_with(tmp_path):
