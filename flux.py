@@ -10,8 +10,9 @@ RoPE couples neighbouring pairs (2i, 2i+1), not halves as Qwen's does. Positions
 tables stay fp32 whatever the weights are.
 Shapes: B batch, T text tokens, L image tokens, D width, H heads, d width of a head; C, h, w are
 channels, height and width of a latent.
-Sizes come from each folder's config.json (dev, schnell, the miniature). A layer has the name that
-it has in the public checkpoints: a class made of nn.Sequential runs its layers in the order in
+The file goes from prompts and pictures to the transformer and the sampler; tokenizers stand at its
+end. Sizes come from each folder's config.json (dev, schnell, the miniature). A layer has the name
+that it has in the public checkpoints: a class made of nn.Sequential runs its layers in the order in
 which they are named, an nn.ModuleDict is a name that holds others and computes nothing.
 Try it: python flux.py
 """
@@ -112,6 +113,8 @@ class CLIPAttention(nn.Module):
 
 
 class QuickGELU(nn.Module):
+    """What OpenAI's CLIP has in place of GELU."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
@@ -120,6 +123,8 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class CLIPMLP(nn.Sequential):
+    """Each token on its own: (B, T, D) -> (B, T, D) by way of a hidden layer."""
+
     def __init__(self, width, hidden, activation):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -128,6 +133,8 @@ class CLIPMLP(nn.Sequential):
 
 
 class CLIPLayer(nn.Module):
+    """Attention, then MLP, each on normalised states and added to what was there before."""
+
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
@@ -144,6 +151,9 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPTransformer(nn.Module):
+    """Ids (B, T) -> states (B, T, D): a vector for the token and one for its place, the layers, a
+    last norm."""
+
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
@@ -259,6 +269,8 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
+    """As CLIPLayer; checkpoints call the halves layer.0 and layer.1, each with its norm."""
+
     def __init__(self, config):
         super().__init__()
         width = config["d_model"]
@@ -353,6 +365,8 @@ def group_norm(config, width):
 
 
 class ResBlock(nn.Module):
+    """Two convolutions, added to what comes in; a 1x1 convolution brings that to the new width."""
+
     def __init__(self, config, inner, outer):
         super().__init__()
         self.norm1 = group_norm(config, inner)
@@ -706,6 +720,8 @@ class JointAttention(Attention):
 
 
 class FeedForward(nn.Sequential):
+    """The MLP of a double block: (B, L, D) -> (B, L, D)."""
+
     def __init__(self, dim):
         super().__init__()
         first = nn.Sequential()
