@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from flux import (
-    VAE, DoubleBlock, Flux, Modulation, SingleBlock,
-    check_parts, denoise, encode_prompt, image_ids, move, sigmas,
+    VAE, Flux,
+    check_parts, denoise, encode_prompt, image_ids, sigmas,
     pack, unpack,
     to_picture, to_tensor)
 from qwen import read_json, read_tensors, reading
@@ -190,7 +190,9 @@ def steer(net, control, txt, pooled, img_ids, levels,
           guidance=3.5, mode=0, scale=0.4,
           start=0.0, end=1.0):
     """The `control` argument of flux.denoise: the net's residuals in its `active` steps, else none.
-    Modulation and RoPE are computed here, once for all `levels`."""
+    control (B, L, 64), mode, scale: as in `ControlNet.forward`; txt (B, T, 4096), pooled (B, 768),
+    img_ids (L, 3), levels (steps+1,), guidance: what denoise gets. Modulation and RoPE are computed
+    here, once for all `levels`."""
     modulations, rope = net.prepare(txt, pooled, img_ids, levels, guidance)
 
     def residuals(step, steps, x):
@@ -238,13 +240,16 @@ def load_pair(flux, controlnet, device, dtype, offload):
     home = "cpu" if offload else device
     model = Flux.load(f"{flux}/transformer", home, dtype)
     net = controlnet and ControlNet.load(controlnet, home, dtype)
-    if home != device:
-        move(model, device, but=Modulation)
-        if net:
-            move(net, device, but=(DoubleBlock, SingleBlock))
-            net.streamed = True
-            for p in nn.ModuleList(net.blocks()).parameters():
-                p.data = p.data.pin_memory()
+    if home == device:
+        return model, net
+    for name, p in model.named_parameters():
+        if ".linear." not in name:                              # that is Modulation's
+            p.data = p.data.to(device)
+    if net:
+        net.streamed = True
+        for name, p in net.named_parameters():
+            stays = "transformer_blocks." in name
+            p.data = p.data.pin_memory() if stays else p.data.to(device)
     return model, net
 
 
@@ -292,7 +297,7 @@ def render(*, flux, controlnet,
     run = steps - int(steps - steps * strength)                 # how many steps denoise runs
     if not (controls and scale and active(run, start, end)):
         controlnet = None
-    shared = check_parts(flux)
+    shared = check_parts(flux)                                  # widths that the net must have, too
     if controlnet:
         ControlNet.read_config(controlnet, **shared)
 

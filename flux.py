@@ -10,14 +10,16 @@ RoPE couples neighbouring pairs (2i, 2i+1), not halves as Qwen's does. Positions
 tables stay fp32 whatever the weights are.
 Shapes: B batch, T text tokens, L image tokens, D width, H heads, d width of a head; C, h, w are
 channels, height and width of a latent.
-Sizes come from each folder's config.json (dev, schnell, the miniature). A layer has the name that
-it has in the public checkpoints: a class made of nn.Sequential runs its layers in the order in
+The file goes from prompts and pictures to the transformer and the sampler; tokenizers stand at its
+end. Sizes come from each folder's config.json (dev, schnell, the miniature). A layer has the name
+that it has in the public checkpoints: a class made of nn.Sequential runs its layers in the order in
 which they are named, an nn.ModuleDict is a name that holds others and computes nothing.
 Try it: python flux.py
 """
 import contextlib
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,8 @@ def check_settings(config, only):
 
 class Pretrained(nn.Module):
     """A module built from the dict in its config.json."""
-    only = {}                   # its name there, and settings of which one value can be read
+    only = {}                   # what config.json must say where it says it: the kind of module,
+                                # and settings of which one value is written here
 
     @classmethod
     def read_config(cls, path, **also):
@@ -82,6 +85,9 @@ def attend(q, k, v, heads, **how):
     return out.transpose(1, 2).flatten(2)                                   # (B, T, D)
 
 
+linear_without_bias = partial(nn.Linear, bias=False)
+
+
 # ---- the prompt: CLIP --------------------------------------------------------------------------
 
 class CLIPAttention(nn.Module):
@@ -107,6 +113,8 @@ class CLIPAttention(nn.Module):
 
 
 class QuickGELU(nn.Module):
+    """What OpenAI's CLIP has in place of GELU."""
+
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
@@ -115,6 +123,8 @@ ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
 
 
 class CLIPMLP(nn.Sequential):
+    """Each token on its own: (B, T, D) -> (B, T, D) by way of a hidden layer."""
+
     def __init__(self, width, hidden, activation):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -123,6 +133,8 @@ class CLIPMLP(nn.Sequential):
 
 
 class CLIPLayer(nn.Module):
+    """Attention, then MLP, each on normalised states and added to what was there before."""
+
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
@@ -139,6 +151,9 @@ class CLIPLayer(nn.Module):
 
 
 class CLIPTransformer(nn.Module):
+    """Ids (B, T) -> states (B, T, D): a vector for the token and one for its place, the layers, a
+    last norm."""
+
     def __init__(self, config):
         super().__init__()
         width = config["hidden_size"]
@@ -178,10 +193,9 @@ class CLIPText(Pretrained):
         self.text_model = CLIPTransformer(config)
         self.text_projection = None
         if "WithProjection" in str(config.get("architectures")):
-            self.text_projection = nn.Linear(
+            self.text_projection = linear_without_bias(
                 config["hidden_size"],
-                config["projection_dim"],
-                bias=False
+                config["projection_dim"]
             )
 
     def forward(self, ids):
@@ -204,18 +218,14 @@ class CLIPText(Pretrained):
 
     @staticmethod
     def rename(name):
-        """transformers 5 saves them without the prefix; old ones saved 0, 1, 2, ..., too. A whole
-        CLIP's other half stays where it is."""
+        """transformers 5 saves the tower without the prefix text_model.; old ones saved the
+        positions 0, 1, 2, ..., too. A whole CLIP's other half is not read."""
         if name.startswith(("vis", "logit_scale")) or name.endswith("position_ids"):
             return None
         return name if name.startswith("text_") else f"text_model.{name}"
 
 
 # ---- the prompt: T5 ----------------------------------------------------------------------------
-
-def linear_without_bias(inner, outer):
-    return nn.Linear(inner, outer, bias=False)
-
 
 class T5Attention(nn.Module):
     """Every token attends to every token, with a bias for the distance between them."""
@@ -259,6 +269,8 @@ class T5FeedForward(nn.Module):
 
 
 class T5Block(nn.Module):
+    """As CLIPLayer; checkpoints call the halves layer.0 and layer.1, each with its norm."""
+
     def __init__(self, config):
         super().__init__()
         width = config["d_model"]
@@ -345,8 +357,7 @@ def encode_prompt(path, prompts, device="cpu", dtype=torch.float32, batch=8):
 
 # ---- the picture: autoencoder ------------------------------------------------------------------
 
-def conv3x3(inner, outer):
-    return nn.Conv2d(inner, outer, 3, padding=1)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def group_norm(config, width):
@@ -354,6 +365,8 @@ def group_norm(config, width):
 
 
 class ResBlock(nn.Module):
+    """Two convolutions, added to what comes in; a 1x1 convolution brings that to the new width."""
+
     def __init__(self, config, inner, outer):
         super().__init__()
         self.norm1 = group_norm(config, inner)
@@ -707,12 +720,22 @@ class JointAttention(Attention):
 
 
 class FeedForward(nn.Sequential):
+    """The MLP of a double block: (B, L, D) -> (B, L, D)."""
+
     def __init__(self, dim):
         super().__init__()
         first = nn.Sequential()
         first.proj = Linear(dim, 4 * dim)                                   # called net.0.proj
         # GELU stands where the authors have dropout, so that the last layer is net.2.
         self.net = nn.Sequential(first, nn.GELU("tanh"), Linear(4 * dim, dim))
+
+
+def add_gated(x, attended, ff, vectors):
+    """What attention and then the MLP add to x (B, L, D)."""
+    gate, ff_shift, ff_scale, ff_gate = vectors                             # (B, 1, D) each
+    x = torch.addcmul(x, gate, attended)                                    # x + gate * attended
+    out = ff(modulate(x, ff_shift, ff_scale))
+    return torch.addcmul(x, ff_gate, out)
 
 
 class DoubleBlock(nn.Module):
@@ -733,7 +756,7 @@ class DoubleBlock(nn.Module):
         """img (B, L, D), txt (B, T, D), modulation (B, 12, D), rope (T+L, d/2, 2) -> img,
         txt."""
         T = txt.shape[1]
-        vectors = modulation[:, :, None].unbind(1)                          # (B, 1, D) each
+        vectors = modulation.split(1, 1)                                    # (B, 1, D) each
         img_shift, img_scale, *img_rest = vectors[:6]
         txt_shift, txt_scale, *txt_rest = vectors[6:]
         image = self.attn.project(modulate(img, img_shift, img_scale))
@@ -748,14 +771,6 @@ class DoubleBlock(nn.Module):
             img = img + self.image_prompt(q.flatten(2))
         txt = add_gated(txt, txt_out, self.ff_context, txt_rest)            # (B, T, D)
         return img, txt
-
-
-def add_gated(x, attended, ff, vectors):
-    """What attention and then the MLP add to x (B, L, D)."""
-    gate, ff_shift, ff_scale, ff_gate = vectors                             # (B, 1, D) each
-    x = torch.addcmul(x, gate, attended)                                    # x + gate * attended
-    out = ff(modulate(x, ff_shift, ff_scale))
-    return torch.addcmul(x, ff_gate, out)
 
 
 class SingleBlock(nn.Module):
@@ -774,11 +789,11 @@ class SingleBlock(nn.Module):
         """img (B, L, D), txt (B, T, D), modulation (B, 3, D), rope (T+L, d/2, 2) -> img,
         txt."""
         T = txt.shape[1]
-        shift, scale, gate = modulation[:, :, None].unbind(1)               # (B, 1, D)
+        shift, scale, gate = modulation.split(1, 1)                         # (B, 1, D) each
         x = torch.cat([txt, img], 1)                                        # (B, T+L, D)
         h = modulate(x, shift, scale)
-        q, k, v = self.attn.project(h)
-        attended = self.attn(q, k, v, rope, T)
+        qkv = self.attn.project(h)
+        attended = self.attn(*qkv, rope, T)                                 # (B, T+L, D)
         hidden = F.gelu(self.proj_mlp(h), approximate="tanh")               # (B, T+L, 4D)
         out = self.proj_out(torch.cat([attended, hidden], dim=2))
         x = torch.addcmul(x, gate, out)                                     # x + gate * out
@@ -888,6 +903,7 @@ class Flux(Pretrained):
         return modulations, self.rope(txt.new_zeros(txt.shape[1], 3), img_ids)
 
     def velocity(self, img, txt, modulation, rope, double_residuals=(), single_residuals=()):
+        """`forward` for a modulation (B, M, D) and rotations (T+L, d/2, 2) that are at hand."""
         counts = [block.modulations for block in self.blocks()]
         *modulations, last = modulation.split([*counts, 2], 1)
         residuals = spread(double_residuals, len(self.transformer_blocks))
@@ -899,7 +915,7 @@ class Flux(Pretrained):
             img, txt = block(img, txt, mod, rope)
             if residual is not None:
                 img = img + residual
-        scale, shift = last[:, :, None].unbind(1)                           # (B, 1, D)
+        scale, shift = last.split(1, 1)                                     # (B, 1, D) each
         return self.proj_out(modulate(img, shift, scale))                   # (B, L, 64)
 
 
@@ -915,16 +931,6 @@ def check_parts(path):
         config = Flux.read_config(f"{path}/transformer", **widths)
         heads = ["num_attention_heads", "attention_head_dim"]
         return {name: config[name] for name in [*widths, *heads]}
-
-
-def move(model, device, but):
-    """Moves a transformer to `device`, `but` its modules of this class (or these): those stay
-    where they are."""
-    for p in model.parameters(recurse=False):
-        p.data = p.data.to(device)
-    for child in model.children():
-        if not isinstance(child, but):
-            move(child, device, but)
 
 
 # ---- the sampler -------------------------------------------------------------------------------
@@ -959,6 +965,7 @@ def sigmas(steps, image_tokens, schedule=SCHEDULE):
     if steps < 1:
         raise ValueError(f"steps is {steps}, at least 1 is needed")
     check_settings(schedule, EULER)
+    # What the file leaves out is as in diffusers.
     schedule = {**SCHEDULE, "use_dynamic_shifting": False, "shift": 1.0, **schedule}
     sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
     shift = schedule["shift"]
@@ -997,7 +1004,7 @@ def denoise(
         raise ValueError(f"cfg is {cfg}; other than 1 it needs a negative prompt")
     steps = len(levels) - 1
     levels = levels[int(steps - steps * strength):].to(noise.device)
-    steps = len(levels) - 1
+    steps = len(levels) - 1                                                 # how many of them run
     x = noise.float()
     if source is not None:
         x = (1 - levels[0]) * source.float() + levels[0] * x
