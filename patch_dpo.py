@@ -298,11 +298,11 @@ class ImagePrompt(nn.Module):
     The values start at zero, so an untrained prompt changes nothing. The authors have a frozen
     projection of the features before keys and values; trained from scratch, these are all that a
     projection would be, and there is none (ours)."""
+    scale = 1.0                 # of what the pictures add; `load` takes another
 
-    def __init__(self, flux, width, scale=1.0):
+    def __init__(self, flux, width):
         super().__init__()
         self.width = width
-        self.scale = scale
         self.to_k_ip = nn.ModuleList()
         self.to_v_ip = nn.ModuleList()
         inner = flux.x_embedder.out_features
@@ -369,9 +369,9 @@ class ImagePrompt(nn.Module):
             stored = read_tensors(file)
             with reading(file):
                 if XLABS in stored:
-                    prompt = IPAdapter(flux, stored, scale)
+                    prompt = IPAdapter(flux, stored)
                 elif "to_k_ip.0.weight" in stored:
-                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1], scale)
+                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1])
                 else:
                     raise ValueError("no image prompt that `train.py patch` wrote, nor XLabs' "
                                      "IP-Adapter (InstantX' and others cannot be read)")
@@ -379,6 +379,7 @@ class ImagePrompt(nn.Module):
         except ValueError as error:
             raise ValueError(f"{error}; for FLUX.1-dev give --image-prompt {PUBLIC_PROMPT} and "
                              f"--features {PUBLIC_CLIP}") from None
+        prompt.scale = scale
         return prompt
 
 
@@ -388,9 +389,8 @@ class IPAdapter(ImagePrompt):
     them rotated. Training leaves the projection to tokens as it is, as the authors of PatchDPO
     do."""
 
-    def __init__(self, flux, stored, scale=1.0):
+    def __init__(self, flux, stored):
         nn.Module.__init__(self)
-        self.scale = scale
         size, self.width = stored[XLABS].shape                              # S C, P
         token = len(stored["ip_adapter_proj_model.norm.weight"])            # C
         project = nn.Sequential()
@@ -750,7 +750,6 @@ class PictureStage(Edits):
     @torch.no_grad()
     def paint(self, who, items, seed):
         """What the model paints for edits (n,), each from a noise of its own -> (n, L, 64)."""
-        levels = sigmas(self.settings.paint_steps, len(self.ids))
         latents = []
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
@@ -760,7 +759,7 @@ class PictureStage(Edits):
                 torch.stack(noise).to(self.device),
                 *self.texts(item),
                 img_ids=self.ids,
-                levels=levels
+                levels=sigmas(self.settings.paint_steps, len(self.ids))
             )
             latents.append(latent.cpu())
         return torch.cat(latents)
@@ -836,7 +835,7 @@ class PatchDPO(Painted):
     def __init__(self, settings):
         super().__init__(settings)
         self.per_edit = settings.samples
-        self.items = self.count * settings.samples
+        self.items *= settings.samples
 
     def loss(self, rows):
         """An item is a generated picture, of which an edit has several (the first edit's come
