@@ -41,7 +41,7 @@ from flux import (ACTIVATIONS, VAE, CLIPMLP, Flux, Pretrained, attend, check_par
                   unpack, read_square, to_picture, to_tensor)
 from graph import check_keys, read_jsonl
 from qwen import (DTYPES, RANK, WORLD, TrainSettings, all_reduce, barrier,
-                  choose, fingerprint, flag, generator_for, load_checkpoint, moved, pick_device,
+                  choose, fingerprint, flag, generator_for, load_checkpoint, pick_device,
                   read_json, read_tensors, reading, resolve, seed_for, shipped,
                   write_whole)
 
@@ -133,7 +133,8 @@ class LayerScale(nn.Module):
 
 
 class ViTLayer(nn.Module):
-    """One pre-norm transformer layer, with DINOv2's names; ViT and CLIP have no layer scale."""
+    """One pre-norm transformer layer, with DINOv2's names. `scale`: LayerScale, or nn.Identity for
+    ViT and CLIP, which have none."""
 
     def __init__(self, config, scale):
         super().__init__()
@@ -287,19 +288,21 @@ class ImageFeatures(Pretrained):
 
 PUBLIC_PROMPT = "XLabs-AI/flux-ip-adapter-v2"           # for FLUX.1-dev, and what it sees with
 PUBLIC_CLIP = "openai/clip-vit-large-patch14"
+XLABS = "ip_adapter_proj_model.proj.weight"             # a tensor that only its files hold
 
 
 class ImagePrompt(nn.Module):
     """Decoupled cross-attention of Flux's image tokens to reference pictures: keys and values of
     its own in every block, the text's queries (S5-S7). `width`: of the reference features.
 
-    The values start at zero, so an untrained prompt changes nothing. There is no projection network
-    before the keys: the authors freeze theirs, from scratch keys and values are that projection."""
+    The values start at zero, so an untrained prompt changes nothing. The authors have a frozen
+    projection of the features before keys and values; trained from scratch, these are all that a
+    projection would be, and there is none (ours)."""
+    scale = 1.0                 # of what the pictures add; `load` takes another
 
-    def __init__(self, flux, width, scale=1.0):
+    def __init__(self, flux, width):
         super().__init__()
         self.width = width
-        self.scale = scale
         self.to_k_ip = nn.ModuleList()
         self.to_v_ip = nn.ModuleList()
         inner = flux.x_embedder.out_features
@@ -339,12 +342,12 @@ class ImagePrompt(nn.Module):
             block.attn.image_prompt = partial(self.added, turn, k, v)
 
     def places(self, S, ids):
-        """Where a square map's patches stand when it is stretched over the picture -> (S, 3)."""
-        side = math.isqrt(S)
-        middles = (torch.arange(side, device=ids.device) + 0.5) / side      # in [0, 1]
-        size = ids[:, 1:].amax(0) + 1                                       # of the picture, (2,)
-        yx = torch.cartesian_prod(middles, middles) * size - 0.5            # (S, 2)
-        return F.pad(yx, (1, 0))
+        """Where a square map's patches stand when it is stretched over the picture -> (S, 3): a
+        position's middle lies 0.5 after it."""
+        side = 2 * math.isqrt(S)
+        own = image_ids(side, side, ids.device)                             # (S, 3)
+        middles = (own + 0.5) / (own.amax(0) + 1)                           # in [0, 1]
+        return middles * (ids.amax(0) + 1) - 0.5
 
     def added(self, turn, k, v, q):
         """q (B, H, L, d), k and v (B, M, H, S, d) -> (B, H, L, d): the references' attentions."""
@@ -366,9 +369,9 @@ class ImagePrompt(nn.Module):
             stored = read_tensors(file)
             with reading(file):
                 if XLABS in stored:
-                    prompt = IPAdapter(flux, stored, scale)
+                    prompt = IPAdapter(flux, stored)
                 elif "to_k_ip.0.weight" in stored:
-                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1], scale)
+                    prompt = ImagePrompt(flux, stored["to_k_ip.0.weight"].shape[1])
                 else:
                     raise ValueError("no image prompt that `train.py patch` wrote, nor XLabs' "
                                      "IP-Adapter (InstantX' and others cannot be read)")
@@ -376,28 +379,26 @@ class ImagePrompt(nn.Module):
         except ValueError as error:
             raise ValueError(f"{error}; for FLUX.1-dev give --image-prompt {PUBLIC_PROMPT} and "
                              f"--features {PUBLIC_CLIP}") from None
+        prompt.scale = scale
         return prompt
-
-
-XLABS = "ip_adapter_proj_model.proj.weight"
 
 
 class IPAdapter(ImagePrompt):
     """XLabs' FLUX IP-Adapter, v1 and v2, with the names in its file: a picture's CLIP embedding
     becomes a few tokens, and each double block attends to those of all pictures at once, none of
-    them rotated. `scale`: a number, or one for each of these blocks. Training leaves the projection
-    to tokens as it is, as the authors of PatchDPO do."""
+    them rotated. Training leaves the projection to tokens as it is, as the authors of PatchDPO
+    do."""
 
-    def __init__(self, flux, stored, scale=1.0):
+    def __init__(self, flux, stored):
         nn.Module.__init__(self)
-        self.scale = scale if isinstance(scale, list) else [scale] * len(flux.transformer_blocks)
         size, self.width = stored[XLABS].shape                              # S C, P
         token = len(stored["ip_adapter_proj_model.norm.weight"])            # C
-        self.ip_adapter_proj_model = nn.ModuleDict({
-            "proj": nn.Linear(self.width, size),
-            "norm": nn.LayerNorm(token)
-        })
-        self.ip_adapter_proj_model.requires_grad_(False)
+        project = nn.Sequential()
+        project.proj = nn.Linear(self.width, size)
+        project.split = nn.Unflatten(2, (-1, token))                        # (B, M, S, C)
+        project.norm = nn.LayerNorm(token)
+        project.join = nn.Flatten(1, 2)                                     # (B, M S, C)
+        self.ip_adapter_proj_model = project.requires_grad_(False)
         self.double_blocks = nn.ModuleList()
         inner = flux.x_embedder.out_features
         for _ in flux.transformer_blocks:
@@ -416,14 +417,12 @@ class IPAdapter(ImagePrompt):
 
     def hang_into(self, flux, references, ids):
         """references (B, M, P)."""
-        proj, norm = self.ip_adapter_proj_model.values()
-        tokens = proj(references).unflatten(2, (-1, *norm.normalized_shape))
-        tokens = norm(tokens).flatten(1, 2)                                 # (B, M S, C)
-        for block, layer, scale in zip(flux.transformer_blocks, self.double_blocks, self.scale):
+        tokens = self.ip_adapter_proj_model(references)                     # (B, M S, C)
+        for block, layer in zip(flux.transformer_blocks, self.double_blocks):
             to_k, to_v = layer.processor.values()
             like = block.attn.to_q.weight                                   # Flux's type
             k = to_k(tokens).type_as(like)                                  # (B, M S, D)
-            v = (scale * to_v(tokens)).type_as(like)
+            v = (self.scale * to_v(tokens)).type_as(like)
             block.image_prompt = partial(attend, k=k, v=v, heads=block.attn.heads)
 
 
@@ -441,9 +440,9 @@ class PictureSettings(TrainSettings):
     size:         int   = flag(192, 512, "side of the pictures in pixels")
     paint_steps:  int   = flag(20, 20, "Euler steps of a painted picture")
     refresh:      int   = flag(1, 1, "M, steps between copies of the policy into the sampler "
-                               "(--loss dro only)")
+                               "(dro only)")
     ema:          float = flag(0.0, 0.9999, "decay of the average over the steps that is saved; "
-                               "0: the last step alone (--loss dro only)")
+                               "0: the last step alone (dro only)")
     weight_decay: float = flag(0.0, 0.01, "AdamW's")
 
 
@@ -505,9 +504,9 @@ def read_scenes(path, *needed):
         row["image"] = folder / name
         with reading(f"{path}:{row['line']}"):
             edits = row.setdefault("edits", [])
-            for keys in (row, *edits):                      # of both: "edit" may be "edits"
-                check_keys(keys, SCENE_KEYS)
+            check_keys(row, SCENE_KEYS)                     # "edit" may be meant as "edits"
             for edit in edits:
+                check_keys(edit, SCENE_KEYS)
                 if not all(isinstance(edit[field], str) for field in needed):
                     raise ValueError(f"an edit has {', '.join(needed)}, all of them strings")
                 edit["image"] = folder / edit.get("image", name)
@@ -665,6 +664,8 @@ class Adapters:
         lora.save_adapter(self.edits.flux, folder, base_model=self.edits.settings.flux)
 
 
+# ---- what the methods below share ----------------------------------------------------------------
+
 class PictureStage(Edits):
     """Edits and what is tuned on them: what the methods below share. That is what train.py asks of
     a stage (see there), but for the loss, and Flux with two velocities: the policy's, which is
@@ -675,6 +676,7 @@ class PictureStage(Edits):
     leave the object what it was. Flux reads the instruction alone then, as the paper's "An {object}
     in the {background}": what the object looks like only the reference tells (ours)."""
     per_edit = 1                # how many items an edit is
+    kept = {}                   # what a checkpoint holds beside the policy; no step moves it
 
     def __init__(self, settings):
         if isinstance(settings, PatchSettings):
@@ -686,7 +688,8 @@ class PictureStage(Edits):
             self.tuned = Adapters(self)
 
     def parameter_groups(self):
-        return [{"params": list(self.tuned.policy.items())}]
+        named = {**self.tuned.policy, **self.kept}
+        return [{"params": list(named.items())}]
 
     def draw(self, indices, generator):
         """Rows (item, noise (L, 64), time, edit as it is shown), the time logit-normal as Flux was
@@ -730,7 +733,7 @@ class PictureStage(Edits):
 
     def errors(self, who, item, t, *points):
         """Prediction - target at P points (x, v) of every edit, in one pass -> (P, B, L, 64)."""
-        x, v = stack(points)                                                # (P, B, L, 64)
+        x, v = default_collate(points)                                      # (P, B, L, 64)
         found = self.velocity(
             who,
             item.repeat(len(points)),
@@ -747,7 +750,6 @@ class PictureStage(Edits):
     @torch.no_grad()
     def paint(self, who, items, seed):
         """What the model paints for edits (n,), each from a noise of its own -> (n, L, 64)."""
-        levels = sigmas(self.settings.paint_steps, len(self.ids))
         latents = []
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
@@ -757,7 +759,7 @@ class PictureStage(Edits):
                 torch.stack(noise).to(self.device),
                 *self.texts(item),
                 img_ids=self.ids,
-                levels=levels
+                levels=sigmas(self.settings.paint_steps, len(self.ids))
             )
             latents.append(latent.cpu())
         return torch.cat(latents)
@@ -776,11 +778,6 @@ class PictureStage(Edits):
         Image.fromarray(to_picture(sheet)).save(folder / "pictures.png")
 
 
-def stack(rows):
-    """Rows, tuples of tensors -> their columns (B, ...)."""
-    return [torch.stack(column) for column in zip(*rows)]
-
-
 # ---- PatchDPO: generate, estimate quality, train -------------------------------------------------
 
 PAINTED_BY = ("scenes", "held_out", "flux", "image_prompt", "features", "quality_features", "size",
@@ -788,7 +785,8 @@ PAINTED_BY = ("scenes", "held_out", "flux", "image_prompt", "features", "quality
 
 
 class Painted(PictureStage):
-    """Edits, and pictures that the model as it is painted of them: PatchDPO's first two steps."""
+    """Edits, and pictures that the model paints of them before it is trained, with their quality:
+    PatchDPO's first two steps."""
 
     def generate(self):
         """Paints each edit --samples times and judges what came of it. That stands below
@@ -800,12 +798,11 @@ class Painted(PictureStage):
         folder.mkdir(parents=True, exist_ok=True)
         settings.generated = str(folder)
         files = [folder / f"{n}.safetensors" for n in range(self.count)]
-        missing = [n for n, file in enumerate(files) if not file.exists()]
-        barrier()                                           # all have looked before one paints
         f = ImageFeatures.load(settings.quality_features or settings.features, self.device)
-        for n in tqdm(missing[RANK::WORLD], "pictures", disable=RANK > 0):
-            tensors = self.paint_and_judge(f, torch.tensor([n]))
-            write_whole(folder, lambda at: save_file(tensors, at / files[n].name), "pictures")
+        for n in tqdm(range(RANK, self.count, WORLD), "pictures", disable=RANK > 0):
+            if not files[n].exists():
+                tensors = self.paint_and_judge(f, torch.tensor([n]))
+                write_whole(folder, lambda at: save_file(tensors, at / files[n].name), "pictures")
         barrier()
         self.painted = default_collate([read_tensors(file) for file in files])
 
@@ -838,17 +835,18 @@ class PatchDPO(Painted):
     def __init__(self, settings):
         super().__init__(settings)
         self.per_edit = settings.samples
-        self.items = self.count * settings.samples
+        self.items *= settings.samples
 
     def loss(self, rows):
         """An item is a generated picture, of which an edit has several (the first edit's come
         first); it and its references get the same noise and time."""
-        picture, noise, t, edit = stack(rows)
+        picture, noise, t, edit = default_collate(rows)
         which = (picture // self.per_edit, picture % self.per_edit)
-        gen = flow(self.painted["latent"][which], noise, t)
         references = self.references[edit]                                  # (B, M)
-        refs = [flow(self.latent[one], noise, t) for one in references.T]
-        errors = self.errors("policy", edit, t, gen, *refs)                 # (1 + M, B, L, 64)
+        there = (references >= 0).to(self.device)
+        latents = [self.painted["latent"][which], *self.latent[references.T]]       # (B, L, 64)
+        points = [flow(latent, noise, t) for latent in latents]
+        errors = self.errors("policy", edit, t, *points)                    # (1 + M, B, L, 64)
         quality = self.painted["quality"][which].to(errors)                 # (B, 1 + M, H, W)
         if self.settings.loss == "reconstruction":
             quality.fill_(0.5)
@@ -856,7 +854,6 @@ class PatchDPO(Painted):
         weight, *weights = [patch_weights(p, self.grid) for p in quality.unbind(1)]
         losses = [patch_dpo_loss(error, error_ref, weight, weight_ref, self.settings.power)
                   for error_ref, weight_ref in zip(errors, weights)]
-        there = moved(references >= 0, error.device)
         losses = (torch.stack(losses, 1) * there).sum(1) / there.sum(1)
         return losses.sum(), {}
 
@@ -876,7 +873,7 @@ class DiffusionDPO(Painted):
 
     def loss(self, rows):
         """One noise and one time for both pictures."""
-        item, noise, t, edit = stack(rows)
+        item, noise, t, edit = default_collate(rows)
         latent = self.painted["latent"]                                     # (N, G, L, 64)
         likeness = self.painted["likeness"][item]                           # (B, G)
         win = flow(latent[item, likeness.argmax(1)], noise, t)
@@ -907,21 +904,16 @@ class DiffusionDRO(PictureStage):
         self.sampler = parameters_to_vector(self.weights).detach()
         self.average = self.sampler.clone()
         self.steps_drawn = torch.zeros(())
-        self.buffer = None
-
-    def parameter_groups(self):
-        """What a resumed run needs for the same buffer and average is saved with the policy."""
-        named = {
-            **self.tuned.policy,
+        self.kept = {                       # a resumed run needs them for the same buffer, average
             "sampler": self.sampler,
             "average": self.average,
             "steps_drawn": self.steps_drawn
         }
-        return [{"params": list(named.items())}]
+        self.buffer = None
 
     def update_average(self):
-        """The average comes nearer to the policy's weights after n steps, which are returned. It is
-        short at first, as diffusers' EMAModel has it."""
+        """The average comes nearer to the policy's weights after n steps -> those weights. Of few
+        steps it is a short one, as diffusers' EMAModel has it."""
         n = int(self.steps_drawn)
         decay = min(self.settings.ema, n / (n + 9))
         now = parameters_to_vector(self.weights).detach()
@@ -947,7 +939,7 @@ class DiffusionDRO(PictureStage):
             vector_to_parameters(now, self.weights)                 # and is itself again
         self.steps_drawn += 1
         rows = []
-        for n in random_indices(len(indices), len(self.buffer[0]), generator):
+        for n in random_indices(len(indices), self.settings.buffer, generator):
             step = torch.randint(self.settings.paint_steps, (), generator=generator)
             point = [part[n, step] for part in self.buffer]
             rows.append((*point, self.noise(generator)))
@@ -978,7 +970,7 @@ class DiffusionDRO(PictureStage):
 
     def loss(self, rows):
         """Expert and policy share prompt and time."""
-        item, t, x, v, noise = stack(rows)
+        item, t, x, v, noise = default_collate(rows)
         expert = flow(self.latent[self.expert[item]], noise, t)
         (ref_expert, ref_own), (on_expert, on_own) = self.squares(item, t, expert, (x, v))
         losses = dro_loss(on_expert, ref_expert, on_own, ref_own)

@@ -64,6 +64,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
+from torch.utils.data import default_collate
 
 from render import ATTRIBUTES, CONCEPTS, HERE, TYPE_OF, Geometry
 from world import COLORS, EDIT_TYPES, HINTS, OBJECTS, WALLS, caption, edited_caption, instruction
@@ -75,7 +76,7 @@ from controlnet import ControlNet, control_picture
 from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack, unpack
 from graph import User
 from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
-                       ImagePrompts, PatchSettings, PictureStage, flow, stack)
+                       ImagePrompts, PatchSettings, PictureStage, flow)
 from qwen import (Config, Qwen, Tokenizer, generator_for, pick_device, read_json,
                   read_tensors, set_precision)
 
@@ -827,7 +828,7 @@ class NewImagePrompt(Recipe):
         stage = self.stage
         chosen = torch.randint(stage.count, (batch,), generator=generator)
         rows = stage.draw(chosen.tolist(), generator)
-        item, noise, t, _ = stack(rows)
+        item, noise, t, _ = default_collate(rows)
         truth = stage.truth[item]
         x, v = flow(stage.latent[truth], noise, t)                         # (B, L, 64)
         with fast(stage.device):
