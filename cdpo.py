@@ -154,7 +154,7 @@ class UserTokens(nn.Module):
         return model.to(device)
 
 
-# ---- what the policy reads and writes ------------------------------------------------------------
+# ---- what the policy reads and writes, and how likely --------------------------------------------
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"            # t (authors' figure)
 
@@ -266,21 +266,21 @@ def chunk_logprobs(h, head, y):
         score = logp.gather(-1, y)[:, 0]
         if not h.requires_grad:
             return score
-        error = logp.exp_().neg_()                                          # in place: it is large
+        # The slope, d score / d h = (onehot(y) - softmax(W h)) W; in place, since (N, V) is large.
+        error = logp.exp_().neg_()
         error.scatter_add_(-1, y, torch.ones_like(logp[:, :1]))
         slope = linear(error.to(h.dtype), head.T)                           # (N, D)
-    # It adds 0, and its gradient is the slope.
+    # What is added is 0, and its gradient is the slope.
     return score + ((h - h.detach()).float() * slope).sum(-1)
 
 
 def token_logprobs(hidden, head, labels, chunk=128):
     """As `token_logprobs_plain`, for a frozen head, without the (B, T, V): only labelled places
-    meet the head, `chunk` of them at a time, and only once, since the gradient with respect to
-    h, (onehot(y) - softmax(W h)) W, is taken along. At 0.5B, with 150,000 words, this is half of
-    a DPO step's time and most of its memory saved. Labels on the CPU do not make a GPU wait."""
+    meet the head, `chunk` of them at a time, and only once, since `chunk_logprobs` takes the
+    gradient along. At 0.5B, with 150,000 words, this is half of a DPO step's time and most of its
+    memory saved. Labels on the CPU do not make a GPU wait."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
-    head = head.to(hidden.dtype)
     counts = labels != -100                                                 # (B, T)
     y = moved(labels[counts][:, None], hidden.device)                       # (N, 1)
     places = moved(counts.flatten().nonzero()[:, 0], hidden.device)         # (N,)
@@ -522,8 +522,8 @@ Row = namedtuple("Row", "pairs readers similarity stay")
 
 
 def load_policy(settings, adapter):
-    """(model, tokenizer) with two adapters, both those of this folder. "policy" is trained;
-    "reference" stays as it is copied here: LoRALinear gives it no gradient, no optimiser holds it.
+    """(model, tokenizer) with the adapter of this folder twice. "policy" is trained; "reference"
+    stays as it is copied here: LoRALinear gives it no gradient, no optimiser holds it.
     CDPO.pair_losses shows it no soft tokens, since SFT has never met a user."""
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
@@ -771,10 +771,11 @@ class Evaluation:
         policy = self.settings.policy
         silent = torch.tensor([not any(tastes(user)) for user in users])[owner]     # (N,)
         soft, at = self.soft_tokens(users)
-        for adapter, turn, tokens in ((policy, ~silent, None), (generic(policy), silent, 0)):
+        none = soft[:, :0]
+        for adapter, turn, tokens in ((policy, ~silent, soft), (generic(policy), silent, none)):
             if turn.any():
                 lora.load_adapter(self.model, adapter)
-                yield turn.nonzero()[:, 0], soft[:, :tokens], at
+                yield turn.nonzero()[:, 0], tokens, at
 
     @torch.no_grad()
     def answers(self, users, captions):
@@ -783,6 +784,7 @@ class Evaluation:
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
         generator.manual_seed(seed_for("answers", settings.seed))
+        how = {"temperature": settings.temperature, "top_p": settings.top_p, "generator": generator}
         words = profiles(settings.profile, users, self.others)
         # Questions, each of which its answer will follow.
         found = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
@@ -792,8 +794,7 @@ class Evaluation:
             for part in numbers.split(400):
                 asked = [prompts[n] for n in part]
                 said = suggest(self.model, self.tokenizer, asked, soft[owner[part]],
-                               settings.max_new_tokens, at=at, temperature=settings.temperature,
-                               top_p=settings.top_p, generator=generator)
+                               settings.max_new_tokens, at=at, **how)
                 for n, answer in zip(part, said):
                     found[n] += answer
         return found

@@ -492,17 +492,17 @@ class GraphPretraining(EdgeModel):
 # ---- files ---------------------------------------------------------------------------------------
 
 @functools.cache                # the same few keys stand in every line
-def misspelt(key, known):
-    """[the one of the `known` keys, a tuple, that `key` nearly is], [] when it is one or none."""
-    return [] if key in known else difflib.get_close_matches(key.strip().lower(), known, 1, 0.85)
+def check_key(key, known):
+    """ValueError for a key that is nearly one of the known ones, a tuple, such as "dislike". Others
+    may be somebody else's."""
+    meant = difflib.get_close_matches(key.strip().lower(), known, 1, 0.85)
+    if meant and key not in known:
+        raise ValueError(f'"{key}" is no key here; "{meant[0]}" is')
 
 
 def check_keys(keys, known):
-    """ValueError for a key that is nearly one of the known ones, such as "dislike". Others may be
-    somebody else's."""
     for key in keys:
-        for meant in misspelt(key, tuple(known)):
-            raise ValueError(f'"{key}" is no key here; "{meant}" is')
+        check_key(key, tuple(known))
 
 
 def read_jsonl(path, optional=None, **fields):

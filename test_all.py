@@ -4875,9 +4875,9 @@ def test_graph_grows_and_who_was_known_keeps_the_trained_vector(tmp_path):
             assert same(new[name], old[name])
     assert set(after.attributes) - set(before.attributes) == {"velvet"}
     again = f"{command} --continue-from {tmp_path}/grown"                   # a grown one grows
-    model = build_stage(again)[0].model
+    model = build_stage(again)[0]
     assert same(model.vectors.data, new["vectors"])
-    fresh = build_stage(command)[0].model
+    fresh = build_stage(command)[0]
     assert relative(fresh.vectors.data, new["vectors"]) > 0.1
 
 
