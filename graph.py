@@ -299,9 +299,9 @@ class EdgeDecoder(nn.Sequential):
 
 
 class EdgeModel(nn.Module):
-    """What pretraining trains: user vectors, encoder, decoder, with the names by which train.py asks
-    (one item, one row: the whole graph). Ours: user vectors start at N(0, .01), and each is dropped
-    with probability `drop`: a new user's zero is nothing new."""
+    """What pretraining trains: user vectors, encoder, decoder, with the members that train.py asks
+    for (one item, one row: the whole graph). Ours: user vectors start at N(0, .01), and each is
+    dropped with probability `drop`: a new user's zero is nothing new."""
     items = 1
 
     def __init__(self, graph, hidden_dim=64, out_dim=64, signed=True, drop=0.9, seed=0):
