@@ -19,10 +19,9 @@ Read on in this order: the losses, the user in front of the prompt, log-probabil
 SFT and C-DPO as train.py trains them, evaluation on held-out users.  Try it: python cdpo.py
 """
 import re
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from itertools import compress
-from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -155,7 +154,7 @@ class UserTokens(nn.Module):
         return model.to(device)
 
 
-# ---- what the policy reads and writes ------------------------------------------------------------
+# ---- what the policy reads and writes, and how likely --------------------------------------------
 
 REQUEST = "Suggest a single, cohesive image-editing instruction"            # t (authors' figure)
 
@@ -228,7 +227,8 @@ def embedded(model, ids, soft):
 
 
 def padded(rows, value):
-    """N lists of token ids (N, T), filled up with `value` on the right."""
+    """N lists, of token ids or of tuples of as many numbers each, as one tensor (N, T, ...), filled
+    up with `value` on the right."""
     rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
@@ -242,24 +242,21 @@ def pack(rows, device="cpu"):
     -> ids (B, T), -1 for padding; labels (B, n, T) on the CPU: what follows each token of an
     answer, else -100; mask (B, 1, T, T): a token sees the prompt and its own answer so far. With
     one answer that is all that stands before it, and the mask None: attention needs none then."""
-    ids, targets, blocks = [], [], []
+    places = []                             # a row's (T, 3): token, what follows, in which answer
     for asked, answers in rows:
-        ids.append(asked[:-1])
-        targets.append([-100] * len(asked[:-1]))
-        blocks.append([0] * len(asked[:-1]))                                # 0: the prompt
+        row = [(token, -100, 0) for token in asked[:-1]]                    # 0: the prompt
         for number, answer in enumerate(answers, start=1):
-            ids[-1] = ids[-1] + asked[-1:] + answer[:-1]
-            targets[-1] += answer
-            blocks[-1] += [number] * len(answer)
-    blocks = padded(blocks, 0)                                              # (B, T)
+            row += zip(asked[-1:] + answer[:-1], answer, [number] * len(answer))
+        places.append(row)
+    ids, targets, blocks = padded(places, -1).unbind(-1)                    # (B, T) each
     numbers = torch.arange(1, len(answers) + 1)[:, None]                    # (n, 1)
-    labels = padded(targets, -100)[:, None].where(blocks[:, None] == numbers, -100)
+    labels = targets[:, None].where(blocks[:, None] == numbers, -100)
     mask = None
     if len(answers) > 1:
         blocks = moved(blocks, device)
         key, query = blocks[:, None], blocks[:, :, None]
         mask = ((key == 0) | (key == query)).tril()[:, None]
-    return moved(padded(ids, -1), device), labels, mask
+    return moved(ids, device), labels, mask
 
 
 def chunk_logprobs(h, head, y):
@@ -269,21 +266,21 @@ def chunk_logprobs(h, head, y):
         score = logp.gather(-1, y)[:, 0]
         if not h.requires_grad:
             return score
-        error = logp.exp_().neg_()                                          # in place: it is large
+        # The slope, d score / d h = (onehot(y) - softmax(W h)) W; in place, since (N, V) is large.
+        error = logp.exp_().neg_()
         error.scatter_add_(-1, y, torch.ones_like(logp[:, :1]))
         slope = linear(error.to(h.dtype), head.T)                           # (N, D)
-    # It adds 0, and its gradient is the slope.
+    # What is added is 0, and its gradient is the slope.
     return score + ((h - h.detach()).float() * slope).sum(-1)
 
 
 def token_logprobs(hidden, head, labels, chunk=128):
     """As `token_logprobs_plain`, for a frozen head, without the (B, T, V): only labelled places
-    meet the head, `chunk` of them at a time, and only once, since the gradient with respect to
-    h, (onehot(y) - softmax(W h)) W, is taken along. At 0.5B, with 150,000 words, this is half of
-    a DPO step's time and most of its memory saved. Labels on the CPU do not make a GPU wait."""
+    meet the head, `chunk` of them at a time, and only once, since `chunk_logprobs` takes the
+    gradient along. At 0.5B, with 150,000 words, this is half of a DPO step's time and most of its
+    memory saved. Labels on the CPU do not make a GPU wait."""
     if head.requires_grad:
         raise ValueError("token_logprobs: the head must be frozen, no gradient reaches it")
-    head = head.to(hidden.dtype)
     counts = labels != -100                                                 # (B, T)
     y = moved(labels[counts][:, None], hidden.device)                       # (N, 1)
     places = moved(counts.flatten().nonzero()[:, 0], hidden.device)         # (N,)
@@ -315,7 +312,7 @@ def encode_pair(tokenizer, pair):
 
 
 @torch.no_grad()
-def margins(model, tokenizer, pairs, soft, at=0):
+def margins(model, tokenizer, pairs, soft, at):
     """log pi(chosen) - log pi(rejected) (N,) of N pairs; soft (N, S, D) read them, before
     prompt[at]."""
     found = []
@@ -525,8 +522,8 @@ Row = namedtuple("Row", "pairs readers similarity stay")
 
 
 def load_policy(settings, adapter):
-    """(model, tokenizer) with two adapters, both those of this folder. "policy" is trained;
-    "reference" stays as it is copied here: LoRALinear gives it no gradient, no optimiser holds it.
+    """(model, tokenizer) with the adapter of this folder twice. "policy" is trained; "reference"
+    stays as it is copied here: LoRALinear gives it no gradient, no optimiser holds it.
     CDPO.pair_losses shows it no soft tokens, since SFT has never met a user."""
     if not Path(adapter).is_dir():
         raise ValueError(f"{adapter}: no such folder; `python train.py sft` writes runs/sft, "
@@ -546,7 +543,7 @@ class CDPO:
             settings.users, settings.pairs, settings.profile)
         self.items = len(self.pairs)
         self.owner = owner.tolist()
-        self.pairs_of = defaultdict(list)
+        self.pairs_of = [[] for _ in self.users]
         for pair, user in enumerate(self.owner):
             self.pairs_of[user].append(pair)
         self.model, self.tokenizer = load_policy(settings, settings.sft)
@@ -587,7 +584,7 @@ class CDPO:
         settings = self.settings
         k = settings.k if settings.user == "graph" and settings.lam else 0
         index, score = similar_users(signs_of(self.users), k, settings.similarity)
-        speaks = torch.tensor([float(v in self.pairs_of) for v in range(len(self.users))])
+        speaks = torch.tensor([len(pairs) > 0 for pairs in self.pairs_of])
         return index, score * speaks[index]
 
     def parameter_groups(self):
@@ -630,8 +627,7 @@ class CDPO:
             first.append(len(pairs))
             pairs += row.pairs
             readers += row.readers
-        similarity = [row.similarity for row in rows]
-        similarity = pad_sequence(similarity, batch_first=True)             # (B, K)
+        similarity = pad_sequence([row.similarity for row in rows], batch_first=True)       # (B, K)
         losses, found = self.pair_losses(pairs, readers, rows[0].stay)     # (N,), {name: (N,)}
         losses = pad_sequence(losses.tensor_split(first[1:]), batch_first=True)     # (B, 1 + K)
         similarity = moved(similarity, losses.device)
@@ -741,10 +737,10 @@ class Evaluation:
     def __init__(self, settings):
         self.settings = settings
         self.users, pairs, owner = read_pairs(settings.users_test, settings.pairs_test)
-        captions = [{} for _ in self.users]                     # each once, in the file's order
+        self.captions = [[] for _ in self.users]                # each once, in the file's order
         for pair, user in zip(pairs, owner):
-            captions[user][pair["caption"]] = None
-        self.captions = [list(texts) for texts in captions]
+            if pair["caption"] not in self.captions[user]:
+                self.captions[user].append(pair["caption"])
         self.others = read_users(settings.users)
         people = self.users + self.others
         hidden = [name for user in people for name in user.hidden]
@@ -768,17 +764,18 @@ class Evaluation:
         tokens = UserTokens.load(file, table.device)
         return tokens.soft(tokens.new(users)), tokens.soft.at
 
-    def parties(self, users):
-        """Yields (whose turn it is (U,), soft tokens (U, S, D), where they stand) with the right
-        adapter in the model: of those who say something, and of those who do not, who get the
-        generic edit."""
+    def parties(self, users, owner):
+        """For questions whose asker is users[owner] (N,), yields (numbers of questions, soft tokens
+        (U, S, D), where they stand) with the right adapter in the model: of those who say
+        something, and of those who do not, who get the generic edit."""
         policy = self.settings.policy
-        silent = torch.tensor([not any(tastes(user)) for user in users])
+        silent = torch.tensor([not any(tastes(user)) for user in users])[owner]     # (N,)
         soft, at = self.soft_tokens(users)
-        for adapter, turn, tokens in ((policy, ~silent, None), (generic(policy), silent, 0)):
+        none = soft[:, :0]
+        for adapter, turn, tokens in ((policy, ~silent, soft), (generic(policy), silent, none)):
             if turn.any():
                 lora.load_adapter(self.model, adapter)
-                yield turn, soft[:, :tokens], at
+                yield turn.nonzero()[:, 0], tokens, at
 
     @torch.no_grad()
     def answers(self, users, captions):
@@ -787,30 +784,29 @@ class Evaluation:
         settings = self.settings
         generator = torch.Generator(self.model.lm_head.weight.device)
         generator.manual_seed(seed_for("answers", settings.seed))
+        how = {"temperature": settings.temperature, "top_p": settings.top_p, "generator": generator}
         words = profiles(settings.profile, users, self.others)
-        found = []
-        for turn, soft, at in self.parties(users):
-            numbers = turn.nonzero()[:, 0].tolist()
-            asked = [(i, caption) for i in numbers for caption in captions[i]]
-            for start in range(0, len(asked), 400):
-                part = asked[start:start + 400]
-                prompts = [prompt(text, profile=words[i]) for i, text in part]
-                theirs = soft[[i for i, _ in part]]                         # (400, S, D)
-                said = suggest(self.model, self.tokenizer, prompts, theirs, settings.max_new_tokens,
-                               at=at, temperature=settings.temperature, top_p=settings.top_p,
-                               generator=generator)
-                found += [(*question, *answer) for question, answer in zip(part, said)]
-        return sorted(found, key=itemgetter(0))
+        # Questions, each of which its answer will follow.
+        found = [(i, caption) for i, texts in enumerate(captions) for caption in texts]
+        prompts = [prompt(caption, profile=words[i]) for i, caption in found]
+        owner = torch.tensor([i for i, _ in found])                         # (N,)
+        for numbers, soft, at in self.parties(users, owner):
+            for part in numbers.split(400):
+                asked = [prompts[n] for n in part]
+                said = suggest(self.model, self.tokenizer, asked, soft[owner[part]],
+                               settings.max_new_tokens, at=at, **how)
+                for n, answer in zip(part, said):
+                    found[n] += answer
+        return found
 
     def margins(self, users):
         """log pi(chosen) - log pi(rejected) (N,) of the held-out pairs, asked as for `answers`."""
         words = profiles(self.settings.profile, users, self.others)
         margin = torch.zeros(len(self.pairs))
-        for turn, soft, at in self.parties(users):
-            mine = turn[self.owner].nonzero()[:, 0]                         # numbers of their pairs
-            owner = self.owner[mine]
-            pairs = [self.pairs[i] | {"profile": words[user]} for i, user in zip(mine, owner)]
-            margin[mine] = margins(self.model, self.tokenizer, pairs, soft[owner], at)
+        for numbers, soft, at in self.parties(users, self.owner):
+            owner = self.owner[numbers]
+            pairs = [self.pairs[n] | {"profile": words[i]} for n, i in zip(numbers, owner)]
+            margin[numbers] = margins(self.model, self.tokenizer, pairs, soft[owner], at)
         return margin
 
     def known(self):
@@ -905,6 +901,5 @@ def markdown_table(columns, rows):
 if __name__ == "__main__":
     chosen = torch.tensor([0.0, 10.0])
     zero = torch.zeros(2)
-    losses, *_ = dpo_loss(chosen, zero, zero, zero)
     print("DPO where the policy is the reference (ln 2), and where it prefers y+ by 10 nats more:",
-          losses.tolist())
+          dpo_loss(chosen, zero, zero, zero)[0].tolist())

@@ -105,8 +105,7 @@ class PreferenceGraph(nn.Module):
         """(U, A) sparse: +1 liked, -1 disliked, 0 nothing said. RuntimeError: edges to nowhere."""
         size = len(self.users), len(self.attributes)
         values = self.edges[2].float()
-        with torch.sparse.check_sparse_tensor_invariants():
-            return torch.sparse_coo_tensor(self.edges[:2], values, size)
+        return torch.sparse_coo_tensor(self.edges[:2], values, size, check_invariants=True)
 
 
 def attribute_names(users):
@@ -300,11 +299,17 @@ class EdgeDecoder(nn.Sequential):
 
 
 class EdgeModel(nn.Module):
-    """What pretraining trains: user vectors, encoder, decoder. Ours: user vectors start at
-    N(0, .01), and each is dropped with probability `drop`: a new user's zero is nothing new."""
+    """What pretraining trains: user vectors, encoder, decoder, with the members that train.py asks
+    for (one item, one row: the whole graph). Ours: user vectors start at N(0, .01), and each is
+    dropped with probability `drop`: a new user's zero is nothing new."""
+    items = 1
 
     def __init__(self, graph, hidden_dim=64, out_dim=64, signed=True, drop=0.9, seed=0):
         super().__init__()
+        count = graph.edges.shape[1]
+        if count < 5:
+            raise ValueError(f"the graph has {count} edges (likes and dislikes); to train on 60 % "
+                             "and hold out 20 and 20 % it needs at least 5")
         torch.manual_seed(seed)
         width = graph.features.shape[1]
         self.graph = graph
@@ -313,11 +318,7 @@ class EdgeModel(nn.Module):
         self.vectors = nn.Parameter(torch.randn(len(graph.users), width) * 0.01)
         self.sage = GraphSAGE(width, hidden_dim, out_dim, signed)
         self.decoder = EdgeDecoder(out_dim, hidden_dim)
-        count = graph.edges.shape[1]
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        if count < 5:
-            raise ValueError(f"the graph has {count} edges (likes and dislikes); to train on 60 % "
-                             "and hold out 20 and 20 % it needs at least 5")
         cuts = [int(0.6 * count), int(0.8 * count)]                         # 60/20/20
         parts = graph.edges[:, order].tensor_split(cuts, 1)
         self.split = dict(zip(("train", "val", "test"), parts))
@@ -338,11 +339,10 @@ class EdgeModel(nn.Module):
             for own, name in zip(self.vectors.data, self.graph.users):
                 own.copy_(vectors.get(name, own))
 
-    def groups(self, weight_decay):
-        """The optimiser's: only user vectors decay."""
+    def parameter_groups(self):
+        """Only user vectors decay, as fast as the optimiser is told."""
         vectors, *net = self.named_parameters()             # those of sub-modules come last
-        return [{"params": net, "weight_decay": 0.0},
-                {"params": [vectors], "weight_decay": weight_decay}]
+        return [{"params": net, "weight_decay": 0.0}, {"params": [vectors]}]
 
     def logits(self, messages, asked, vectors):
         """Edges that carry `messages` (3, E'), edges `asked` about (3, E) -> (E,)."""
@@ -352,15 +352,17 @@ class EdgeModel(nn.Module):
         a = F.embedding(asked[1], attributes)       # which then differ from run to run
         return self.decoder(u, a)
 
-    def draw(self, generator):
-        """An epoch's random part: an order of the training edges (E,), which users stay (U, 1)."""
+    def draw(self, indices, generator):
+        """An epoch's random part, one row: an order of the training edges (E,), and which users'
+        vectors stay (U, 1)."""
         order = torch.randperm(self.split["train"].shape[1], generator=generator)
         stay = torch.rand(len(self.vectors), 1, generator=generator) >= self.drop
-        return order, stay
+        return [(order, stay)]
 
-    def loss(self, order, stay):
-        """Scalar. 30 % of the training edges are asked about, the others carry messages (ours);
-        without signs all do both: a message that an edge is there does not say which."""
+    def loss(self, rows):
+        """(scalar, {}). 30 % of the training edges are asked about, the others carry messages
+        (ours); without signs all do both: a message that an edge is there does not say which."""
+        order, stay = rows[0]
         edges = self.split["train"]
         asked = messages = edges
         if self.signed:
@@ -369,7 +371,7 @@ class EdgeModel(nn.Module):
         vectors = self.vectors * moved(stay, self.vectors.device)
         logits = self.logits(messages, asked, vectors)
         liked = moved(asked[2] > 0, logits.device)
-        return F.binary_cross_entropy_with_logits(logits, liked.float())
+        return F.binary_cross_entropy_with_logits(logits, liked.float()), {}
 
     @torch.no_grad()
     def evaluate(self, part):
@@ -404,9 +406,9 @@ def pretrain(graph, hidden_dim=64, out_dim=64, epochs=300, lr=5e-3, signed=True,
     graph` runs the same loss with a schedule and checkpoints."""
     model = EdgeModel(graph, hidden_dim, out_dim, signed, drop=drop, seed=seed)
     model.to(graph.features.device)
-    optimizer = torch.optim.AdamW(model.groups(weight_decay), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameter_groups(), lr=lr, weight_decay=weight_decay)
     for epoch in range(epochs):
-        loss = model.loss(*model.draw(generator_for(seed, epoch)))
+        loss, _ = model.loss(model.draw([0], generator_for(seed, epoch)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -448,12 +450,10 @@ class GraphSettings:
     warmup = 0
 
 
-class GraphPretraining:
-    """`python train.py graph`: pretraining as something that train.py can train."""
-    items = 1
+class GraphPretraining(EdgeModel):
+    """`python train.py graph`: the EdgeModel of the people in a file."""
 
     def __init__(self, settings):
-        self.settings = settings
         device = pick_device(settings.device)
         users = read_users(settings.users)
         names = attribute_names(users)
@@ -466,34 +466,26 @@ class GraphPretraining:
         features = embed_names(names, **embedder, device=device)            # (A, F)
         graph = PreferenceGraph.build(users, names, features)
         graph.embedder = embedder
-        model = EdgeModel(graph, settings.hidden, settings.out_dim, not settings.unsigned,
-                          drop=settings.drop, seed=settings.seed)
+        super().__init__(graph, settings.hidden, settings.out_dim, not settings.unsigned,
+                         drop=settings.drop, seed=settings.seed)
+        self.settings = settings
         if settings.continue_from:
-            model.take_over(Path(settings.continue_from) / "collaborative.safetensors")
-        self.model = model.to(device)
-
-    def parameter_groups(self):
-        return self.model.groups(self.settings.weight_decay)
-
-    def draw(self, indices, generator):
-        return [self.model.draw(generator)]
-
-    def loss(self, rows):
-        return self.model.loss(*rows[0]), {}
+            self.take_over(Path(settings.continue_from) / "collaborative.safetensors")
+        self.to(device)
 
     def describe(self, rows):
-        return f"{self.settings.users}, lines 1 to {len(self.model.graph.users)}"
+        return f"{self.settings.users}, lines 1 to {len(self.graph.users)}"
 
     def save(self, folder):
         """collaborative.safetensors, and how well held-out edges are told apart: report.json."""
         settings = self.settings
-        tensors = self.model.state_dict()
-        for name in self.model.decoder.state_dict():
+        tensors = self.state_dict()
+        for name in self.decoder.state_dict():
             del tensors[f"decoder.{name}"]
         config = {"kind": "graph", "hidden_dim": settings.hidden, "out_dim": settings.out_dim,
                   "signed": not settings.unsigned, "soft": None}
-        save_graph(folder / "collaborative.safetensors", self.model.graph, tensors, config)
-        report = self.model.evaluate("test")
+        save_graph(folder / "collaborative.safetensors", self.graph, tensors, config)
+        report = self.evaluate("test")
         (folder / "report.json").write_text(json.dumps(report))
         print("held-out edges:", report)
 
@@ -501,17 +493,17 @@ class GraphPretraining:
 # ---- files ---------------------------------------------------------------------------------------
 
 @functools.cache                # the same few keys stand in every line
-def misspelt(key, known):
-    """[the one of the `known` keys, a tuple, that `key` nearly is], [] when it is one or none."""
-    return [] if key in known else difflib.get_close_matches(key.strip().lower(), known, 1, 0.85)
+def check_key(key, known):
+    """ValueError for a key that is nearly one of the known ones, a tuple, such as "dislike". Others
+    may be somebody else's."""
+    meant = difflib.get_close_matches(key.strip().lower(), known, 1, 0.85)
+    if meant and key not in known:
+        raise ValueError(f'"{key}" is no key here; "{meant[0]}" is')
 
 
 def check_keys(keys, known):
-    """ValueError for a key that is nearly one of the known ones, such as "dislike". Others may be
-    somebody else's."""
     for key in keys:
-        for meant in misspelt(key, tuple(known)):
-            raise ValueError(f'"{key}" is no key here; "{meant}" is')
+        check_key(key, tuple(known))
 
 
 def read_jsonl(path, optional=None, **fields):

@@ -4153,7 +4153,7 @@ def test_graph_without_signs_asks_about_all_training_edges():
     for signed in (True, False):
         model = graph.EdgeModel(toy_graph(), 6, 5, signed)
         with mock.patch.object(model, "logits", wraps=model.logits) as given:
-            model.loss(*model.draw(seeded()))
+            model.loss(model.draw([0], seeded()))
         messages, asked, _ = given.call_args.args
         count = model.split["train"].shape[1]
         assert asked.shape[1] == (int(0.3 * count) if signed else count)
@@ -4179,7 +4179,8 @@ def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
     """Of the training edges .3 are asked about, .7 carry messages; `drop` of the vectors rest."""
     built = toy_graph(200)
     model = graph.EdgeModel(built, drop=0.9)
-    order, stay = model.draw(seeded())
+    rows = model.draw([0], seeded())
+    ((order, stay),) = rows
     seen = {}
 
     def watch(messages, asked, vectors):
@@ -4187,7 +4188,7 @@ def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
         return torch.zeros(asked.shape[1])
 
     with mock.patch.object(model, "logits", watch):
-        loss = model.loss(order, stay)
+        loss, _ = model.loss(rows)
     assert_close(loss, math.log(2))
     assert seen["asked"].shape[1] == 216 and seen["messages"].shape[1] == 504
     both = torch.cat([seen["asked"], seen["messages"]], 1).T.tolist()
@@ -4196,7 +4197,7 @@ def test_graph_pretraining_asks_about_30_percent_and_drops_vectors():
     assert same(seen["vectors"], model.vectors * stay)
     few = graph.EdgeModel(toy_graph(1))                                     # 3 edges to train on
     with mock.patch.object(few, "logits", watch):
-        few.loss(*few.draw(seeded()))
+        few.loss(few.draw([0], seeded()))
     assert seen["asked"].shape[1] == 1
 
 
@@ -4229,8 +4230,8 @@ def test_graph_of_a_few_edges_is_refused_or_weighed():
 
 def test_graph_pretraining_lets_only_user_vectors_decay():
     model = graph.EdgeModel(toy_graph())
-    net, vectors = model.groups(0.5)
-    assert net["weight_decay"] == 0 and vectors["weight_decay"] == 0.5
+    net, vectors = model.parameter_groups()
+    assert net["weight_decay"] == 0 and "weight_decay" not in vectors       # --weight-decay
     assert vectors["params"] == [("vectors", model.vectors)]
     assert len(net["params"]) == len(list(model.parameters())) - 1
 
@@ -4874,9 +4875,9 @@ def test_graph_grows_and_who_was_known_keeps_the_trained_vector(tmp_path):
             assert same(new[name], old[name])
     assert set(after.attributes) - set(before.attributes) == {"velvet"}
     again = f"{command} --continue-from {tmp_path}/grown"                   # a grown one grows
-    model = build_stage(again)[0].model
+    model = build_stage(again)[0]
     assert same(model.vectors.data, new["vectors"])
-    fresh = build_stage(command)[0].model
+    fresh = build_stage(command)[0]
     assert relative(fresh.vectors.data, new["vectors"]) > 0.1
 
 
@@ -9455,6 +9456,8 @@ def test_evaluation_gives_who_says_nothing_the_sft_adapters_answers():
     said = found.answers(mixed, found.captions)
     assert said == [one if one[0] == speaker else other for one, other in zip(own, generic)]
     margin = found.margins(mixed)
+    assert same(margin, found.margins([*mixed, User("without pairs", [], [])]))
+    assert found.margins([*found.users, User("without pairs", [], [])]).all()
     first = found.owner == speaker
     assert_close(margin[first], found.margins(found.users)[first], 1e-4)
     settings.policy = f"{d}/sft"
