@@ -386,8 +386,8 @@ class ImagePrompt(nn.Module):
 class IPAdapter(ImagePrompt):
     """XLabs' FLUX IP-Adapter, v1 and v2, with the names in its file: a picture's CLIP embedding
     becomes a few tokens, and each double block attends to those of all pictures at once, none of
-    them rotated. Training leaves the projection to tokens as it is, as the authors of PatchDPO
-    do."""
+    them rotated. `scale`: a number, or a list with one for each of these blocks. Training leaves the
+    projection to tokens as it is, as the authors of PatchDPO do."""
 
     def __init__(self, flux, stored):
         nn.Module.__init__(self)
@@ -418,11 +418,14 @@ class IPAdapter(ImagePrompt):
     def hang_into(self, flux, references, ids):
         """references (B, M, P)."""
         tokens = self.ip_adapter_proj_model(references)                     # (B, M S, C)
-        for block, layer in zip(flux.transformer_blocks, self.double_blocks):
+        scales = self.scale
+        if not isinstance(scales, list):
+            scales = [scales] * len(self.double_blocks)
+        for block, layer, scale in zip(flux.transformer_blocks, self.double_blocks, scales):
             to_k, to_v = layer.processor.values()
             like = block.attn.to_q.weight                                   # Flux's type
             k = to_k(tokens).type_as(like)                                  # (B, M S, D)
-            v = (self.scale * to_v(tokens)).type_as(like)
+            v = (scale * to_v(tokens)).type_as(like)
             block.image_prompt = partial(attend, k=k, v=v, heads=block.attn.heads)
 
 

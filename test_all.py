@@ -6859,8 +6859,8 @@ def peer_adapter(theirs, file):
 
 
 def test_patch_ip_adapter_equals_diffusers(tmp_path):
-    """XLabs' file by load_ip_adapter: velocities for one and several pictures, at two scales;
-    taken away, nothing is left; saved it is the file."""
+    """XLabs' file by load_ip_adapter: velocities for one and several pictures, at one scale and at
+    one for each block; taken away, nothing is left; saved it is the file."""
     config = flux_config()
     theirs = loud(peer("diffusers").FluxTransformer2DModel(**config))
     ours = reload(theirs, flux.Flux)
@@ -6868,7 +6868,7 @@ def test_patch_ip_adapter_equals_diffusers(tmp_path):
     plain = ours(**x)
     file = write_xlabs(tmp_path / "ip_adapter.safetensors", ours, 7)
     pipe = peer_adapter(theirs, file)
-    for pictures, scale in ((1, 1.0), (3, 0.7)):
+    for pictures, scale in ((1, 1.0), (3, 0.7), (2, [0.3, 0.9])):
         references = noise(2, pictures, 7, seed=pictures)
         pipe.set_ip_adapter_scale(scale)
         embeds = {"ip_adapter_image_embeds": [references]}
@@ -9845,7 +9845,7 @@ def test_house_is_written_for_readers():
             if file.stem in TOP and file.parent == ROOT:
                 tokens += count
                 lines += code
-    assert tokens <= 44_150 and tokens <= 10.5 * lines, (tokens, tokens / lines)
+    assert tokens <= 43_800 and tokens <= 10.5 * lines, (tokens, tokens / lines)
 
 
 def quoted_commands(text):
