@@ -386,8 +386,8 @@ class ImagePrompt(nn.Module):
 class IPAdapter(ImagePrompt):
     """XLabs' FLUX IP-Adapter, v1 and v2, with the names in its file: a picture's CLIP embedding
     becomes a few tokens, and each double block attends to those of all pictures at once, none of
-    them rotated. `scale`: a number, or a list with one for each of these blocks. Training leaves the
-    projection to tokens as it is, as the authors of PatchDPO do."""
+    them rotated. `scale`: a number, or a list with one for each of these blocks. Training leaves
+    the projection to tokens as it is, as the authors of PatchDPO do."""
 
     def __init__(self, flux, stored):
         nn.Module.__init__(self)
