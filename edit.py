@@ -309,6 +309,7 @@ def write_instructions(settings):
         tokens = cdpo.UserTokens.load(folder / "collaborative.safetensors")
         people = [(user, *soft_tokens(user, tokens)) for user in find_users(settings, tokens.graph)]
         at = tokens.soft.at
+        everybody = tokens.graph.people()
         adapters = [cdpo.generic(folder) if soft is None else folder for _, soft, _ in people]
         for adapter in dict.fromkeys(adapters):           # each is loaded once,
             model = None                                  # and never two at a time
@@ -323,7 +324,8 @@ def write_instructions(settings):
                 user, soft, note = people[i]
                 seed = seed_for(settings.seed + more, user.name, settings.caption)
                 generator = torch.Generator(settings.device).manual_seed(seed)
-                (profile,) = cdpo.profiles(kind, [user], others_than(user, tokens.graph))
+                others = [other for other in everybody if other.name != user.name]
+                (profile,) = cdpo.profiles(kind, [user], others)
                 asked = cdpo.prompt(settings.caption, settings.instruction, profile)
                 [(text, _)] = cdpo.suggest(model, tokenizer, [asked], soft, settings.max_new_tokens,
                                            at=at, generator=generator, **how)
@@ -332,11 +334,6 @@ def write_instructions(settings):
                 why = {} if soft is None else reasons(user, text, tokens.graph)
                 wishes[i, more] = (user, note.strip("; "), text, why)
     return [wishes[number] for number in sorted(wishes)]
-
-
-def others_than(user, graph):
-    """The graph's people but the user, who may be one of them."""
-    return [other for other in graph.people() if other.name != user.name]
 
 
 def heeded(settings, model, tokenizer, soft, text, at=0, profile=""):
@@ -357,7 +354,8 @@ def reasons(user, instruction, graph):
     def agreement(other):
         return sum(len(a & b) for a, b in zip(tastes(user), tastes(other)))
 
-    alike = sorted(others_than(user, graph), key=agreement)[-5:]
+    others = [other for other in graph.people() if other.name != user.name]
+    alike = sorted(others, key=agreement)[-5:]
     known = graph.attributes + user.likes + user.dislikes
     found = {}
     for word in cdpo.find_names(known).findall(instruction):

@@ -753,6 +753,7 @@ class PictureStage(Edits):
     @torch.no_grad()
     def paint(self, who, items, seed):
         """What the model paints for edits (n,), each from a noise of its own -> (n, L, 64)."""
+        levels = sigmas(self.settings.paint_steps, len(self.ids))
         latents = []
         for item in items.split(self.settings.micro):
             self.tuned.select(who, item)
@@ -762,7 +763,7 @@ class PictureStage(Edits):
                 torch.stack(noise).to(self.device),
                 *self.texts(item),
                 img_ids=self.ids,
-                levels=sigmas(self.settings.paint_steps, len(self.ids))
+                levels=levels
             )
             latents.append(latent.cpu())
         return torch.cat(latents)

@@ -370,8 +370,10 @@ def sample(logits, temperature, top_k, top_p, generator):
     waits = torch.empty_like(p).exponential_(generator=generator)
     if not top_k and top_p >= 1:
         return (p / waits).argmax(-1)   # torch.multinomial's draw, which makes a GPU wait
-    V = p.shape[-1]
-    p, token = p.topk(min(top_k or V, V))                                  # (B, k), likeliest first
+    if 0 < top_k < p.shape[-1]:
+        p, token = p.topk(top_k)                                           # (B, k), likeliest first
+    else:
+        p, token = p.sort(descending=True)                                 # k = V
     share = (p / p.sum(-1, keepdim=True) * 2 ** 40).long()     # whole: sums do not depend on order
     before = share.cumsum(-1) - share                                      # of all likelier ones
     p = p.masked_fill(before >= max(top_p, 1e-9) * 2 ** 40, 0)             # never the first
