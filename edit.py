@@ -59,7 +59,7 @@ from qwen import (DETERMINISTIC, DTYPES, add_flags, flag, flag_name, pick_device
 # What is edited, and for whom, when nothing is said: an apple that no training saw, and three of
 # the paper's people.
 IMAGE = "mini/pictures/apple.png"
-CAPTION = "A brown apple in front of a cream wall"
+CAPTION = "A blue apple in front of a cream wall"
 PERSONAS = ["imaginative-child", "glamour-stylist", "futuristic-techie"]
 USERS = "mini/sample/users_test.jsonl"
 

@@ -85,7 +85,8 @@ SWEEPS = {
     "neighbours": "exact sampled",
 }
 RATES = ["likes", "would like", "hit", "dislikes", "malformed", "CLIP liked"]
-MEASURES = ["asked visible", "edges", "PSNR", "PSNR, unedited", "shows a like", "shows a dislike"]
+MEASURES = ["asked visible", "edges", "PSNR", "PSNR, unedited", "sharpness", "shows a like",
+            "shows a dislike"]
 
 
 class NearestUser(Evaluation):
@@ -316,7 +317,7 @@ class Methods:
         for strength in sorted({1.0, self.args.strength}, reverse=True):
             rows[f"strength {strength:g}"] = self.draw(jobs, strength)
         own = {name: self.draw(self.own_jobs(name, scenes)) for name in METHODS}
-        text = picture_table("Every edit of every held-out scene", rows, MEASURES[:4])
+        text = picture_table("Every edit of every held-out scene", rows, MEASURES[:5])
         text += kind_table(rows)
         title = f"The methods' own instructions, strength {self.args.strength:g}; the picture "
         title += "shows the attribute whose true picture is nearest of all"
@@ -423,16 +424,23 @@ def read_truth(path):
 
 
 def edge_overlap(a, b):
-    """Intersection over union of two pictures' Canny edges; one pixel of distance is allowed."""
+    """Intersection over union of two pictures' Canny edges; a distance of 1/64 of the width is
+    allowed (a pixel at 64, three at 192), so that the number means the same at any size."""
     a, b = edges(a), edges(b)                             # (1, H, W)
-    near_a = F.max_pool2d(a, 3, stride=1, padding=1)
-    near_b = F.max_pool2d(b, 3, stride=1, padding=1)
+    far = max(1, a.shape[-1] // 64)
+    near_a = F.max_pool2d(a, 2 * far + 1, stride=1, padding=far)
+    near_b = F.max_pool2d(b, 2 * far + 1, stride=1, padding=far)
     met = ((a * near_b).sum() + (b * near_a).sum()).item() / 2
     return met / max(a.sum().item() + b.sum().item() - met, 1)
 
 
 def edges(picture):
     return torch.from_numpy(canny(picture) > 0).float()[None]
+
+
+def mean_gradient(picture):
+    grey = picture.mean(-1)
+    return np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()
 
 
 def squared_error(a, b):
@@ -449,8 +457,8 @@ def psnr(error):
 def measure(picture, job):
     """What a picture is worth. `asked visible`: of all attributes of that edit type its own true
     picture is the nearest in squared error; `edges`: their overlap with the source's; PSNR to the
-    true picture, everywhere and where that is the source (8 of 255 apart at most); what it shows
-    is the nearest of all."""
+    true picture, everywhere and where that is the source (8 of 255 apart at most); `sharpness`: its
+    mean gradient over the true picture's; what it shows is the nearest of all."""
     source, edits, truth = job.scene.picture, job.scene.edits, job.truth
     far = {name: squared_error(picture, edit.picture).mean() for name, edit in edits.items()}
     same_kind = [name for name, edit in edits.items() if edit.kind == truth.kind]
@@ -464,6 +472,7 @@ def measure(picture, job):
         "edges": edge_overlap(picture, source),
         "PSNR": psnr(error),
         "PSNR, unedited": psnr(error[unedited]),
+        "sharpness": mean_gradient(picture) / mean_gradient(truth.picture),
         "shows a like": shown in {*user.likes, *user.hidden} if user else math.nan,
         "shows a dislike": shown in user.dislikes if user else math.nan,
     }

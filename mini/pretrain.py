@@ -20,7 +20,15 @@ b820a01's docstring says. With that commit's mini/ in the folder OLD,
 
 gave the autoencoder one block more on either side and a factor of 8: its latents, and so all else,
 stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
-layer spread over 2 x 2 pixels.)
+layer spread over 2 x 2 pixels.) Commit 36fd457 is that; with its mini/ in OLD,
+
+    python mini/pretrain.py flux --start OLD --batch 16 --compile --steps 5500
+    python mini/pretrain.py distil --batch 16 --compile
+    python mini/pretrain.py decoder --steps 800
+    python mini/pretrain.py image-prompt --start OLD --scenes 100 --steps 500
+
+followed when patterns began to face the camera and backdrops to keep their place (the first 2,000
+steps with patterns drawn twice as often, not four times).
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
@@ -381,7 +389,7 @@ class Decoder(Autoencoder):
 
 
 @torch.no_grad()
-def paint(args, folder, count=1600, steps=8):
+def paint(args, folder, count=960, steps=8):
     """What the Flux + ControlNet below `folder` paint where they begin with true latents, noised to
     a time between .4 and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each
     was (count,)."""
@@ -476,10 +484,14 @@ def begin_with(models, folder):
 
 
 def how_often(texts):
-    """Of a scene's 14 pictures those that show a pattern or a material, which are hardest, are
-    drawn twice as often as the others."""
-    hard = ATTRIBUTES["pattern"] + ATTRIBUTES["material"]
-    return [2.0 if any(name in text for name in hard) else 1.0 for text in texts]
+    """Of a scene's 14 pictures those that show a pattern, which are hardest, are drawn four times
+    as often as the others, those that show a material twice."""
+    def weight(text):
+        if any(name in text for name in ATTRIBUTES["pattern"]):
+            return 4.0
+        return 2.0 if any(name in text for name in ATTRIBUTES["material"]) else 1.0
+
+    return [weight(text) for text in texts]
 
 
 def compiled(models, args):

@@ -4,7 +4,8 @@ A signed distance function says how far a point is from the nearest surface, so 
 far without passing through anything. Steps are repeated until the ray stands on the surface.
 Marching is slow and depends on the object and its pose alone; colouring is fast. So `Geometry`
 marches once, and `Geometry.shade` paints it many times: the same scene with another attribute is
-the true picture of an edit.
+the true picture of an edit. It is the only right one: patterns face the camera, however the object
+is turned, and a backdrop keeps its place, so nothing in it is hidden from who paints the edit.
 
 Conventions: x is right, y up, z towards the camera; the floor is y = 0. A picture has N samples,
 of which M see the object; points, directions and colours are (3, N) or (3, M), a single one is
@@ -297,7 +298,6 @@ class Geometry:
 
         self.size = size
         self.object = scene["object"]
-        self.phase = draw(0, 1)                           # which piece of the backdrop is seen
         angle = POSES.get(self.object, 0) + draw(-0.35, 0.35)
         sine = math.sin(angle)
         cosine = math.cos(angle)
@@ -385,7 +385,7 @@ class Geometry:
         above_floor = points[1] / 0.12
         open_to_object = free.clamp(0.25, 1)              # ambient occlusion
         self.open = open_to_object * above_floor.clamp(0.45, 1)
-        self.local = self.to_object(points)               # (3, M) where patterns live
+        self.local = (points - self.place) / self.scale   # (3, M) where patterns live
 
     def normal_at(self, points):
         """The gradient of the distance, from its differences at a tetrahedron's corners."""
@@ -466,7 +466,7 @@ class Light:
         return highlights
 
 
-# ---- the object's patterns: its own coordinates p (3, M) -> where the ink is (M,) ---------------
+# ---- the object's patterns: coordinates p (3, M), not turned -> where the ink is (M,) -----------
 
 def tile(p, width, height):
     """Staggered tiles around the object: the position inside a tile, each in [-0.5, 0.5]."""
@@ -478,24 +478,24 @@ def tile(p, width, height):
 
 
 def stripes(p):
-    return torch.sin(p[0] * 22) > 0
+    return torch.sin(p[0] * 18) > 0
 
 
 def zigzag(p):
-    wiggle = 0.2 * in_period(p[0] * 3.4).abs()
-    return (p[1] + wiggle) * 4.6 % 1 > 0.5
+    wiggle = 0.26 * in_period(p[0] * 2.8).abs()
+    return (p[1] + wiggle) * 3.6 % 1 > 0.5
 
 
 def checkers(p):
-    column_number = (p[0] * 5 + 40).floor()
-    row_number = (p[1] * 5).floor()
+    column_number = (p[0] * 4.2 + 40).floor()
+    row_number = (p[1] * 4.2).floor()
     layer_number = (p[2] * 2.5 + 40).floor()
     return (column_number + row_number + layer_number) % 2
 
 
 def polka_dots(p):
-    x, y = tile(p, 0.21, 0.19)
-    return length(x, y) < 0.32
+    x, y = tile(p, 0.26, 0.235)
+    return length(x, y) < 0.33
 
 
 def hearts(p):
@@ -708,13 +708,13 @@ def paint_object(geometry, base, asked, light, picture):
 
 class Backdrop:
     """Coordinates on the wall, all (N,): y is 0 where the floor ends and 1 at the picture's top,
-    x runs along the wall from somewhere."""
+    x is -1 at its left and 1 at its right."""
 
     def __init__(self, geometry):
         horizon = geometry.v[geometry.is_floor].max()
         self.u = geometry.u
         self.height = 1 - horizon
-        self.x = geometry.u + geometry.phase
+        self.x = geometry.u
         self.y = (geometry.v - horizon) / self.height
 
     def disc(self, u, y, radius):
