@@ -6360,9 +6360,9 @@ RECORDED_WORDS = {
     "futuristic-techie": "Change the background to night sky",
 }
 RECORDED_PIXELS = {
-    "usual": [127.2, 163.2, 128.7, 170.2],
-    "all noise": [127.4, 163.5, 129.0, 171.3],
-    "guided": [124.5, 158.2, 134.7, 176.3],
+    "usual": [127.7, 165.0, 131.8, 170.8],
+    "all noise": [128.3, 165.5, 133.3, 171.9],
+    "guided": [126.2, 159.7, 140.2, 176.1],
 }
 
 
