@@ -1,6 +1,7 @@
 """Pretrains the miniature checkpoints from scratch, in the public checkpoints' own layouts.
 
-Each recipe trains one thing. The order, and the default --steps, are those of the shipped files:
+Each recipe trains one thing. The order is that of the shipped files, the default --steps those of
+their last training:
 
     python mini/pretrain.py pictures     # mini/data/pictures.pt: 2,400 scenes, each after 13 edits
     python mini/pretrain.py vae          # mini/flux/vae: the autoencoder
@@ -16,16 +17,16 @@ Each recipe trains one thing. The order, and the default --steps, are those of t
 The shipped pictures came up by size. At 96 pixels and a factor of 4 all was trained as commit
 b820a01's docstring says. With that commit's mini/ in the folder OLD,
 
-    python mini/pretrain.py decoder --start OLD --scenes 600
+    python mini/pretrain.py decoder --start OLD --scenes 600 --steps 2800
 
 gave the autoencoder one block more on either side and a factor of 8: its latents, and so all else,
 stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
 layer spread over 2 x 2 pixels.) Commit 36fd457 is that; with its mini/ in OLD,
 
-    python mini/pretrain.py flux --start OLD --batch 16 --compile --steps 5500
+    python mini/pretrain.py flux --start OLD --batch 16 --compile
     python mini/pretrain.py distil --batch 16 --compile
-    python mini/pretrain.py decoder --steps 800
-    python mini/pretrain.py image-prompt --start OLD --scenes 100 --steps 500
+    python mini/pretrain.py decoder
+    python mini/pretrain.py image-prompt --start OLD --scenes 100
 
 followed when patterns began to face the camera and backdrops to keep their place (the first 2,000
 steps with patterns drawn twice as often, not four times).
@@ -1001,12 +1002,12 @@ class LanguageModel(Recipe):
 
 RECIPES = {                                               # class, steps of the shipped files
     "vae": (Autoencoder, 1767),
-    "flux": (TextToImage, 6500),
+    "flux": (TextToImage, 5500),
     "distil": (Distillation, 500),
-    "decoder": (Decoder, 2800),
+    "decoder": (Decoder, 800),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
-    "image-prompt": (NewImagePrompt, 800),
+    "image-prompt": (NewImagePrompt, 500),
     "qwen": (LanguageModel, 4000),
 }
 
