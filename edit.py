@@ -324,8 +324,7 @@ def write_instructions(settings):
                 user, soft, note = people[i]
                 seed = seed_for(settings.seed + more, user.name, settings.caption)
                 generator = torch.Generator(settings.device).manual_seed(seed)
-                others = [other for other in everybody if other.name != user.name]
-                (profile,) = cdpo.profiles(kind, [user], others)
+                (profile,) = cdpo.profiles(kind, [user], others_than(user, everybody))
                 asked = cdpo.prompt(settings.caption, settings.instruction, profile)
                 [(text, _)] = cdpo.suggest(model, tokenizer, [asked], soft, settings.max_new_tokens,
                                            at=at, generator=generator, **how)
@@ -349,13 +348,16 @@ def heeded(settings, model, tokenizer, soft, text, at=0, profile=""):
             f"{times:.1f} times as likely as without")
 
 
+def others_than(user, people):
+    return [other for other in people if other.name != user.name]
+
+
 def reasons(user, instruction, graph):
     """Why the policy asks for this: {attribute that the instruction names: reason}."""
     def agreement(other):
         return sum(len(a & b) for a, b in zip(tastes(user), tastes(other)))
 
-    others = [other for other in graph.people() if other.name != user.name]
-    alike = sorted(others, key=agreement)[-5:]
+    alike = sorted(others_than(user, graph.people()), key=agreement)[-5:]
     known = graph.attributes + user.likes + user.dislikes
     found = {}
     for word in cdpo.find_names(known).findall(instruction):

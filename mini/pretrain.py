@@ -484,15 +484,14 @@ def begin_with(models, folder):
         models[name].load_state_dict(models[name].state_dict() | found)
 
 
-def how_often(texts):
-    """Of a scene's 14 pictures those that show a pattern, which are hardest, are drawn four times
-    as often as the others, those that show a material twice."""
-    def weight(text):
-        if any(name in text for name in ATTRIBUTES["pattern"]):
-            return 4.0
-        return 2.0 if any(name in text for name in ATTRIBUTES["material"]) else 1.0
-
-    return [weight(text) for text in texts]
+def how_often(text):
+    """How often a picture of this prompt is drawn: those that show a pattern, which are hardest,
+    four times as often as the others of their scene, those that show a material twice."""
+    if any(name in text for name in ATTRIBUTES["pattern"]):
+        return 4.0
+    if any(name in text for name in ATTRIBUTES["material"]):
+        return 2.0
+    return 1.0
 
 
 def compiled(models, args):
@@ -532,10 +531,12 @@ class TextToImage(Recipe):
         encode = partial(encode_pictures, vae, device=device)
         self.targets = kept(found.with_suffix(".latents.pt"), partial(encode, images))
         self.controls = kept(found.with_suffix(".control_latents.pt"), partial(encode, seen))
-        self.shares = torch.tensor([how_often(texts) for texts in prompts])          # (S, 14)
         texts = [""]                                      # row 0: no words
+        shares = []
         for scene in prompts:
             texts += scene
+            shares.append([how_often(text) for text in scene])
+        self.shares = torch.tensor(shares)                                 # (S, 14)
         ids = TextTokenizer(args.out / "flux/tokenizer")(texts)            # (1 + 14 S, 32)
         self.clip_ids = ids.to(device)
         self.t5_ids = TextTokenizer(args.out / "flux/tokenizer_2")(texts).to(device)

@@ -712,13 +712,12 @@ class Backdrop:
 
     def __init__(self, geometry):
         horizon = geometry.v[geometry.is_floor].max()
-        self.u = geometry.u
         self.height = 1 - horizon
         self.x = geometry.u
         self.y = (geometry.v - horizon) / self.height
 
-    def disc(self, u, y, radius):
-        return length(self.u - u, (self.y - y) * self.height) < radius
+    def disc(self, x, y, radius):
+        return length(self.x - x, (self.y - y) * self.height) < radius
 
     def dots(self, columns, rows, shift, radius):
         """A grid of dots, each row shifted a little."""
