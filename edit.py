@@ -144,7 +144,7 @@ class EditSettings:
                                               bounds=(16, 8192))
     steps: int             = flag(20,   60,   "Euler steps", bounds=(1, 10_000))
     guidance: float        = flag(3.5,  35.0, "FLUX.1's guidance embedding")
-    strength: float        = flag(0.8,  1.0,  "1: from noise; less: from the noised photograph",
+    strength: float        = flag(0.95, 1.0,  "1: from noise; less: from the noised photograph",
                                               bounds=(0, 1))
     reference_scale: float = flag(1.5,  0.78, "of references beside the text; ours add up",
                                               bounds=(0, 10))

@@ -541,7 +541,7 @@ def main():
     group.add_argument("--control-scale", type=float, default=1.0)
     group.add_argument("--picture-steps", type=int, default=20)
     group.add_argument("--guidance", type=float, default=3.5)
-    group.add_argument("--strength", type=float, default=0.8)
+    group.add_argument("--strength", type=float, default=0.95)
     args, more = p.parse_known_args()
     unknown = set(args.sweep.split(",")) - set(SWEEPS)
     if unknown:

@@ -23,13 +23,20 @@ gave the autoencoder one block more on either side and a factor of 8: its latent
 stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
 layer spread over 2 x 2 pixels.) Commit 36fd457 is that; with its mini/ in OLD,
 
-    python mini/pretrain.py flux --start OLD --batch 16 --compile
-    python mini/pretrain.py distil --batch 16 --compile
+    python mini/pretrain.py flux --start OLD --steps 5500 --batch 16 --compile
+    python mini/pretrain.py distil --steps 500 --batch 16 --compile
     python mini/pretrain.py decoder
     python mini/pretrain.py image-prompt --start OLD --scenes 100
 
 followed when patterns began to face the camera and backdrops to keep their place (the first 2,000
-steps with patterns drawn twice as often, not four times).
+steps with patterns drawn twice as often, not four times). Commit ba89f07 is that; with its mini/ in
+OLD,
+
+    python mini/pretrain.py flux --start OLD --scenes 1200 --batch 16 --compile
+    python mini/pretrain.py distil --scenes 1200 --batch 16 --compile
+    python mini/pretrain.py image-prompt --start OLD --scenes 100
+
+followed when checkers became flat, on a CPU without bf16 (so in fp32, and with AdamW alone).
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
@@ -261,15 +268,23 @@ def train_steps(args, recipe):
             recipe.save(average)
 
 
+def has_bf16(device):
+    """Not every CPU has it; others take a hundred times as long for it as for fp32."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()                  # torch 2.12 has it
+    on_cpu = able.get("avx512_bf16") or able.get("bf16", False)            # Intel and AMD, ARM
+    return on_cpu or torch.device(device).type != "cpu"
+
+
 @contextlib.contextmanager
 def fast(device):
-    """bf16 where it is safe; on a CPU plain attention, whose fused kernel's backward pass is slow
-    there."""
+    """bf16 where it is safe and there is any; on a CPU plain attention, whose fused kernel's
+    backward pass is slow there."""
     kind = torch.device(device).type
     kernels = [SDPBackend.MATH]
     if kind != "cpu":
         kernels += [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with torch.autocast(kind, torch.bfloat16), sdpa_kernel(kernels):
+    bf16 = torch.autocast(kind, torch.bfloat16, enabled=has_bf16(device))
+    with bf16, sdpa_kernel(kernels):
         yield
 
 
@@ -308,7 +323,7 @@ class Autoencoder(Recipe):
         some = max(1, batch // 8)                         # a ControlNet's pictures pass through it
         images[:some] = control_pictures(images[:some], "canny")
         x = to_unit(images.to(self.device))
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with fast(self.device):
             mean, logvar = self.model.encoder(x).chunk(2, dim=1)
             noise = torch.randn(mean.shape, generator=generator).to(self.device)
             decoded = self.model.decode(mean + self.noise * noise)
@@ -377,7 +392,7 @@ class Decoder(Autoencoder):
         latents = unpack(self.painted[chosen].float(), LATENT, LATENT).to(self.device)
         targets = self.old.encode(to_unit(small).to(self.device))
         latents[:some] = targets[:some]
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        with fast(self.device):
             encoded = self.model.encode(to_unit(seen).to(self.device))
             decoded = self.model.decode(latents)
         error = decoded.float() - to_unit(images).to(self.device)
@@ -543,7 +558,10 @@ class TextToImage(Recipe):
 
     def optimizers(self):
         """Muon for the blocks' matrices: after the same steps the loss is lower than with AdamW,
-        which keeps the rest (embeddings, vectors, the first and the last layer)."""
+        which keeps the rest (embeddings, vectors, the first and the last layer). Muon itself
+        computes in bf16."""
+        if not has_bf16(self.device):
+            return super().optimizers()
         matrices = []
         rest = []
         for name, p in self.model.named_parameters():
@@ -1003,8 +1021,8 @@ class LanguageModel(Recipe):
 
 RECIPES = {                                               # class, steps of the shipped files
     "vae": (Autoencoder, 1767),
-    "flux": (TextToImage, 5500),
-    "distil": (Distillation, 500),
+    "flux": (TextToImage, 4800),
+    "distil": (Distillation, 300),
     "decoder": (Decoder, 800),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),

@@ -489,8 +489,7 @@ def zigzag(p):
 def checkers(p):
     column_number = (p[0] * 4.2 + 40).floor()
     row_number = (p[1] * 4.2).floor()
-    layer_number = (p[2] * 2.5 + 40).floor()
-    return (column_number + row_number + layer_number) % 2
+    return (column_number + row_number) % 2
 
 
 def polka_dots(p):
