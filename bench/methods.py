@@ -42,6 +42,7 @@ import lora
 import train
 from cdpo import CONDITIONS, PROFILES, Evaluation, UserTokens, markdown_table
 from controlnet import FLUX_PARTS, canny, control_picture, render
+from edit import EditSettings
 from flux import read_image
 from graph import PreferenceGraph, User, attribute_names, read_jsonl, read_users
 from mini.judge import Judge
@@ -538,10 +539,10 @@ def main():
     group.add_argument("--scenes", default="mini/data/scenes.jsonl", help="with true pictures")
     group.add_argument("--flux", default="mini/flux")
     group.add_argument("--controlnet", default="mini/controlnet")
-    group.add_argument("--control-scale", type=float, default=1.0)
-    group.add_argument("--picture-steps", type=int, default=20)
-    group.add_argument("--guidance", type=float, default=3.5)
-    group.add_argument("--strength", type=float, default=0.95)
+    group.add_argument("--control-scale", type=float, default=EditSettings.control_scale)
+    group.add_argument("--picture-steps", type=int, default=EditSettings.steps)
+    group.add_argument("--guidance", type=float, default=EditSettings.guidance)
+    group.add_argument("--strength", type=float, default=EditSettings.strength)
     args, more = p.parse_known_args()
     unknown = set(args.sweep.split(",")) - set(SWEEPS)
     if unknown:

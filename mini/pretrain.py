@@ -270,9 +270,10 @@ def train_steps(args, recipe):
 
 def has_bf16(device):
     """Not every CPU has it; others take a hundred times as long for it as for fp32."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()                  # torch 2.12 has it
-    on_cpu = able.get("avx512_bf16") or able.get("bf16", False)            # Intel and AMD, ARM
-    return on_cpu or torch.device(device).type != "cpu"
+    if torch.device(device).type != "cpu":
+        return True
+    able = getattr(torch.cpu, "get_capabilities", dict)()                  # older torch: none
+    return able.get("avx512_bf16") or able.get("bf16", False)              # Intel and AMD, ARM
 
 
 @contextlib.contextmanager
