@@ -8,35 +8,21 @@ their last training:
     python mini/pretrain.py flux         # mini/flux/{transformer,text_encoder,text_encoder_2} and
                                          # mini/controlnet, together; hours on one core
     python mini/pretrain.py distil       # the guidance embedding, as FLUX.1-dev has it
-    python mini/pretrain.py decoder      # mini/flux/vae: its decoder learns what Flux paints
     python mini/pretrain.py vit          # mini/vit: patch features, in DINOv2's layout
     python mini/pretrain.py clip         # mini/clip: what pictures and texts have in common
     python mini/pretrain.py image-prompt # mini/image_prompt, from nothing, on flux and vit
     python mini/pretrain.py qwen         # mini/qwen: tokenizer and language model; 6 minutes
 
-The shipped pictures came up by size. At 96 pixels and a factor of 4 all was trained as commit
-b820a01's docstring says. With that commit's mini/ in the folder OLD,
+The shipped weights of pictures grew from earlier ones, step by step: this docstring in commits
+b820a01, 36fd457, ba89f07 and a26ca47 tells how. The last step was an autoencoder with twice the
+channels, and all that depends on its latents. With the mini/ of a26ca47 in the folder OLD,
 
-    python mini/pretrain.py decoder --start OLD --scenes 600 --steps 2800
-
-gave the autoencoder one block more on either side and a factor of 8: its latents, and so all else,
-stayed, and now stand for 192 pixels. (The ViT is that commit's, with every weight of its first
-layer spread over 2 x 2 pixels.) Commit 36fd457 is that; with its mini/ in OLD,
-
-    python mini/pretrain.py flux --start OLD --steps 5500 --batch 16 --compile
-    python mini/pretrain.py distil --steps 500 --batch 16 --compile
-    python mini/pretrain.py decoder
-    python mini/pretrain.py image-prompt --start OLD --scenes 100
-
-followed when patterns began to face the camera and backdrops to keep their place (the first 2,000
-steps with patterns drawn twice as often, not four times). Commit ba89f07 is that; with its mini/ in
-OLD,
-
+    python mini/pretrain.py vae --start OLD --batch 8
     python mini/pretrain.py flux --start OLD --scenes 1200 --batch 16 --compile
     python mini/pretrain.py distil --scenes 1200 --batch 16 --compile
     python mini/pretrain.py image-prompt --start OLD --scenes 100
 
-followed when checkers became flat, on a CPU without bf16 (so in fp32, and with AdamW alone).
+(--scenes counts where it stands first: delete --work/pictures.pt to have others.)
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
@@ -89,7 +75,7 @@ from world import make_scenes, wish, wish_for_nothing, wish_for_type, write_json
 sys.path.insert(0, str(HERE.parent))
 from cdpo import profile, prompt
 from controlnet import ControlNet, control_picture
-from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack, unpack
+from flux import T5, VAE, CLIPText, Flux, TextTokenizer, clip_half, image_ids, pack
 from graph import User
 from patch_dpo import (ALONE, PUBLIC_NAMES, SAME_OBJECT, WHOLE, Edits, ImageFeatures, ImagePrompt,
                        ImagePrompts, PatchSettings, PictureStage, flow)
@@ -298,30 +284,41 @@ def restore(file, parts):
     return found["step"]
 
 
-# ---- vae, decoder: the autoencoder --------------------------------------------------------------
+# ---- vae: the autoencoder -----------------------------------------------------------------------
 
 class Autoencoder(Recipe):
-    """Noise on the latent instead of a KL term: hues survive, and latents stay smooth."""
-    lr = 3e-3
-    noise = 0.1                                           # deviation of the noise on the latent
-    sharpness = 0.1                                       # weight of the absolute error
+    """Learns from pieces of pictures. Noise on the latent instead of a KL term: hues survive, and
+    latents stay smooth."""
+    lr = 1.5e-3
+    hold = 0.3
+    noise = 0.05                                          # deviation of the noise on the latent
+    piece = 96                                            # pixels on a side
+    control = 0.15                                        # weight of the error in edge pictures
 
     def __init__(self, args):
         self.folder = args.out / "flux/vae"
         self.device = args.device
         self.images = read_pictures(args)[0].flatten(0, 1)                 # (14 S, 192, 192, 3)
-        self.model = self.new_model()
+        self.model = VAE(read_json(self.folder / "config.json"))
+        self.model.scale = 1.0                            # while it trains
+        self.model.shift = 0.0
+        if args.start:
+            old = read_tensors(args.start / "flux/vae")
+            self.model.load_state_dict(widened(old, self.model.state_dict()))
 
-    def new_model(self):
-        model = VAE(read_json(self.folder / "config.json"))
-        model.scale = 1.0                                 # while it trains
-        model.shift = 0.0
-        return model
+    def pieces(self, generator, batch):
+        """uint8 (batch, 96, 96, 3)"""
+        chosen = torch.randint(len(self.images), (batch,), generator=generator)
+        places = (SIZE - self.piece) // 8 + 1
+        corners = 8 * torch.randint(places, (batch, 2), generator=generator)
+        found = []
+        for i, (y, x) in zip(chosen.tolist(), corners.tolist()):
+            found.append(self.images[i, y:y + self.piece, x:x + self.piece])
+        return torch.stack(found)
 
     def loss(self, generator, batch=16):
-        chosen = torch.randint(len(self.images), (batch,), generator=generator)
-        images = self.images[chosen]
-        some = max(1, batch // 8)                         # a ControlNet's pictures pass through it
+        images = self.pieces(generator, batch)
+        some = max(1, batch // 16)                        # a ControlNet's pictures pass through it
         images[:some] = control_pictures(images[:some], "canny")
         x = to_unit(images.to(self.device))
         with fast(self.device):
@@ -329,15 +326,13 @@ class Autoencoder(Recipe):
             noise = torch.randn(mean.shape, generator=generator).to(self.device)
             decoded = self.model.decode(mean + self.noise * noise)
         error = decoded.float() - x
-        return picture_error(error, self.sharpness) + latent_size(mean.float(), logvar.float())
+        error[:some] *= self.control
+        return picture_error(error) + latent_size(mean.float(), logvar.float())
 
     @torch.no_grad()
     def save(self, average):
+        """With what gives latents the mean 0 and the deviation 1, in config.json."""
         save_weights(self.folder, average)
-        self.save_scale(average)
-
-    def save_scale(self, average):
-        """Into config.json: what gives latents the mean 0 and the deviation 1."""
         parts = to_unit(self.images[::97]).split(64)
         latents = torch.cat([average.encode(part.to(self.device)) for part in parts])
         file = self.folder / "config.json"
@@ -347,101 +342,29 @@ class Autoencoder(Recipe):
         file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-class Decoder(Autoencoder):
-    """The autoencoder below --start goes on. Its latents stay, and so does a Flux trained on them:
-    the encoder learns to give what that one gives. The decoder learns from latents as Flux paints
-    them, which are softer than an encoder's, and for a quarter from those. With a block more on
-    either side than --start has, the same latents stand for pictures twice as large."""
-    lr = 1.5e-3
-    sharpness = 0.3
-
-    def __init__(self, args):
-        start = args.start or args.out
-        self.old = VAE.load(start / "flux/vae", args.device).requires_grad_(False)
-        super().__init__(args)
-        self.painted, self.which = kept(args.work / "painted.pt", partial(paint, args, start))
-
-    @torch.no_grad()
-    def new_model(self):
-        """The old weights; what is new (layers of a block, a finest block) adds nothing, halves or
-        doubles a picture."""
-        model = VAE(read_json(self.folder / "config.json"))
-        self.times = model.factor // self.old.factor
-        for name, p in model.named_parameters():
-            if "samplers" in name and p.ndim == 4:
-                nn.init.dirac_(p)
-            elif "conv2" in name or "samplers" in name:
-                nn.init.zeros_(p)
-        found = {}
-        for key, tensor in self.old.state_dict().items():
-            if key.startswith("encoder.down_blocks"):     # counted from the finest
-                _, _, number, rest = key.split(".", 3)
-                key = f"encoder.down_blocks.{int(number) + self.times // 2}.{rest}"
-            found[key] = tensor
-        model.load_state_dict(model.state_dict() | found)
-        return model
-
-    def loss(self, generator, batch=4):
-        some = batch // 4
-        chosen = torch.randint(len(self.which), (batch,), generator=generator)
-        also = torch.randint(len(self.images), (batch // 2,), generator=generator)
-        images = self.images[self.which[chosen]]
-        seen = self.images[also]
-        small = shrunk(torch.cat([images[:some], seen]), self.times)
-        for pictures in (seen[:some], small[some:2 * some]):               # a ControlNet's pictures
-            pictures.copy_(control_pictures(pictures, "canny"))
-        latents = unpack(self.painted[chosen].float(), LATENT, LATENT).to(self.device)
-        targets = self.old.encode(to_unit(small).to(self.device))
-        latents[:some] = targets[:some]
-        with fast(self.device):
-            encoded = self.model.encode(to_unit(seen).to(self.device))
-            decoded = self.model.decode(latents)
-        error = decoded.float() - to_unit(images).to(self.device)
-        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
-        moved = (encoded.float() - targets[some:]).square().mean()
-        return picture_error(error, self.sharpness) + 0.15 * edges + 0.1 * moved
-
-    def save_scale(self, average):
-        """It stays as it was."""
+def widened(old, new):
+    """Weights of an autoencoder for one that computes the same with twice the hidden channels
+    (Net2Net, arXiv:1511.05641); `new`: that one's weights, for their shapes. Every channel stands
+    twice, side by side, as a group norm wants it; what reads the two splits its weights between
+    them, unevenly, so that they part as they learn."""
+    weights = {}
+    for name, weight in old.items():
+        outputs, inputs = (new[name].shape + (1,))[:2]
+        weight = weight.float().repeat_interleave(outputs // len(weight), dim=0)
+        if weight.ndim == 4 and inputs != weight.shape[1]:
+            share = 0.5 + 0.3 * torch.randn(*weight.shape[:2], 1, 1)
+            weight = torch.stack([weight * share, weight * (1 - share)], dim=2).flatten(1, 2)
+        weights[name] = weight
+    return weights
 
 
-@torch.no_grad()
-def paint(args, folder, count=960, steps=8):
-    """What the Flux + ControlNet below `folder` paint where they begin with true latents, noised to
-    a time between .4 and .8, under guidance 3.5 -> latents (count, L, 64) and which picture each
-    was (count,)."""
-    net = TextToImage(argparse.Namespace(**{**vars(args), "out": folder, "start": None}))
-    for name, (part, kind) in PARTS.items():
-        net.model[name] = kind.load(folder / part, args.device)
-    generator = torch.Generator().manual_seed(5)
-    painted = []
-    which = []
-    for _ in tqdm(range(count // 32), desc="painted"):
-        scene = torch.randint(len(net.targets), (32,), generator=generator)
-        picture = torch.multinomial(net.shares[scene], 1, generator=generator)[:, 0]
-        eps = torch.randn(32, TOKENS, 64, generator=generator)
-        t = 0.4 + 0.4 * torch.rand(32, 1, 1, generator=generator)
-        place = scene * PICTURES + picture
-        x = torch.lerp(net.targets[scene, picture].float(), eps, t)
-        control = net.controls[scene, 0].float()
-        parts = x, x, t, control, torch.zeros_like(scene), torch.ones_like(t), 1 + place
-        batch = Batch(*[part.to(args.device) for part in parts])
-        for step in range(steps):
-            now = batch._replace(t=batch.t[:, 0, 0] * (1 - step / steps))
-            with fast(args.device):
-                v = net.velocity(net.model, now, now.prompt, torch.full_like(now.t, 3.5))
-            batch = batch._replace(x=batch.x - v * batch.t / steps)
-        painted.append(batch.x.cpu().half())
-        which.append(place)
-    return torch.cat(painted), torch.cat(which)
-
-
-def picture_error(error, sharpness):
+def picture_error(error):
     """Of decoded pictures (B, 3, H, W): squared error, again for differences of colour, and a
-    little absolute error."""
+    little absolute error, of the pictures and of their edges."""
     chroma = error - error.mean(1, keepdim=True)
-    absolute = sharpness * error.abs().mean()
-    return error.square().mean() + chroma.square().mean() + absolute
+    squared = error.square().mean() + chroma.square().mean()
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return squared + 0.3 * (error.abs().mean() + edges)
 
 
 def latent_size(mean, logvar):
@@ -521,7 +444,9 @@ def encode_pictures(vae, images, device):
     """uint8 (S, n, H, W, 3) -> packed latents (S, n, L, 64), bf16."""
     latents = []
     for part in images.flatten(0, 1).split(56):
-        latents.append(pack(vae.encode(to_unit(part).to(device))).to("cpu", torch.bfloat16))
+        with fast(device):
+            found = vae.encode(to_unit(part).to(device))
+        latents.append(pack(found).to("cpu", torch.bfloat16))
     return torch.cat(latents).unflatten(0, images.shape[:2])
 
 
@@ -1021,13 +946,12 @@ class LanguageModel(Recipe):
 # ---- the command line ---------------------------------------------------------------------------
 
 RECIPES = {                                               # class, steps of the shipped files
-    "vae": (Autoencoder, 1767),
-    "flux": (TextToImage, 4800),
+    "vae": (Autoencoder, 5500),
+    "flux": (TextToImage, 10000),
     "distil": (Distillation, 300),
-    "decoder": (Decoder, 800),
     "vit": (Features, 1556),
     "clip": (TextAndPicture, 900),
-    "image-prompt": (NewImagePrompt, 500),
+    "image-prompt": (NewImagePrompt, 1200),
     "qwen": (LanguageModel, 4000),
 }
 
@@ -1055,8 +979,8 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="", help="cpu, cuda, cuda:1 ... (the best there is)")
     p.add_argument("--start", type=Path, metavar="FOLDER",
-                   help="flux, decoder, image-prompt: begin with the weights below it, perhaps of "
-                        "fewer blocks, or layers of the autoencoder's")
+                   help="vae, flux, image-prompt: begin with the weights below it, perhaps of half "
+                        "the autoencoder's channels, or of fewer blocks")
     p.add_argument("--compile", action="store_true", help="flux, distil: by torch.compile")
     p.add_argument("--batch", type=int, help="of a step (default: the recipe's own)")
     args = p.parse_args()
