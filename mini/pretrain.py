@@ -22,7 +22,8 @@ channels, and all that depends on its latents. With the mini/ of a26ca47 in the 
     python mini/pretrain.py distil --scenes 1200 --batch 16 --compile
     python mini/pretrain.py image-prompt --start OLD --scenes 100
 
-(--scenes counts where it stands first: delete --work/pictures.pt to have others.)
+The pictures are rendered by what runs first and stay; for other --scenes, delete
+--work/pictures*.pt (as was done here after vae, which had all 2,400).
 
 Something that learns visibly in ten minutes, and touches nothing shipped:
 
