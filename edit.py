@@ -469,7 +469,7 @@ def draw(settings, flux, edits, source, control, shape):
 
 # ---- what these models cannot do -----------------------------------------------------------------
 
-def doubts(settings, flux, edits, source):
+def doubts(settings, flux, edits, source, control):
     """Lines, with what was measured, on what this checkpoint, whichever it is, was not made for."""
     usual = VAE.read_config(f"{flux}/vae").get("sample_size") or settings.size
     if not usual * 0.75 < settings.size < usual * 1.25:
@@ -478,7 +478,7 @@ def doubts(settings, flux, edits, source):
     if unknown:
         yield f"the text encoders have less than two letters a token for {', '.join(unknown):.200}"
     if source is not None:
-        if not control_picture(source).any():
+        if not control.any():
             yield "the picture has no edges, which a ControlNet would follow"
         faithful = fidelity(VAE.load(f"{flux}/vae", settings.device), source, settings.device)
         if faithful < FAITHFUL:
@@ -670,7 +670,7 @@ def main(argv=None):
     inputs = read_pictures(settings, flux)                # source, control, (H, W)
     print(f"{settings.image or 'a new picture'}: {settings.caption}")
     edits = plan_edits(settings)
-    for line in doubts(settings, flux, edits, inputs[0]):
+    for line in doubts(settings, flux, edits, *inputs[:2]):
         print(f"  {line}: expect a toy's picture (real models: python edit.py --preset paper)")
     pictures = draw(settings, flux, edits, *inputs)
     write(Path(settings.out), inputs[0], edits, pictures)

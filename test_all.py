@@ -6222,8 +6222,9 @@ def test_edit_hands_caption_and_instruction_apart():
 def doubts_about(flags, source=None, prompt=edit.CAPTION):
     settings = edit.parse(["--caption", edit.CAPTION, *flags.split()])
     settings.size = settings.size or 192
+    control = None if source is None else controlnet.control_picture(source)
     with torch.no_grad():
-        return list(edit.doubts(settings, MINI / "flux", [{"prompt": prompt}], source))
+        return list(edit.doubts(settings, MINI / "flux", [{"prompt": prompt}], source, control))
 
 
 def test_edit_doubts_pictures_that_the_autoencoder_cannot_draw():

@@ -308,10 +308,11 @@ class Autoencoder(Recipe):
             self.model.load_state_dict(widened(old, self.model.state_dict()))
 
     def pieces(self, generator, batch):
-        """uint8 (batch, 96, 96, 3)"""
+        """uint8 (batch, 96, 96, 3), cut where the latent's pixels meet"""
         chosen = torch.randint(len(self.images), (batch,), generator=generator)
-        places = (SIZE - self.piece) // 8 + 1
-        corners = 8 * torch.randint(places, (batch, 2), generator=generator)
+        k = self.model.factor
+        places = (SIZE - self.piece) // k + 1
+        corners = k * torch.randint(places, (batch, 2), generator=generator)
         found = []
         for i, (y, x) in zip(chosen.tolist(), corners.tolist()):
             found.append(self.images[i, y:y + self.piece, x:x + self.piece])
